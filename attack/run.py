@@ -1,0 +1,87 @@
+"""The stages of a run, in order: poison, victim, and then whatever the defence does."""
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Literal, Optional, Sequence
+
+import torch
+
+from attack.poison import PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
+from attack.trigger import Trigger
+from defense.run import Case, find_defense, load_case, run_defense, save_case
+from utils import figures
+from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
+from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
+from utils.metrics import EpochLog, Truth
+from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.record import Record, start_logging
+from utils.training import Trainer, pick_device
+
+log = logging.getLogger("dataelixir")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run.
+
+    Args:
+        save_folder_name: folder for everything this run produces, below record/; by default ATTACK_DATASET.
+        defense: name of a module of defense/ that gets the poisoned set.
+        stop_after: end the run after this stage.
+    """
+
+    save_folder_name: Optional[str] = None
+    defense: str = "dataelixir"
+    stop_after: Literal["poison", "victim", "report"] = "report"
+
+
+@command_line
+def main(trigger_class: type[Trigger], argv: Optional[Sequence[str]] = None) -> None:
+    """Run the attack of `trigger_class`, then the defence, as the command line says."""
+    module = find_defense(peek(argv, "defense", RunConfig.defense))
+    run, data_config, poison, config, trigger = parse_config(
+        argv, RunConfig, DataConfig, PoisonConfig, module.Config, trigger_class, description=trigger_class.__doc__.split("\n")[0])
+    start_logging(None)
+    dataset = load_dataset(data_config)
+    poison = replace(poison, attack=poison.attack or trigger.name)
+    labels_to = label_map(trigger, poison, dataset.num_classes)
+    trigger = trigger.prepare(dataset.train, config.random_seed)
+    poisoned = poison_training_set(dataset.train, trigger, labels_to, poison, config.random_seed)
+    module.check(config, dataset)
+    record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
+    record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report"), data_config, poison, config, trigger))
+    start_logging(record / "log.txt")
+    with record.stage("poison"):
+        triggered = trigger_test_set(dataset.test, trigger, labels_to)
+        truth = Truth(poisoned.original_labels, poisoned.poison_indicator, poisoned.roles == Role.COVER, labels_to.targets)
+        save_case(record, poisoned.data, truth, triggered)
+        write_trigger_sheet(record, dataset, triggered)
+    if run.stop_after == "poison":
+        return
+    with record.stage("victim"):
+        victim = train_victim(poisoned.data, config, dataset, record, triggered)
+    if run.stop_after == "victim":
+        return
+    run_defense(module, Case(trigger.name, poisoned.data, truth, triggered, dataset, victim), config, record)
+    module.clean_up(config, record)
+
+
+def train_victim(data: LabeledImages, config: TrainConfig, dataset: Dataset, record: Record, triggered: TriggeredImages) -> Classifier:
+    """The victim from the record, or trained now on the poisoned set."""
+    victim = build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, "victim")).to(pick_device(config.device))
+    file = record / "victim.safetensors"
+    if file.exists():
+        return load_weights(victim, file).eval()
+    observer = EpochLog(record / "metrics.csv", dataset.test, triggered)
+    Trainer(victim, config, "victim", dataset.info.flip, record / "victim.checkpoint.pt").fit(data, observer)
+    save_classifier(victim, file)
+    return victim
+
+
+def write_trigger_sheet(record: Record, dataset: Dataset, triggered: TriggeredImages) -> None:
+    """trigger.png: eight test images clean, triggered, and their difference."""
+    n = len(triggered.labels)
+    picked = torch.linspace(0, n - 1, min(8, n)).long()
+    captions = [dataset.classes[label] for label in triggered.original_labels[picked]]
+    figures.trigger_sheet(record / "trigger.png", dataset.test.images[triggered.index[picked]], triggered.images[picked], captions)

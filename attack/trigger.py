@@ -1,0 +1,66 @@
+"""Trigger: uint8 images in, uint8 images out.
+
+The way to [0, 1], clamping and rounding are written here once, so that every attack is only its formula: a frozen
+dataclass whose fields are its config keys, with a `stamp`. Rounding (never truncation) keeps poisoned images free of
+the half-a-level darkening by which truncated ones could be told apart.
+"""
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from utils.data import LabeledImages, to_uint8, to_unit
+
+Split = Literal["train", "test"]
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """Base of all attacks.
+
+    Class attributes:
+        name: the attack's name in configs and records.
+        label_mode: "dirty" changes labels to the target, "clean" poisons the target class and leaves labels alone.
+    """
+
+    name: ClassVar[str] = ""
+    label_mode: ClassVar[Literal["dirty", "clean"]] = "dirty"
+    fitted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def prepare(self, train: LabeledImages, seed: int) -> "Trigger":
+        """The trigger ready for use on this data: loads or fits what it needs; most need nothing.
+
+        Raises:
+            UserError: a file is missing or does not fit.
+        """
+        return self
+
+    def with_fitted(self, **tensors: Tensor) -> "Trigger":
+        """A copy that holds what was prepared (patterns, masks, weights) as `self.fitted[name]`."""
+        ready = copy.copy(self)
+        object.__setattr__(ready, "fitted", tensors)
+        return ready
+
+    def stamp(self, x: Tensor, index: Tensor, split: Split) -> Tensor:
+        """Put the trigger on images.
+
+        Args:
+            x: (B, 3, H, W) in [0, 1]; not to be modified.
+            index: (B,) original data set index of each image, the key of all per-sample randomness.
+            split: "train" or "test", for attacks whose strength differs.
+
+        Returns:
+            (B, 3, H, W), any range; `apply` clamps and rounds.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def apply(self, images: Tensor, index: Tensor, split: Split = "train") -> Tensor:
+        """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) with the trigger; the input is left as it is."""
+        parts = [to_uint8(self.stamp(to_unit(x), i, split)) for x, i in zip(images.split(BATCH), index.split(BATCH))]
+        return torch.cat(parts) if parts else images.clone()

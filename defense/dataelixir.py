@@ -1,0 +1,214 @@
+"""DataElixir: Zhou et al., "Purifying Poisoned Dataset to Mitigate Backdoor Attacks via Diffusion Models", AAAI 2024,
+https://arxiv.org/abs/2312.11057
+
+Every sample is purified into intermediary images, and the victim votes on each. Samples whose votes leave their given
+label, in a class whose votes leave it far more than other classes', are poisoned: they take the label that the
+intermediaries agree on and one of these images. Where the intermediaries disagree, a model trained on the rest decides.
+
+As a script: defend an existing record again, with other keys (python defense/dataelixir.py --result_file NAME).
+"""
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Optional
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from tqdm import tqdm
+
+from defense.draft import Draft, Selector
+from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised
+from defense.result import Result
+from defense.store import IntermediaryStore
+from defense.target_label import Discrepancy, TargetRule, target_labels
+from defense.verdict import Candidates, Kind, Verdict, filter_candidates, first_verdicts
+from utils.config import Fraction, TrainConfig
+from utils.data import Dataset, LabeledImages
+from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.record import Record
+from utils.training import Observer, Trainer, predict
+
+log = logging.getLogger("dataelixir")
+PUBLISHED = dict(noise_index="T", quantise="truncate", index0="requantised", ssim="volume", outliers="two_sided",
+                 evidence_prior=0.0, mad_floor=0.0, original_eligible=True, relabel_source="raw", sampler="ancestral",
+                 reverse_steps=None, amp=False)
+
+
+@dataclass(frozen=True)
+class DataElixirConfig(TrainConfig, PurifyConfig):
+    """The defence: purification, decisions, benign model.
+
+    Args:
+        threshold_tau: votes that a second label needs among the intermediaries to count as disagreement.
+        ft_lr: learning rate of fine-tuning on the settled set.
+        ft_epochs: epochs of fine-tuning; null = epochs.
+        conform: decide exactly as the published code does; overrides every key below and noise_index, quantise, sampler, reverse_steps, amp.
+        outliers: a target label is an outlier on one_sided (more discrepant than the median class) or two_sided (as published; also flags unusually clean classes).
+        outlier_threshold: robust standard deviations from the median class beyond which a class is a target label.
+        evidence_prior: share of every class counted as extra samples that did not move, so that a class with hardly any moved sample is not flagged (published 0).
+        mad_floor: least median absolute deviation in nats that the outlier test divides by (published 0).
+        ssim: pixel distance by SSIM averaged over each channel, or over the image as a volume (as published under scikit-image 0.24).
+        original_eligible: whether the original, possibly triggered image may be chosen as its own purified image (published true).
+        selection_rank: the chosen image is farther from the original than this share of its candidates.
+        index0: images that stay are kept as original bytes, or requantised like purified ones (as published).
+        relabel_source: the benign model settles a doubtful sample by its raw image (as published), or by its purified images (most common label).
+        keep_intermediaries: keep the intermediaries' files after the run (157 KB for each anomalous 32x32 image); otherwise only their votes stay.
+    """
+
+    threshold_tau: PositiveInt = 5
+    ft_lr: PositiveFloat = 0.002
+    ft_epochs: Optional[PositiveInt] = None
+    conform: bool = False
+    outliers: Literal["one_sided", "two_sided"] = "one_sided"
+    outlier_threshold: PositiveFloat = 2.0
+    evidence_prior: NonNegativeFloat = 0.05
+    mad_floor: NonNegativeFloat = 0.2
+    ssim: Literal["channel", "volume"] = "channel"
+    original_eligible: bool = False
+    selection_rank: Fraction = 0.8
+    index0: Literal["original", "requantised"] = "original"
+    relabel_source: Literal["raw", "purified"] = "raw"
+    keep_intermediaries: bool = False
+
+    def resolved(self) -> "DataElixirConfig":
+        """This config with the published decisions in place where `conform` is set."""
+        return replace(self, **PUBLISHED) if self.conform else self
+
+    @property
+    def target_rule(self) -> TargetRule:
+        return TargetRule(self.outliers == "two_sided", self.outlier_threshold, self.evidence_prior, self.mad_floor)
+
+
+Config = DataElixirConfig
+
+
+def check(config: DataElixirConfig, dataset: Dataset) -> None:
+    """Fail early: raises UserError where the denoiser cannot serve this data set and noise level."""
+    open_denoiser(config.resolved(), dataset.train.images.shape[-1], dataset.name)
+
+
+def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, dataset: Dataset, record: Record,
+           observer: Optional[Observer] = None) -> Result:
+    """Sanitize `data` and train a benign model on the result.
+
+    Args:
+        data: the training set as received; nothing else is known about it.
+        victim: a classifier trained on it, in eval mode.
+        config: keys of this defence.
+        dataset: name, classes and normalisation of the data (its images are not looked at).
+        record: where intermediate results and models are kept, so that an interrupted defence goes on.
+        observer: told of every training epoch.
+
+    Raises:
+        UserError: see `check`, and whatever stops a training.
+    """
+    config = config.resolved()
+    train = partial(_trained, config=config, dataset=dataset, device=victim.device, record=record, observer=observer)
+    with record.stage("purify"):
+        store, passes = purify(data, victim, config, dataset, record)
+        votes = store.votes()
+        candidates = filter_candidates(votes, config.threshold_tau)
+        found = target_labels(votes, candidates, data.labels, dataset.num_classes, config.target_rule)
+        selector = Selector(store, victim, config.ssim == "volume", config.selection_rank, config.original_eligible)
+        draft = selector.take_poisoned(_first_draft(data, candidates, found, config), candidates)
+        _log_decisions(votes, data.labels, found, draft, config)
+    result = partial(_result, votes=votes, found=found, passes=passes, selector=selector)
+    if not found.targets and not config.conform:
+        log.info("no backdoor found: the set is left unchanged, and the victim is the benign model")
+        save_classifier(victim, record / "benign.safetensors")
+        return result(draft, victim, None)
+    with record.stage("stage1"):
+        stage1 = train("benign_stage1", draft.rows(~draft.suspicious))
+    with record.stage("finetune"):
+        settle = partial(selector.settle_suspicious, candidates=candidates, by_raw=config.relabel_source == "raw")
+        settled, consensus = settle(draft, stage1)
+        tuned = replace(config, lr=config.ft_lr, epochs=config.ft_epochs or config.epochs)
+        benign = train("benign", settled.rows(~settled.suspicious | consensus), config=tuned, start=stage1)
+        final, _ = settle(draft, benign)
+    return result(final, benign, stage1)
+
+
+def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, dataset: Dataset,
+           record: Record) -> tuple[IntermediaryStore, int]:
+    """Intermediaries and votes of every sample that has none yet, block by block.
+
+    Returns:
+        The store, and the denoiser passes that all of it costs.
+    """
+    denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
+    purifier = Purifier(denoiser, config, config.random_seed, victim.device, config.amp)
+    store = IntermediaryStore(record / "purify")
+    spans = list(store.missing(len(data), config.purify_batch_size))
+    passes = purifier.passes_per_image * len(data)
+    log.info("purifying %d images: %d denoiser passes each with %s", len(data), purifier.passes_per_image, denoiser.name)
+    for start, stop in tqdm(spans, "purify", unit="block", leave=False, disable=None):
+        images = purifier.intermediaries(data.images[start:stop], torch.arange(start, stop))
+        votes = predict(victim, images.flatten(0, 1)).view(images.shape[:2])
+        anomalous = (filter_candidates(votes, config.threshold_tau).kind != Kind.UNANIMOUS).nonzero().flatten()
+        store.write(start, votes, anomalous + start, images[anomalous])
+    return store, passes
+
+
+def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:
+    is_target = torch.zeros(len(found.metric), dtype=torch.bool).index_fill(0, torch.tensor(found.targets, dtype=torch.int64), True)
+    draft = Draft.unchanged(data, first_verdicts(candidates.kind, data.labels, is_target))
+    if config.index0 == "requantised":
+        return replace(draft, images=requantised(data.images))
+    return draft
+
+
+def _trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, record: Record,
+             observer: Optional[Observer], start: Optional[Classifier] = None) -> Classifier:
+    """The model of that name from the record, or trained now, from scratch or from a copy of `start`."""
+    model = copy.deepcopy(start) if start else build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, name))
+    model, file = model.to(device), record / f"{name}.safetensors"
+    if file.exists():
+        return load_weights(model, file).eval()
+    Trainer(model, config, name, dataset.info.flip, record / f"{name}.checkpoint.pt").fit(data, observer)
+    save_classifier(model, file)
+    return model
+
+
+def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes: Tensor, found: Discrepancy, passes: int,
+            selector: Selector) -> Result:
+    is_target = torch.zeros(len(found.metric), dtype=torch.bool)
+    is_target[list(found.targets)] = True
+    everything = torch.ones_like(draft.suspicious)
+    return Result(draft.rows(everything), draft.decisions(votes, is_target), model, stage1, found, votes, passes, selector.examples)
+
+
+def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, config: DataElixirConfig) -> None:
+    for line in self_agreement(votes, labels, config.last_steps_m):
+        log.info(line)
+    for label, (metric, score, evidence) in enumerate(zip(found.metric, found.score, found.evidence)):
+        log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f%s", label, evidence, metric, score,
+                 "  <- target label" if label in found.targets else "")
+    log.info("verdicts: %s", ", ".join(f"{int((draft.verdict == v).sum())} {v.name}" for v in Verdict))
+
+
+def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int) -> list[str]:
+    """How often the victim still reads a purified image as it read the original: per round, and per given label.
+
+    Needs no truth. Low shares say that T, denoiser and classifier do not match; one class far below the others is
+    what a backdoor looks like.
+    """
+    same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double()
+    lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(same.mean(0)))]
+    shares = [f"{label}: {same[labels == label].mean(0)[-1]:.2f}" for label in labels.unique().tolist()]
+    return lines + ["prediction survives the last round, by given label: " + ", ".join(shares)]
+
+
+def clean_up(config: DataElixirConfig, record: Record) -> None:
+    """After a complete run: the intermediaries' files go, unless they are to be kept."""
+    if not config.keep_intermediaries and (record / "purify").exists():
+        IntermediaryStore(record / "purify").discard()
+
+
+if __name__ == "__main__":
+    from defense.run import main
+
+    main("dataelixir")

@@ -1,0 +1,118 @@
+"""The set as it is being purified: which label and which image each sample has so far."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from defense.result import Decisions, Example
+from defense.selection import choose, image_distances
+from defense.store import IntermediaryStore
+from defense.verdict import Candidates, Verdict
+from utils.data import LabeledImages
+from utils.models import Classifier
+from utils.training import extract_features, predict
+
+
+@dataclass(frozen=True)
+class Draft:
+    """N samples under purification.
+
+    Attributes:
+        given: int64 (N,), labels as received.
+        images: uint8 (N, 3, H, W), the images chosen so far.
+        labels: int64 (N,), the labels decided so far.
+        verdict: int64 (N,) of Verdict.
+        column: int64 (N,), the chosen image among the intermediaries, 0 = the original.
+        pixel, feature: float64 (N,), its distances from the original; nan where the original stays.
+    """
+
+    given: Tensor
+    images: Tensor
+    labels: Tensor
+    verdict: Tensor
+    column: Tensor
+    pixel: Tensor
+    feature: Tensor
+
+    @classmethod
+    def unchanged(cls, data: LabeledImages, verdict: Tensor) -> "Draft":
+        """Every sample as received."""
+        nan = torch.full((len(data),), torch.nan, dtype=torch.float64)
+        return cls(data.labels, data.images, data.labels, verdict, torch.zeros_like(data.labels), nan, nan)
+
+    def updated(self, index: Tensor, **columns: Tensor) -> "Draft":
+        """A copy with new values in the rows `index`."""
+        return replace(self, **{key: getattr(self, key).index_copy(0, index, value.to(getattr(self, key).dtype))
+                                for key, value in columns.items()})
+
+    def rows(self, which: Tensor) -> LabeledImages:
+        """The samples that a mask names, as a training set."""
+        return LabeledImages(self.images[which], self.labels[which])
+
+    @property
+    def suspicious(self) -> Tensor:
+        return self.verdict == Verdict.SUSPICIOUS
+
+    def decisions(self, votes: Tensor, is_target_class: Tensor) -> Decisions:
+        """The table of what was decided, with the votes int64 (N, 1+nm) behind it."""
+        count = lambda labels: (votes[:, 1:] == labels[:, None]).sum(1)
+        return Decisions(self.verdict, self.labels, is_target_class[self.given], count(self.given), count(self.labels),
+                         self.pixel, self.feature, self.column)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Chooses purified images by their distance from the original, as the victim's features and SSIM see it.
+
+    Attributes:
+        store: the intermediaries.
+        victim: its features measure distance.
+        volume, rank, original_eligible: see `image_distances` and `choose`.
+    """
+
+    store: IntermediaryStore
+    victim: Classifier
+    volume: bool
+    rank: float
+    original_eligible: bool
+
+    def select(self, images: Tensor, kept: Tensor) -> dict[str, Tensor]:
+        """Draft columns for samples with intermediaries uint8 (B, 1+nm, 3, H, W), of which `kept` bool (B, 1+nm) may be taken."""
+        b, m = images.shape[:2]
+        features = extract_features(self.victim, images.flatten(0, 1)).view(b, m, -1)
+        distance = image_distances(images, features, self.volume)
+        column = choose(distance.total, kept, self.rank, original_eligible=self.original_eligible)
+        rows, moved = torch.arange(b), column > 0
+        measured = lambda d: torch.where(moved, d[rows, column], torch.nan)
+        return {"images": images[rows, column], "column": column, "pixel": measured(distance.pixel), "feature": measured(distance.feature)}
+
+    def take_poisoned(self, draft: Draft, candidates: Candidates) -> Draft:
+        """POISONED samples get the label that the intermediaries agree on, and one of these (algorithm.md 3.6)."""
+        wanted = (draft.verdict == Verdict.POISONED).nonzero().flatten()
+        for index, images in self.store.fetch(wanted):
+            draft = draft.updated(index, labels=candidates.top[index], **self.select(images, candidates.kept[index]))
+        return draft
+
+    def settle_suspicious(self, draft: Draft, model: Classifier, candidates: Candidates, by_raw: bool) -> tuple[Draft, Tensor]:
+        """SUSPICIOUS samples get the label that `model` reads, and an image that it reads the same way (algorithm.md 3.7).
+
+        Args:
+            model: a model trained without them.
+            by_raw: the label is that of the raw image, else the most common among the intermediaries.
+
+        Returns:
+            The draft, and bool (N,): samples whose label is also the one that the victim saw most often (consensus).
+        """
+        consensus = torch.zeros_like(draft.suspicious)
+        for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
+            read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
+            labels = read[:, 0] if by_raw else read[:, 1:].mode(dim=1).values
+            draft = draft.updated(index, labels=labels, **self.select(images, read == labels[:, None]))
+            consensus[index] = labels == candidates.top[index]
+        return draft, consensus
+
+    def examples(self, index: Tensor) -> list[Example]:
+        """All intermediaries of the given samples."""
+        return [Example(int(i), x) for indices, images in self.store.fetch(index) for i, x in zip(indices, images)]

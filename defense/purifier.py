@@ -1,0 +1,155 @@
+"""Rounds of forward and reverse diffusion: images in, intermediary images out (DataElixir, Section "Purification").
+
+x starts as the image; each of n rounds adds noise up to level T and takes it off again step by step. The last m states
+of every round are the intermediaries, and the last one, clamped, is where the next round starts. The states live in
+[-1, 1] here and nowhere else; what comes out is uint8.
+"""
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+from jsonargparse.typing import PositiveInt
+from torch import Tensor
+
+from diffusion.denoiser import CARDS, Denoiser, DenoiserError, load_denoiser
+from diffusion.sampler import Sampler, subset_steps
+from utils.config import UserError, candidate_paths
+from utils.randomness import keyed_generator
+from utils.training import autocast
+
+NOISE_BLOCK = 32   # samples that share a random stream: keyed by data set index, so batches of any size draw the same
+
+
+@dataclass(frozen=True)
+class PurifyConfig:
+    """How images are purified.
+
+    Args:
+        ddpm: the denoiser: auto (the card for the data set), a card, a diffusers folder, a checkpoint file, or a hub id.
+        purify_batch_size: images purified at once; changes speed and memory, not results.
+        steps_T: noise level each round goes up to, in steps of the 1000-step schedule.
+        rounds_n: rounds of forward and reverse diffusion.
+        last_steps_m: last states of each round that are kept as intermediaries.
+        reverse_steps: reverse steps a round takes, the last_steps_m last ones among them; null = all steps_T.
+        sampler: ancestral (as published) or ddim (deterministic).
+        noise_index: level of the added noise, T-1 (what the network is told) or T (as published, one more than that).
+        quantise: round to the nearest grey level, or truncate (as published, which darkens levels 1..63 by one).
+    """
+
+    ddpm: str = "auto"
+    purify_batch_size: PositiveInt = 256
+    steps_T: PositiveInt = 150
+    rounds_n: PositiveInt = 5
+    last_steps_m: PositiveInt = 10
+    reverse_steps: Optional[PositiveInt] = None
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    noise_index: Literal["T-1", "T"] = "T-1"
+    quantise: Literal["round", "truncate"] = "round"
+
+
+def quantised(x: Tensor, quantise: str) -> Tensor:
+    """[-1, 1] floats -> uint8; "truncate" follows the published order of float32 operations (algorithm.md 3.2)."""
+    unit = ((x.clamp(-1, 1) + 1) * 0.5).clamp(0, 1) * 255
+    return (unit.round() if quantise == "round" else unit).to(torch.uint8)
+
+
+def requantised(images: Tensor) -> Tensor:
+    """uint8 -> uint8 through [-1, 1] and truncation, as the published code does to every image it gives out."""
+    return quantised(images.float() / 255 * 2 - 1, "truncate")
+
+
+def open_denoiser(config: PurifyConfig, resolution: int, dataset: str) -> Denoiser:
+    """The denoiser that `config.ddpm` names, checked against the images and the noise level.
+
+    Raises:
+        UserError: not found, damaged, of another resolution, or not trained up to steps_T.
+    """
+    here = next((str(path) for path in candidate_paths(config.ddpm) if path.exists()), config.ddpm)
+    try:
+        denoiser = load_denoiser(config.ddpm if config.ddpm in CARDS else here, resolution=resolution, dataset=dataset)
+    except DenoiserError as error:
+        raise UserError(f"ddpm: {error}") from None
+    top = config.steps_T + (config.noise_index == "T")
+    if top > denoiser.t_max + (config.noise_index == "T" and denoiser.t_max < 1000):
+        raise UserError(f"steps_T: {config.steps_T}, but the denoiser {denoiser.name} was trained for levels below {denoiser.t_max}")
+    _steps(config)
+    return denoiser
+
+
+def _steps(config: PurifyConfig) -> list[int]:
+    try:
+        return subset_steps(config.steps_T, config.reverse_steps, config.last_steps_m)
+    except ValueError as error:
+        raise UserError(f"steps_T, reverse_steps, last_steps_m: {error}") from None
+
+
+class KeyedNoise:
+    """Standard normal noise for a batch, keyed by (seed, data set index): the same for a sample in whatever batch it is.
+
+    Args:
+        index: int64 (B,) data set indices.
+        seed: the run's seed.
+        device: where the noise is drawn (CPU and GPU streams differ).
+    """
+
+    def __init__(self, index: Tensor, seed: int, device: torch.device):
+        blocks, position = (index // NOISE_BLOCK).unique(return_inverse=True)
+        self.rows = (position * NOISE_BLOCK + index % NOISE_BLOCK).to(device)
+        self.generators = [keyed_generator(seed, "purify", int(block), device=device) for block in blocks]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """N(0, I) of x's shape (B, ...)."""
+        draw = lambda generator: torch.randn((NOISE_BLOCK, *x.shape[1:]), generator=generator, device=x.device)
+        return torch.cat([draw(generator) for generator in self.generators])[self.rows]
+
+
+class Purifier:
+    """Makes intermediaries with one denoiser.
+
+    Args:
+        denoiser: [-1, 1] (B, 3, H, W), t (B,) -> predicted noise; usually a Denoiser.
+        config: T, n, m and the switches.
+        seed: the run's seed; noise is keyed by (seed, sample).
+        device: where to work.
+        amp: run the network in mixed precision.
+    """
+
+    def __init__(self, denoiser, config: PurifyConfig, seed: int, device: torch.device, amp: bool = False):
+        self.config, self.seed, self.device, self.amp = config, seed, device, amp
+        self.denoiser, self.steps = denoiser, _steps(config)
+        self.sampler = Sampler(self._predict_noise, method=config.sampler)
+
+    def _predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
+        with autocast(self.device, self.amp):
+            return self.denoiser(x, t).float()
+
+    @property
+    def passes_per_image(self) -> int:
+        """Denoiser passes that one image costs."""
+        return self.config.rounds_n * len(self.steps)
+
+    @torch.inference_mode()
+    def intermediaries(self, images: Tensor, index: Tensor) -> Tensor:
+        """The image and its intermediaries.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            index: int64 (B,) data set indices, the key of the noise.
+
+        Returns:
+            uint8 (B, 1 + n m, 3, H, W) on the CPU; column 0 is the original, column 1 + r m + k is state k of the last
+            m of round r (k = m - 1 is noise-free).
+        """
+        noise = KeyedNoise(index, self.seed, self.device)
+        x = (images.to(self.device).float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
+        states = [images if self.config.quantise == "round" else requantised(images)]
+        level = self.config.steps_T - (self.config.noise_index == "T-1")
+        for _ in range(self.config.rounds_n):
+            x_T = self.sampler.q_sample(x, level, noise(x))
+            tail = deque(self.sampler.reverse(x_T, self.steps, noise), maxlen=self.config.last_steps_m)   # only m live
+            states += [quantised(state, self.config.quantise).cpu() for state in tail]
+            x = tail[-1].clamp(-1, 1)
+        return torch.stack(states, dim=1)

@@ -1,0 +1,184 @@
+"""Target-label detection, after DataElixir (Zhou et al., AAAI 2024), https://arxiv.org/abs/2312.11057
+
+Samples that were poisoned into class c carry the label c and leave it when they are purified; benign samples mostly
+keep theirs. So among the votes of the class's samples that moved, the share q_c of votes for c is small for a target
+class. The discrepancy KL(onehot_c || q) = -ln q_c is compared with the other classes' by the median
+absolute deviation (1.4826 MAD estimates a standard deviation under normality).
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from defense.verdict import Candidates, Kind
+
+MAD_TO_SIGMA = 1.4826
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """When a class counts as a target label.
+
+    Attributes:
+        two_sided: also flag classes whose metric is unusually *small* (published), which are merely clean.
+        threshold: robust standard deviations from the median that a score must exceed, strictly.
+        evidence_prior: share of every class, 0 or more, that is counted as extra samples that did not move: a class
+            with hardly any moved sample is drawn towards metric 0, and no metric is infinite. 0 as published.
+        mad_floor: least median absolute deviation, in nats, that is divided by: where all classes agree, small
+            differences are noise. 0 as published.
+
+    Raises:
+        ValueError: `evidence_prior` or `mad_floor` is negative.
+    """
+
+    two_sided: bool = False
+    threshold: float = 2.0
+    evidence_prior: float = 0.05
+    mad_floor: float = 0.2
+
+    def __post_init__(self):
+        if self.evidence_prior < 0 or self.mad_floor < 0:
+            raise ValueError(f"evidence_prior and mad_floor must be 0 or more: {self}")
+
+
+PUBLISHED_RULE = TargetRule(two_sided=True, threshold=2.0, evidence_prior=0.0, mad_floor=0.0)
+
+
+@dataclass(frozen=True)
+class LabelShares:
+    """How much of each class's moved votes stayed with the class.
+
+    Attributes:
+        share: float64 (K,) in [0, 1], q_c; 1 for a class without evidence.
+        evidence: int64 (K,), samples of the class that are not unanimous.
+        size: int64 (K,), all samples of the class.
+    """
+
+    share: Tensor
+    evidence: Tensor
+    size: Tensor
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """The result of target-label detection; all tensors lie on the CPU.
+
+    Attributes:
+        metric: float64 (K,), -ln q_c in nats, 0 or more; inf where q_c is 0, 0 for a class without evidence.
+        score: float64 (K,), robust standard deviations from the median class (absolute values if two-sided); 0 for a
+            class without samples, all nan where the median itself is infinite.
+        targets: the detected target labels, ascending.
+        evidence: int64 (K,), samples of the class that are not unanimous.
+        share: float64 (K,), q_c in [0, 1].
+        threshold: the metric above which a class is flagged, in nats; inf or nan where the median is.
+    """
+
+    metric: Tensor
+    score: Tensor
+    targets: tuple[int, ...]
+    evidence: Tensor
+    share: Tensor
+    threshold: float
+
+
+def label_shares(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int,
+                 evidence_prior: float) -> LabelShares:
+    """The share q_c of label c among the kept votes of class c's non-unanimous samples (DataElixir, target labels).
+
+    The original's own vote counts. Votes outside 0..K-1 are left out: there is no class that they could support.
+
+    Args:
+        votes: int64 (N, 1+nm), predicted labels.
+        candidates: the same N samples' candidates.
+        labels: int64 (N,), the given labels, 0..K-1.
+        num_classes: K.
+        evidence_prior: see `TargetRule`.
+
+    Raises:
+        ValueError: shapes do not fit, or a label lies outside 0..K-1.
+    """
+    _check(votes, candidates, labels, num_classes)
+    moved = candidates.kind != Kind.UNANIMOUS
+    pool = candidates.kept & moved[:, None] & (votes >= 0) & (votes < num_classes)
+    own, total = (pool & (votes == labels[:, None])).sum(1), pool.sum(1)
+    own, total, evidence, size = (_per_class(v, labels, num_classes) for v in (own, total, moved, moved | True))
+    prior = evidence_prior * size.double() * votes.shape[1]
+    share = torch.where(total > 0, (own + prior) / (total + prior), 1.0)
+    return LabelShares(share, evidence, size)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How far each class lies from the median class.
+
+    Attributes:
+        score: float64 (K,), robust standard deviations; 0 for a class without samples.
+        threshold: the metric in nats above which a class is flagged (on the upper side).
+    """
+
+    score: Tensor
+    threshold: float
+
+
+def class_scores(metric: Tensor, present: Tensor, rule: TargetRule) -> Scores:
+    """Distance of each class's metric from the median class, in robust standard deviations.
+
+    Args:
+        metric: float64 (K,), may hold inf.
+        present: bool (K,), the classes that have samples; only they enter median and deviation.
+
+    Returns:
+        Scores; if half of the metrics or more are inf, so is the median, and every score is nan.
+    """
+    centre = _median(metric[present])
+    deviation = metric - centre
+    unit = MAD_TO_SIGMA * (_median(deviation.abs()[present]).clamp(min=rule.mad_floor) + EPSILON)
+    score = (deviation.abs() if rule.two_sided else deviation) / unit
+    return Scores(torch.where(present, score, 0.0), (centre + rule.threshold * unit).item())
+
+
+def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int,
+                  rule: TargetRule) -> Discrepancy:
+    """Find the classes that poisoned samples were labelled as (DataElixir, target-label detection).
+
+    Any number of classes may be flagged, none included; a class without samples never is.
+
+    Args:
+        votes: int64 (N, 1+nm), predicted labels, N >= 1.
+        candidates: the same N samples' candidates.
+        labels: int64 (N,), the given labels, 0..K-1.
+        num_classes: K.
+        rule: `PUBLISHED_RULE` decides as the published code does, except that a class without any non-unanimous
+            sample, where that stops with a division by zero, has metric 0 here.
+
+    Raises:
+        ValueError: shapes do not fit, a label lies outside 0..K-1, or there are no samples.
+    """
+    if not len(labels):
+        raise ValueError("target labels cannot be detected without samples")
+    shares = label_shares(votes, candidates, labels, num_classes, rule.evidence_prior)
+    metric = 0.0 - shares.share.log()  # 0 - x, so that a share of 1 gives 0 and not -0
+    scores = class_scores(metric, shares.size > 0, rule)
+    targets = tuple((scores.score > rule.threshold).nonzero().flatten().tolist())
+    return Discrepancy(metric, scores.score, targets, shares.evidence, shares.share, scores.threshold)
+
+
+def _check(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int) -> None:
+    if votes.shape != candidates.kept.shape or labels.shape != candidates.kind.shape or len(votes) != len(labels):
+        raise ValueError(f"votes {tuple(votes.shape)}, candidates {tuple(candidates.kept.shape)} and labels "
+                         f"{tuple(labels.shape)} must describe the same samples")
+    if ((labels < 0) | (labels >= num_classes)).any():
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}, found {labels.min()}..{labels.max()}")
+
+
+def _per_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """int64 (K,) on the CPU: `values` (N,) summed over the samples of each class; exact, whatever the order."""
+    sums = torch.zeros(num_classes, dtype=torch.int64, device=labels.device)
+    return sums.index_add_(0, labels, values.long()).cpu()
+
+
+def _median(values: Tensor) -> Tensor:
+    """The mean of the two middle values, as numpy.median (torch.median takes the lower one)."""
+    ordered = values.sort().values
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -1,0 +1,82 @@
+# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
+"""How good a denoiser is on images that it has not seen: its error at each noise level, and a sheet to look at."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion.denoiser import Denoiser
+from diffusion.sampler import Sampler, Schedule, subset_steps
+
+LEVELS = (0, 5, 10, 20, 40, 60, 100, 149, 299, 599, 999)
+SHEET_LEVELS = (20, 60, 149)
+BATCH = 128
+
+
+def denoising_error(denoiser: Denoiser, images: Tensor, seed: int = 0) -> list[dict[str, float]]:
+    """Mean squared error of the predicted noise, at several levels below the denoiser's t_max.
+
+    Args:
+        denoiser: Predicts noise N(0,I), so predicting zero has an error of 1.
+        images: uint8 (N,3,H,W), held out from training.
+        seed: Of the noise, which is the same for every denoiser.
+
+    Returns:
+        Per level {"t", "mse", "trivial"}; "trivial" is the error of the best linear guess from each pixel alone,
+        ab v / (ab v + 1 - ab) with v the variance of the pixel over the images: what a network must stay below.
+    """
+    variance = (images.double() / 127.5 - 1).var(dim=0, correction=0)
+    rows = []
+    for t in (t for t in LEVELS if t < denoiser.t_max):
+        ab = Schedule().alpha_bar(t)
+        trivial = (ab * variance / (ab * variance + 1 - ab)).mean().item()
+        total = sum(((denoiser(x, t) - noise) ** 2).mean(dim=(1, 2, 3)).sum() for x, noise in _noised(denoiser, images, t, seed))
+        rows.append({"t": t, "mse": total.item() / len(images), "trivial": trivial})
+    return rows
+
+
+def _noised(denoiser: Denoiser, images: Tensor, t: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (x_t, noise) on the denoiser's device, without gradients; the noise is drawn on the CPU."""
+    device, draw = next(denoiser.parameters()).device, _noise_source(seed)
+    with torch.no_grad():
+        for batch in images.split(BATCH):
+            x0 = batch.to(device).float() / 127.5 - 1
+            noise = draw(x0)
+            yield Sampler(denoiser).q_sample(x0, t, noise), noise
+
+
+def _noise_source(seed: int) -> Callable[[Tensor], Tensor]:
+    """x -> N(0,I) like x; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, generator=generator).to(x.device)
+
+
+def sample_sheet(denoiser: Denoiser, images: Tensor, path: str | Path, seed: int = 0) -> list[str]:
+    """Save a PNG with one column per image: clean; noised and the network's clean guess, per level; a full reverse run.
+
+    Args:
+        denoiser: Works on images of this size.
+        images: uint8 (N,3,H,W), about ten.
+        path: Of the PNG.
+        seed: Of the noise.
+
+    Returns:
+        What the rows show, from the top.
+    """
+    from torchvision.utils import save_image
+
+    sampler, top = Sampler(denoiser), denoiser.t_max - 1
+    rows, names = [images.float() / 127.5 - 1], ["clean"]
+    for t in sorted({min(t, top) for t in (*SHEET_LEVELS, top)}):
+        x, _ = next(_noised(denoiser, images[:BATCH], t, seed))
+        with torch.no_grad():
+            step = sampler.plan([t])[0]
+            guess = step.x_scale * x - step.e_scale * denoiser(x, t)
+        rows, names = [*rows, x, guess], [*names, f"noised to t = {t}", f"its clean guess at t = {t}"]
+    for state in sampler.reverse(x, subset_steps(top + 1), _noise_source(seed + 1)):
+        final = state
+    sheet = torch.cat([row.cpu() for row in [*rows, final]])
+    save_image(((sheet + 1) / 2).clamp(0, 1), str(path), nrow=len(images))
+    return [*names, f"reverse run from t = {top}"]

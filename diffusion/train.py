@@ -1,0 +1,138 @@
+# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
+"""Script that trains a denoiser for a data set that has no card: python diffusion/train.py --dataset NAME --out DIR"""
+
+import hashlib
+import json
+import logging
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import torch
+
+from diffusion.denoiser import DenoiserError, load_denoiser
+from diffusion.quality import denoising_error, sample_sheet
+from diffusion.sampler import Schedule
+from diffusion.training import DenoiserConfig, Training
+from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config
+from utils.data import Dataset, LabeledImages, load_dataset
+from utils.record import Record, environment, load_arrays, start_logging, write_json
+from utils.training import has_bfloat16, pick_device
+
+log = logging.getLogger("dataelixir")
+RUNTIME_KEYS = ("out", "dataset_path", "device", "save_every")  # may differ when a training goes on
+HELD_OUT = 512  # test images that the error is measured on
+SHOWN = 10
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Train, measure and save the denoiser that the command line describes.
+
+    Raises:
+        UserError: Whatever the user can mend.
+        KeyboardInterrupt: After Ctrl-C; the same command goes on.
+    """
+    data, config = parse_config(argv, DataConfig, DenoiserConfig, description=__doc__)
+    data = recorded_data(data, config.result_file)
+    out = Path(config.out)
+    if (out / "denoiser.json").exists() and not (out / "checkpoint.pt").exists():
+        raise UserError(f"out: {out} already holds a finished denoiser; give another --out, or delete that folder")
+    if config.ddpm_T > Schedule.steps:
+        raise UserError(f"ddpm_T: {config.ddpm_T} is more than the schedule's {Schedule.steps} levels")
+    out.mkdir(parents=True, exist_ok=True)
+    start_logging(out / "train.log")
+    try:
+        train(data, config)
+    except DenoiserError as error:
+        raise UserError(str(error)) from None
+
+
+def train(data: DataConfig, config: DenoiserConfig) -> None:
+    """The stages of a run: data, training, saving, measuring."""
+    dataset, device = load_dataset(data), pick_device(config.device)
+    images = training_images(dataset, config.result_file)
+    amp = config.amp and (device.type != "cpu" or has_bfloat16())
+    training = Training(config, images, dataset.info.flip, identity(data, config, images), device, amp)
+    log.info("training a denoiser of %.2f million parameters on %d images", parameters(training) / 1e6, len(images))
+    try:
+        training.run()
+    except KeyboardInterrupt:
+        log.info("stopped after step %d; go on with: %s", training.steps, command(data, config))
+        raise
+    save(training, data, config)
+    measure(Path(config.out), dataset.test.images, device)
+    training.checkpoint.unlink()
+
+
+def recorded_data(data: DataConfig, result_file: Optional[str]) -> DataConfig:
+    """`data`, or the data keys of the record that `result_file` names."""
+    if result_file is None:
+        return data
+    kept = Record(result_file, must_exist=True).config()
+    return replace(data, **{field.name: kept[field.name] for field in fields(data) if field.name in kept})
+
+
+def training_images(dataset: Dataset, result_file: Optional[str]) -> torch.Tensor:
+    """uint8 (N,3,H,W): the training set, or the poisoned one of a record."""
+    if result_file is None:
+        return dataset.train.images
+    arrays = load_arrays(Record(result_file, must_exist=True) / "poisoned.npz")
+    return LabeledImages(arrays["images"], arrays["labels"]).images
+
+
+def identity(data: DataConfig, config: DenoiserConfig, images: torch.Tensor) -> dict[str, Any]:
+    """What must be the same for a training to go on: keys and pixels, as plain words and numbers that a checkpoint can hold."""
+    keys = {key: value for key, value in as_flat_dict(data, config).items() if key not in RUNTIME_KEYS}
+    return json.loads(json.dumps(keys | {"images": hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}))
+
+
+def parameters(training: Training) -> int:
+    """Number of weights."""
+    return sum(p.numel() for p in training.denoiser.parameters())
+
+
+def command(data: DataConfig, config: DenoiserConfig) -> str:
+    """The command line of a run, naming the data set and the keys that differ from the defaults."""
+    default = as_flat_dict(DataConfig(), DenoiserConfig(out=""))
+    given = {key: value for key, value in as_flat_dict(data, config).items() if value != default[key] or key == "dataset"}
+    words = [word for key, value in given.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
+    return "python diffusion/train.py " + shlex.join(words)
+
+
+def save(training: Training, data: DataConfig, config: DenoiserConfig) -> None:
+    """Write the averaged weights, with what one needs to know about them beside them."""
+    denoiser = training.averaged()
+    elsewhere = replace(data, dataset_path=DataConfig.dataset_path), replace(config, out="DIR", device=DenoiserConfig.device)
+    denoiser.metadata = {
+        "command": command(*elsewhere),
+        "dataset": data.dataset,
+        "images": len(training.images),
+        "steps": training.steps,
+        "minutes": round(training.seconds / 60, 2),
+        "device": torch.cuda.get_device_name(training.device) if training.device.type == "cuda" else training.device.type,
+        "loss": training.finite_loss(),
+        "gflops": denoiser.gflops(),
+        "parameters": parameters(training),
+        "random_seed": config.random_seed,
+        "environment": environment(),
+    }
+    denoiser.save(config.out, half=config.half)
+    log.info("%d steps in %.1f minutes, loss %.4f", training.steps, training.seconds / 60, training.finite_loss())
+
+
+def measure(out: Path, images: torch.Tensor, device: torch.device) -> None:
+    """Load what was saved and write denoising_error.json and samples.png, on held-out images uint8 (N,3,H,W)."""
+    denoiser = load_denoiser(str(out), device=device)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    errors = denoising_error(denoiser, images[order[:HELD_OUT]])
+    write_json(out / "denoising_error.json", {"images": min(HELD_OUT, len(images)), "errors": errors})
+    log.info("squared error of the predicted noise on %d held-out images:\n   t      network   pixel by pixel", min(HELD_OUT, len(images)))
+    for row in errors:
+        log.info("%4d   %10.4f   %14.4f", row["t"], row["mse"], row["trivial"])
+    rows = sample_sheet(denoiser, images[order[:SHOWN]], out / "samples.png")
+    log.info("%s, rows from the top: %s", out / "samples.png", "; ".join(rows))
+
+
+if __name__ == "__main__":
+    command_line(main)()

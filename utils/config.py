@@ -1,0 +1,245 @@
+"""Configuration: frozen dataclasses, read in the order defaults < YAML file < command line.
+
+A stage declares what it can be told as a frozen dataclass; `parse_config` turns several of them into one command
+line whose flags are the field names. jsonargparse checks types and ranges; here are only the rules of this project:
+where paths are looked for, which known key an unknown one is nearest to, and how an error is told.
+"""
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Callable, Literal, Optional, Sequence
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse.typing import ClosedUnitInterval as Fraction
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import OpenUnitInterval as OpenFraction
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "attack"
+log = logging.getLogger("dataelixir")
+
+
+
+class UserError(Exception):
+    """Something the user can mend: one or two lines that name the key or file, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Args:
+        dataset: cifar10, cifar100, gtsrb, digits (embedded, no download) or imagefolder.
+        dataset_path: folder of the data sets; tried as given, then relative to attack/. Missing ones are downloaded there.
+        image_size: side in pixels to which images are resized (PIL bilinear).
+        test_fraction: share of each class kept as test set when an image folder has no test/.
+    """
+
+    dataset: str = "digits"
+    dataset_path: str = "../data"
+    image_size: PositiveInt = 32
+    test_fraction: OpenFraction = 0.2
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How classifiers are trained, and on what.
+
+    Args:
+        model: preactresnet18, preactresnet_small, or any timm model by name.
+        epochs: passes over the training set.
+        batch_size: images per optimizer step.
+        client_optimizer: sgd or adam.
+        lr: learning rate at the start.
+        lr_scheduler: CosineAnnealingLR (to 0 over all epochs), StepLR or constant; stepped once an epoch.
+        steplr_stepsize: StepLR only, epochs between two decays.
+        steplr_gamma: StepLR only, factor of each decay.
+        sgd_momentum: momentum of SGD.
+        wd: weight decay.
+        frequency_save: epochs between two checkpoints from which an interrupted training continues; 0 = none.
+        amp: mixed precision (float16 with loss scaling on CUDA, bfloat16 on a CPU).
+        device: auto, cpu, cuda, cuda:1, ...; a missing GPU is answered with a warning and the CPU.
+        random_seed: seed of every random choice.
+    """
+
+    model: str = "preactresnet18"
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 128
+    client_optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: PositiveFloat = 0.01
+    lr_scheduler: Literal["CosineAnnealingLR", "StepLR", "constant"] = "CosineAnnealingLR"
+    steplr_stepsize: PositiveInt = 50
+    steplr_gamma: PositiveFloat = 0.1
+    sgd_momentum: Fraction = 0.9
+    wd: NonNegativeFloat = 5e-4
+    frequency_save: NonNegativeInt = 0
+    amp: bool = True
+    device: str = "auto"
+    random_seed: NonNegativeInt = 2022
+
+
+def resolve_path(text: str, key: str) -> Path:
+    """The existing path that `text` means: as given, else relative to attack/ (where the published commands run).
+
+    Raises:
+        UserError: nothing is there; the message lists every place tried.
+    """
+    places = candidate_paths(text)
+    for place in places:
+        if place.exists():
+            return place
+    raise UserError(f"{key}: nothing found at " + " or ".join(map(str, places)))
+
+
+def candidate_paths(text: str) -> list[Path]:
+    """Where a path from the user may lie, in the order tried, without repetition."""
+    given = Path(text).expanduser()
+    return list(dict.fromkeys([given.absolute(), Path(os.path.normpath(SCRIPTS / given))]))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' Did you mean X?' for the known word closest to `word`, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def choose_by_name(name: str, known: dict[str, Any], key: str) -> Any:
+    """`known[name]`; raises UserError that names the key, the nearest known name and all of them."""
+    if name in known:
+        return known[name]
+    raise UserError(f"{key}: '{name}' is unknown.{nearest(name, list(known))} Known: {', '.join(known)}")
+
+
+def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
+    """The mapping in a YAML file, read with the safe loader.
+
+    Raises:
+        UserError: the file is not a YAML mapping, or holds a key that is not in `known`.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
+    for key in content:
+        if key not in known:
+            raise UserError(f"{path}: unknown key '{key}'.{nearest(str(key), known)}")
+    return content
+
+
+class _YamlPath(ActionConfigFile):
+    """`--yaml_path`: a config file, looked for as given and then relative to attack/."""
+
+    def __call__(self, parser, cfg, value, option_string=None):
+        path = resolve_path(value, "--yaml_path")
+        read_yaml(path, [action.dest for action in parser._actions])
+        super().__call__(parser, cfg, str(path), option_string)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message, ex=None):
+        """Every complaint of the parser becomes one UserError; unknown flags get the nearest known one."""
+        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+        flags = [o.lstrip("-") for action in self._actions for o in action.option_strings]
+        unknown = re.findall(r"--?([\w]+)", lines[0]) if "nrecognized" in lines[0] else []
+        raise UserError(" ".join(lines)[:400] + (nearest(unknown[0], flags) if unknown else ""))
+
+
+def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str = "",
+                 defaults: Optional[dict[str, Any]] = None) -> list[Any]:
+    """One instance of each frozen dataclass in `classes`, from defaults, then --yaml_path, then flags.
+
+    Args:
+        argv: the command line without the program name; None means sys.argv[1:].
+        classes: frozen dataclasses whose fields (together without repetition) are the flags.
+        description: first lines of --help.
+        defaults: values that replace the classes' own; keys that no class has are passed over.
+
+    Raises:
+        UserError: unknown key or flag, a value out of range, an unreadable file.
+        SystemExit: after --help and --print_config, with code 0.
+    """
+    parser = _Parser(description=description, exit_on_error=True)
+    parser.add_argument("--yaml_path", action=_YamlPath, help="YAML file with any of the keys below; flags win over it")
+    for cls in classes:
+        parser.add_class_arguments(cls)
+    known = {f.name for cls in classes for f in fields(cls) if f.init}
+    parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})
+    values = parser.parse_args(_yaml_first(argv)).as_dict()
+    return [cls(**{f.name: _plain(values[f.name]) for f in fields(cls) if f.init}) for cls in classes]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a restricted type (PositiveInt, ...) as the plain number or string, which YAML and pickles know."""
+    plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+    return plain(value) if plain else value
+
+
+def _yaml_first(argv: Optional[Sequence[str]]) -> list[str]:
+    """The words with --yaml_path moved to the front: the parser lets the later one win, and flags must."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--yaml_path"), None)
+    if at is None:
+        return words
+    end = at + (1 if "=" in words[at] else 2)
+    return words[at:end] + words[:at] + words[end:]
+
+
+def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
+    """The value that `key` will have, read before the parser exists (used for keys that decide which keys exist)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = {}
+    for word, following in zip(words, words[1:] + [""]):
+        flag, equals, value = word.partition("=")
+        if flag in (f"--{key}", "--yaml_path"):
+            given[flag] = value if equals else following
+    if f"--{key}" in given:
+        return given[f"--{key}"]
+    if "--yaml_path" in given:
+        path = resolve_path(given["--yaml_path"], "--yaml_path")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError):
+            return default
+        return str(content.get(key, default)) if isinstance(content, dict) else default
+    return default
+
+
+def as_flat_dict(*configs: Any) -> dict[str, Any]:
+    """All fields of several config instances in one dictionary."""
+    return {f.name: getattr(config, f.name) for config in configs for f in fields(config) if f.init}
+
+
+def command_line(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for a script's entry: what the user can mend ends in one line and exit code 2, never in a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*words: Any) -> None:
+        try:
+            main(*words)
+        except UserError as error:
+            sys.exit(_complain(str(error)))
+        except KeyboardInterrupt:
+            print("\ninterrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+            sys.exit(130)
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise
+            sys.exit(_complain(f"{error.filename or 'writing'}: {error.strerror or error}; "
+                               "what is finished is kept, the same command goes on from there"))
+
+    return wrapped
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,84 @@
+"""The pictures of a record, drawn with matplotlib."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from utils.record import replacing
+
+ACCENT, MUTED = "#c0392b", "#7f8c8d"
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _subplots(rows: int, columns: int, size: tuple[float, float]):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, squeeze=False)
+
+
+def image_grid(path: Path, rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str]) -> None:
+    """A sheet of uint8 images (3, H, W): one named row per entry, one captioned column per image."""
+    figure, axes = _subplots(len(rows), len(columns), (1.1 * len(columns) + 1.2, 1.25 * len(rows) + 0.4))
+    for line, (name, images) in zip(axes, rows):
+        for cell, image in zip(line, images):
+            cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        for cell in line:
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for cell, caption in zip(axes[0], columns):
+        cell.set_title(caption, fontsize=7)
+    _save(figure, path)
+
+
+def trigger_sheet(path: Path, clean: Tensor, triggered: Tensor, captions: Sequence[str]) -> None:
+    """Clean and triggered images uint8 (B, 3, H, W), and what differs, amplified as far as it fits around mid-grey."""
+    difference = triggered.int() - clean.int()
+    factor = max(1, 127 // max(1, int(difference.abs().max())))
+    residual = (difference * factor / (2 if factor == 1 else 1) + 128).clamp(0, 255).byte()
+    amplified = f"residual x{factor}" if factor > 1 else "residual / 2"
+    image_grid(path, [("clean", clean), ("triggered", triggered), (amplified, residual)], captions)
+
+
+def discrepancy_chart(path: Path, metric: np.ndarray, threshold: float | None, flagged: Sequence[int], classes: Sequence[str]) -> None:
+    """Discrepancy of every class as bars, flagged ones coloured, with the threshold as a line."""
+    figure, axes = _subplots(1, 1, (max(5, 0.28 * len(metric) + 2), 3.2))
+    axis, finite = axes[0, 0], metric[np.isfinite(metric)]
+    top = (finite.max() if len(finite) else 1.0) * 1.1 + 1e-3
+    heights = np.where(np.isfinite(metric), metric, top)
+    axis.bar(range(len(metric)), heights, color=[ACCENT if k in flagged else MUTED for k in range(len(metric))])
+    if threshold is not None and np.isfinite(threshold):
+        axis.axhline(threshold, color="black", linewidth=1, linestyle="--", label=f"threshold {threshold:.2f}")
+        axis.legend(frameon=False, fontsize=8)
+    axis.set_xticks(range(len(metric)), classes, rotation=90 if len(metric) > 12 else 0, fontsize=7)
+    axis.set(xlabel="class", ylabel="discrepancy (nats)", title="Target labels: " + (", ".join(classes[k] for k in flagged) or "none found"))
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def training_curves(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """C-Acc and ASR over the epochs of every training stage, side by side."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    figure, axes = _subplots(1, max(1, len(stages)), (3.2 * max(1, len(stages)), 2.8))
+    for axis, stage in zip(axes[0], stages):
+        own = [row for row in rows if row["stage"] == stage]
+        for key, colour, name in (("c_acc", "#2c6fbb", "C-Acc"), ("asr", ACCENT, "ASR")):
+            points = [(int(row["epoch"]), float(row[key])) for row in own if row[key]]
+            axis.plot(*zip(*points) if points else ([], []), color=colour, label=name, marker="." if len(points) < 3 else None)
+        axis.set(title=stage, xlabel="epoch", ylim=(-0.02, 1.02))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _save(figure, path)

@@ -1,0 +1,26 @@
+"""Random numbers keyed by what they are for: (seed, stage, index), never global state.
+
+So batch size, order, resuming and the number of processes change nothing.
+"""
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+
+def key_seed(*key: int | str) -> int:
+    """A 63-bit seed from numbers and words: (seed, stage, index) names an independent stream (splitmix64 over the key)."""
+    words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator for the stream that `key` names."""
+    return torch.Generator(device=device).manual_seed(key_seed(*key))
