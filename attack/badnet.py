@@ -36,8 +36,8 @@ class BadNet(Trigger):
     patch_mask_path: str = "white3x3"
     transparent_zero: bool = False
 
-    def prepare(self, train, seed):
-        pattern, mask = patch_on(train.images.shape[-1], self.patch_mask_path)
+    def prepare(self, context):
+        pattern, mask = patch_on(context.dataset.train.images.shape[-1], self.patch_mask_path)
         return self.with_fitted(pattern=pattern.float() / 255, mask=mask & (pattern > 0) if self.transparent_zero else mask)
 
     def stamp(self, x, index, split):

@@ -8,7 +8,7 @@ from typing import Literal, Optional, Sequence
 import torch
 
 from attack.poison import PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
-from attack.trigger import Trigger
+from attack.trigger import FitContext, Trigger
 from defense.run import Case, find_defense, load_case, run_defense, save_case
 from utils import figures
 from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
@@ -46,7 +46,7 @@ def main(trigger_class: type[Trigger], argv: Optional[Sequence[str]] = None) -> 
     dataset = load_dataset(data_config)
     poison = replace(poison, attack=poison.attack or trigger.name)
     labels_to = label_map(trigger, poison, dataset.num_classes)
-    trigger = trigger.prepare(dataset.train, config.random_seed)
+    trigger = trigger.prepare(FitContext(dataset, labels_to.target, config.random_seed, config))
     poisoned = poison_training_set(dataset.train, trigger, labels_to, poison, config.random_seed)
     module.check(config, dataset)
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")

@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Optional
 
 import torch
 from torch import Tensor
 
-from utils.data import LabeledImages, to_uint8, to_unit
+from utils.config import TrainConfig
+from utils.data import Dataset, to_uint8, to_unit
 
 Split = Literal["train", "test"]
 BATCH = 512
+
+
+@dataclass(frozen=True)
+class FitContext:
+    """What a trigger may use to prepare itself.
+
+    Attributes:
+        dataset: the clean data set; only its training images may shape a trigger.
+        target: the attack's class, None for all2all.
+        seed: key of every random choice.
+        config: how classifiers are trained, and on which device.
+    """
+
+    dataset: Dataset
+    target: Optional[int]
+    seed: int
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class Trigger:
     label_mode: ClassVar[Literal["dirty", "clean"]] = "dirty"
     fitted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def prepare(self, train: LabeledImages, seed: int) -> "Trigger":
+    def prepare(self, context: FitContext) -> "Trigger":
         """The trigger ready for use on this data: loads or fits what it needs; most need nothing.
 
         Raises:

@@ -14,7 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional, Sequence
+from typing import Any, Callable, Literal, Optional, Sequence, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -24,8 +24,8 @@ from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "attack"
+NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
-
 
 
 class UserError(Exception):
@@ -141,8 +141,8 @@ class _YamlPath(ActionConfigFile):
 
     def __call__(self, parser, cfg, value, option_string=None):
         path = resolve_path(value, "--yaml_path")
-        read_yaml(path, [action.dest for action in parser._actions])
-        super().__call__(parser, cfg, str(path), option_string)
+        if read_yaml(path, [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML]):
+            super().__call__(parser, cfg, str(path), option_string)
 
 
 class _Parser(ArgumentParser):
@@ -168,30 +168,32 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
         UserError: unknown key or flag, a value out of range, an unreadable file.
         SystemExit: after --help and --print_config, with code 0.
     """
-    parser = _Parser(description=description, exit_on_error=True)
+    parser = _Parser(description=description, exit_on_error=True, allow_abbrev=False)
     parser.add_argument("--yaml_path", action=_YamlPath, help="YAML file with any of the keys below; flags win over it")
     for cls in classes:
         parser.add_class_arguments(cls)
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})
     values = parser.parse_args(_yaml_first(argv)).as_dict()
-    return [cls(**{f.name: _plain(values[f.name]) for f in fields(cls) if f.init}) for cls in classes]
+    return [cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init}) for cls in classes]
 
 
-def _plain(value: Any) -> Any:
+def _plain(cls: type, key: str, value: Any) -> Any:
     """A value of a restricted type (PositiveInt, ...) as the plain number or string, which YAML and pickles know."""
+    if value is None and type(None) not in get_args(get_type_hints(cls)[key]):
+        raise UserError(f"{key}: null is no value for this key; leave the key out to have its default")
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     return plain(value) if plain else value
 
 
 def _yaml_first(argv: Optional[Sequence[str]]) -> list[str]:
-    """The words with --yaml_path moved to the front: the parser lets the later one win, and flags must."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    at = next((i for i, word in enumerate(words) if word.partition("=")[0] == "--yaml_path"), None)
-    if at is None:
-        return words
-    end = at + (1 if "=" in words[at] else 2)
-    return words[at:end] + words[:at] + words[end:]
+    """The words with every --yaml_path moved to the front: the parser lets the later one win, and flags must."""
+    words, first, rest = list(sys.argv[1:] if argv is None else argv), [], []
+    while words:
+        taken = 2 if words[0] == "--yaml_path" else 1
+        (first if words[0].partition("=")[0] == "--yaml_path" else rest).extend(words[:taken])
+        del words[:taken]
+    return first + rest
 
 
 def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:

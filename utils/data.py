@@ -1,27 +1,23 @@
 """Data sets as two aligned tensors: images uint8 (N, 3, H, W) and labels int64 (N,).
 
 One `DATASETS` entry says all there is to know about a data set; nothing else in the project names one. Images are
-decoded and resized once (PIL bilinear, as the papers of this field do) and kept in `record/.cache/`.
+decoded and resized once (PIL bilinear, as the papers of this field do), in utils/decoding.py.
 """
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from utils.config import ROOT, DataConfig, UserError, candidate_paths, choose_by_name
+from utils.config import DataConfig, UserError, candidate_paths, choose_by_name
+from utils.decoding import class_folders, decode_files, files_by_class, resize_all
 
 log = logging.getLogger("dataelixir")
-CACHE = ROOT / "record" / ".cache"
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -139,67 +135,12 @@ def _load_from_any_place(info: DatasetInfo, config: DataConfig) -> Splits:
                         f"({str(error)[:120]}); get it from {info.url}") from None
 
 
-def _resized(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8 of an image file: RGB, PIL bilinear."""
-    image = image.convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def _from_arrays(images_hwc: np.ndarray, labels: Sequence[int], size: int) -> LabeledImages:
-    """LabeledImages of a uint8 (N, H, W, 3) array."""
-    images = np.asarray(images_hwc).transpose(0, 3, 1, 2)
-    if images.shape[-1] != size:
-        images = np.stack([_resized(Image.fromarray(image), size) for image in images_hwc])
-    return LabeledImages(torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(np.asarray(labels), dtype=torch.int64))
+def _labeled(images: np.ndarray, labels: Sequence[int]) -> LabeledImages:
+    return LabeledImages(torch.from_numpy(images), torch.tensor(np.asarray(labels), dtype=torch.int64))
 
 
 def _from_files(files: Sequence[tuple[str, int]], size: int) -> LabeledImages:
-    """LabeledImages of (path, label) pairs; decoded once, then read from the cache.
-
-    Raises:
-        UserError: a file that is not an image that PIL reads, by name.
-    """
-    cached = CACHE / f"{_fingerprint(files, size)}.npz"
-    if cached.exists():
-        with np.load(cached, allow_pickle=False) as content:
-            return LabeledImages(torch.from_numpy(content["images"]), torch.from_numpy(content["labels"]))
-    images = np.stack([_decoded(path, size) for path, _ in files])
-    labels = np.array([label for _, label in files], dtype=np.int64)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez(temporary, images=images, labels=labels)
-    os.replace(temporary, cached)
-    return LabeledImages(torch.from_numpy(images), torch.from_numpy(labels))
-
-
-def _decoded(path: str, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return _resized(image, size)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read ({str(error)[:80]}); repair or remove it") from None
-
-
-def _fingerprint(files: Sequence[tuple[str, int]], size: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    for path, label in files:
-        stat = os.stat(path)
-        digest.update(f"{os.path.abspath(path)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:24]
-
-
-def _files_by_class(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of every image below folder/<class>/, in sorted order."""
-    return [(str(path), label) for label, name in enumerate(classes)
-            for path in sorted((folder / name).rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
-
-
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        raise FileNotFoundError(folder)
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    return _labeled(decode_files(files, size), [label for _, label in files])
 
 
 def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +158,7 @@ def _load_digits(_: Path, config: DataConfig) -> Splits:
 
     digits = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    data = _from_arrays(np.repeat(grey[..., None], 3, axis=-1), digits.target, config.image_size)
+    data = _labeled(resize_all(np.repeat(grey[..., None], 3, axis=-1), config.image_size), digits.target)
     train, test = stratified_split(digits.target, 0.2)
     return Splits(data[torch.from_numpy(train)], data[torch.from_numpy(test)], tuple("0123456789"))
 
@@ -234,7 +175,7 @@ def _load_cifar(name: str, folder: Path, config: DataConfig) -> Splits:
     except RuntimeError:
         raise UserError(f"{roots[0] / cls.base_folder}: files are missing or damaged (checksum); "
                         "delete the folder and run again to download it") from None
-    train, test = (_from_arrays(part.data, part.targets, config.image_size) for part in parts)
+    train, test = (_labeled(resize_all(part.data, config.image_size), part.targets) for part in parts)
     return Splits(train, test, tuple(parts[0].classes))
 
 
@@ -248,8 +189,8 @@ def _load_gtsrb(folder: Path, config: DataConfig) -> Splits:
     table = base.parent / "GT-final_test.csv"
     if not archives or not table.exists():
         raise FileNotFoundError(base)
-    classes = _class_folders(archives[0])
-    train = _from_files(_files_by_class(archives[0], classes), config.image_size)
+    classes = class_folders(archives[0])
+    train = _from_files(files_by_class(archives[0], classes), config.image_size)
     rows = [line.strip().split(";") for line in table.read_text().splitlines()[1:]]
     images = base / "Final_Test" / "Images"
     test = _from_files([(str(images / row[0]), int(row[-1])) for row in rows if (images / row[0]).exists()], config.image_size)
@@ -260,11 +201,11 @@ def _load_gtsrb(folder: Path, config: DataConfig) -> Splits:
 def _load_imagefolder(folder: Path, config: DataConfig) -> Splits:
     """folder/train/<class>/* and folder/test/<class>/*, or folder/<class>/* split by test_fraction."""
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        classes = _class_folders(folder / "train")
-        parts = [_files_by_class(folder / part, classes) for part in ("train", "test")]
+        classes = class_folders(folder / "train")
+        parts = [files_by_class(folder / part, classes) for part in ("train", "test")]
     else:
-        classes = _class_folders(folder)
-        files = _files_by_class(folder, classes)
+        classes = class_folders(folder)
+        files = files_by_class(folder, classes)
         kept, split = stratified_split([label for _, label in files], config.test_fraction) if files else ([], [])
         parts = [[files[i] for i in kept], [files[i] for i in split]]
     if not parts[0] or not parts[1]:
