@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Optional, Sequence
 
 import torch
 
-from attack.poison import PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
+from attack.export import export_images
+from attack.poison import LabelMap, PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
 from attack.trigger import FitContext, Trigger
-from defense.run import Case, find_defense, load_case, run_defense, save_case
+from defense.run import Case, find_defense, load_case, run_defense, save_case, show_finished
 from utils import figures
 from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
@@ -29,11 +31,13 @@ class RunConfig:
         save_folder_name: folder for everything this run produces, below record/; by default ATTACK_DATASET.
         defense: name of a module of defense/ that gets the poisoned set.
         stop_after: end the run after this stage.
+        export: new folder for the poisoned training set as images, with its labels and, apart, the truth.
     """
 
     save_folder_name: Optional[str] = None
     defense: str = "dataelixir"
     stop_after: Literal["poison", "victim", "report"] = "report"
+    export: Optional[str] = None
 
 
 @command_line
@@ -46,25 +50,37 @@ def main(trigger_class: type[Trigger], argv: Optional[Sequence[str]] = None) -> 
     dataset = load_dataset(data_config)
     poison = replace(poison, attack=poison.attack or trigger.name)
     labels_to = label_map(trigger, poison, dataset.num_classes)
-    trigger = trigger.prepare(FitContext(dataset, labels_to.target, config.random_seed, config))
-    poisoned = poison_training_set(dataset.train, trigger, labels_to, poison, config.random_seed)
     module.check(config, dataset)
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
-    record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report"), data_config, poison, config, trigger))
+    record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None), data_config, poison, config, trigger))
     start_logging(record / "log.txt")
+    data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, config, dataset)
+    if run.export:
+        export_images(Path(run.export).expanduser(), data, truth, dataset.classes)
+    if show_finished(record):
+        return
+    if run.stop_after == "poison":
+        return
+    with record.stage("victim"):
+        victim = train_victim(data, config, dataset, record, triggered)
+    if run.stop_after == "victim":
+        return
+    run_defense(module, Case(trigger.name, data, truth, triggered, dataset, victim), config, record)
+
+
+def poisoned_case(record: Record, trigger: Trigger, labels_to: LabelMap, poison: PoisonConfig, config: TrainConfig,
+                  dataset: Dataset) -> tuple[LabeledImages, Truth, TriggeredImages]:
+    """What a defence may see and what only metrics may: from the record, or made now."""
+    if "poison" in record.finished():
+        return load_case(record)
     with record.stage("poison"):
+        trigger = trigger.prepare(FitContext(dataset, labels_to.target, config.random_seed, config))
+        poisoned = poison_training_set(dataset.train, trigger, labels_to, poison, config.random_seed)
         triggered = trigger_test_set(dataset.test, trigger, labels_to)
         truth = Truth(poisoned.original_labels, poisoned.poison_indicator, poisoned.roles == Role.COVER, labels_to.targets)
         save_case(record, poisoned.data, truth, triggered)
         write_trigger_sheet(record, dataset, triggered)
-    if run.stop_after == "poison":
-        return
-    with record.stage("victim"):
-        victim = train_victim(poisoned.data, config, dataset, record, triggered)
-    if run.stop_after == "victim":
-        return
-    run_defense(module, Case(trigger.name, poisoned.data, truth, triggered, dataset, victim), config, record)
-    module.clean_up(config, record)
+    return poisoned.data, truth, triggered
 
 
 def train_victim(data: LabeledImages, config: TrainConfig, dataset: Dataset, record: Record, triggered: TriggeredImages) -> Classifier:

@@ -100,8 +100,22 @@ def run_defense(module: ModuleType, case: Case, config: Any, record: Record) -> 
         write_figures(result, case, config, record)
     report = build_report(module.__name__.rsplit(".")[-1], result, case, config, record)
     write_json(record / "report.json", report)
+    module.clean_up(config, record)
     log.info(summary(report, record.path))
     return report
+
+
+def show_finished(record: Record) -> bool:
+    """Whether the record is complete already; if so, its result is shown again."""
+    file = record / "report.json"
+    if not file.exists():
+        return False
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        log.info("finished before: nothing to compute\n%s", summary(report, record.path))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: damaged; delete it to have it made again") from None
+    return True
 
 
 def write_product(result: Result, case: Case, config: Any, record: Record) -> None:
@@ -208,8 +222,8 @@ def main(name: str) -> None:
     record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
     record.claim({"defense": name, **keys})
     start_logging(record / "log.txt")
-    run_defense(module, load_whole_case(source, dataset, config), config, record)
-    module.clean_up(config, record)
+    if not show_finished(record):
+        run_defense(module, load_whole_case(source, dataset, config), config, record)
 
 
 def load_whole_case(record: Record, dataset: Dataset, config: Any) -> Case:

@@ -6,6 +6,7 @@ holds one block, and an interrupted purification goes on with the first block th
 """
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Iterator
 
@@ -62,7 +63,5 @@ class IntermediaryStore:
                 yield block["anomalous"][at], block["images"][at]
 
     def discard(self) -> None:
-        """Delete the files."""
-        for _, path in self._files().values():
-            path.unlink()
-        self.folder.rmdir()
+        """Delete the folder, with anything that a killed run left half-written in it."""
+        shutil.rmtree(self.folder)

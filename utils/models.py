@@ -102,11 +102,13 @@ def _timm_body(name: str) -> tuple[nn.Module, int]:
     import timm
 
     try:
-        body = timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError:
+        body = timm.create_model(name, pretrained=False, num_classes=0) if timm.is_model(name) else None
+    except RuntimeError:  # a known architecture with an unknown tag, such as resnet18.none
+        body = None
+    if body is None:
         known = [*MODELS, *timm.list_models()]
-        raise UserError(f"model: '{name}' is neither {', '.join(MODELS)} nor a timm model.{nearest(name, known)}") from None
-    return body, body.num_features
+        raise UserError(f"model: '{name}' is neither {', '.join(MODELS)} nor a timm model.{nearest(name, known)}")
+    return body, getattr(body, "head_hidden_size", body.num_features)  # of some, the head widens what it pools
 
 
 def save_classifier(model: Classifier, path: Path) -> None:

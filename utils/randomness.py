@@ -5,6 +5,7 @@ So batch size, order, resuming and the number of processes change nothing.
 from __future__ import annotations
 
 import zlib
+from typing import Callable
 
 import torch
 
@@ -24,3 +25,8 @@ def key_seed(*key: int | str) -> int:
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator for the stream that `key` names."""
     return torch.Generator(device=device).manual_seed(key_seed(*key))
+
+
+def per_sample(draw: Callable[[torch.Generator], torch.Tensor], index: torch.Tensor, *key: int | str) -> torch.Tensor:
+    """(B, ...): what `draw` takes from each sample's own stream, named by `key` and the sample's index; never empty."""
+    return torch.stack([draw(keyed_generator(*key, int(i))) for i in index])

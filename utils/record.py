@@ -106,11 +106,13 @@ class Record:
     def claim(self, config: dict[str, Any]) -> None:
         """Take the folder for this config: write config.yaml, or check that it was written by the same one.
 
+        A folder in which no stage was finished can be taken by any config.
+
         Raises:
             UserError: the folder belongs to another config; names the keys that differ.
         """
         file = self / "config.yaml"
-        if file.exists():
+        if file.exists() and self.finished():
             old = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             differing = [key for key in config if key not in RUNTIME_KEYS and old.get(key) != config[key]]
             if differing:

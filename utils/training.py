@@ -179,10 +179,14 @@ class Trainer:
     def _resume(self) -> None:
         if not self.checkpoint or not self.checkpoint.exists():
             return
-        state = torch.load(self.checkpoint, weights_only=True, map_location=self.model.device)
-        for part in ("model", "optimizer", "schedule", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
-        self.epochs_done = state["epochs_done"]
+        try:
+            state = torch.load(self.checkpoint, weights_only=True, map_location=self.model.device)
+            for part in ("model", "optimizer", "schedule", "scaler"):
+                getattr(self, part).load_state_dict(state[part])
+            self.epochs_done = state["epochs_done"]
+        except Exception as error:  # pickle, zipfile and torch each raise their own
+            raise UserError(f"{self.checkpoint}: cannot be continued from ({' '.join(str(error).split())[:120]}); "
+                            "delete it to train from the start") from None
         log.info("%s: continuing after epoch %d", self.stage, self.epochs_done)
 
 
