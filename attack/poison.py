@@ -119,22 +119,45 @@ def choose_poison(labels: Tensor, trigger: Trigger, labels_to: LabelMap, config:
     if count > len(candidates):
         raise UserError(f"pratio: {config.pratio:g} of {base} images are {count}, but the pool ({described}) holds {len(candidates)}; "
                         "lower pratio" + (" or set rate_of: target_class" if config.rate_of == "all" else ""))
-    order = torch.randperm(len(candidates), generator=keyed_generator(seed, trigger.name, "poison"))
-    return candidates[order[:count]].sort().values
+    return _draw(candidates, count, keyed_generator(seed, trigger.name, "poison"))
+
+
+def choose_cover(roles: Tensor, trigger: Trigger, seed: int) -> Tensor:
+    """Sorted indices int64 of the cover samples: exactly round(cross_ratio * poisoned), of any class, none of them poisoned.
+
+    Args:
+        roles: int64 (N,) of Role, with the poisoned samples in it.
+
+    Raises:
+        UserError: fewer samples than that are left.
+    """
+    poisoned, candidates = int((roles == Role.POISON).sum()), (roles == Role.CLEAN).nonzero().flatten()
+    wanted = trigger.cross_ratio * poisoned if poisoned else 0
+    if wanted > len(candidates):
+        raise UserError(f"cross_ratio: {trigger.cross_ratio:g} cover samples for each of {poisoned} poisoned are {wanted:.0f}, "
+                        f"but only {len(candidates)} images are left; lower cross_ratio or pratio")
+    return _draw(candidates, round(wanted), keyed_generator(seed, trigger.name, "cover"))
+
+
+def _draw(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return candidates[torch.randperm(len(candidates), generator=generator)[:count]].sort().values
 
 
 def poison_training_set(train: LabeledImages, trigger: Trigger, labels_to: LabelMap, config: PoisonConfig, seed: int) -> PoisonedDataset:
-    """The training set with the chosen samples triggered and relabelled; all others byte-identical.
+    """The training set with the chosen samples triggered and relabelled, and cover samples triggered; all others byte-identical.
 
     Raises:
         UserError: the pool is too small for the rate.
     """
+    images, labels, roles = train.images.clone(), train.labels.clone(), torch.full_like(train.labels, Role.CLEAN)
     chosen = choose_poison(train.labels, trigger, labels_to, config, seed)
-    images, labels, roles = train.images.clone(), train.labels.clone(), torch.zeros_like(train.labels)
     images[chosen] = trigger.apply(train.images[chosen], chosen, "train")
     labels[chosen] = labels_to(train.labels[chosen])
     roles[chosen] = Role.POISON
-    log.info("poisoned %d of %d training images", len(chosen), len(train))
+    cover = choose_cover(roles, trigger, seed)
+    images[cover] = trigger.apply_cover(train.images[cover], cover)
+    roles[cover] = Role.COVER
+    log.info("poisoned %d of %d training images%s", len(chosen), len(train), f", {len(cover)} more are cover" if len(cover) else "")
     return PoisonedDataset(LabeledImages(images, labels), train.labels, roles)
 
 

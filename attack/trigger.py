@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Optional
+from typing import Callable, ClassVar, Literal, Optional
 
 import torch
 from torch import Tensor
@@ -44,10 +44,12 @@ class Trigger:
     Class attributes:
         name: the attack's name in configs and records.
         label_mode: "dirty" changes labels to the target, "clean" poisons the target class and leaves labels alone.
+        cross_ratio: cover samples per poisoned sample; an attack that has them makes it a config field.
     """
 
     name: ClassVar[str] = ""
     label_mode: ClassVar[Literal["dirty", "clean"]] = "dirty"
+    cross_ratio: ClassVar[float] = 0.0
     fitted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def prepare(self, context: FitContext) -> "Trigger":
@@ -77,8 +79,21 @@ class Trigger:
         """
         raise NotImplementedError
 
-    @torch.no_grad()
+    def stamp_cover(self, x: Tensor, index: Tensor) -> Tensor:
+        """Put on training images what cover samples, which keep their labels, carry: the trigger, unless overridden."""
+        return self.stamp(x, index, "train")
+
     def apply(self, images: Tensor, index: Tensor, split: Split = "train") -> Tensor:
         """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) with the trigger; the input is left as it is."""
-        parts = [to_uint8(self.stamp(to_unit(x), i, split)) for x, i in zip(images.split(BATCH), index.split(BATCH))]
-        return torch.cat(parts) if parts else images.clone()
+        return _rounded(lambda x, i: self.stamp(x, i, split), images, index)
+
+    def apply_cover(self, images: Tensor, index: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) as cover samples; the input is left as it is."""
+        return _rounded(self.stamp_cover, images, index)
+
+
+@torch.no_grad()
+def _rounded(stamp: Callable[[Tensor, Tensor], Tensor], images: Tensor, index: Tensor) -> Tensor:
+    if not len(images):
+        return images.clone()
+    return torch.cat([to_uint8(stamp(to_unit(x), i)) for x, i in zip(images.split(BATCH), index.split(BATCH))])

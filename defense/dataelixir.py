@@ -154,8 +154,7 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:
-    is_target = torch.zeros(len(found.metric), dtype=torch.bool).index_fill(0, torch.tensor(found.targets, dtype=torch.int64), True)
-    draft = Draft.unchanged(data, first_verdicts(candidates.kind, data.labels, is_target))
+    draft = Draft.unchanged(data, first_verdicts(candidates.kind, data.labels, found.is_target))
     if config.index0 == "requantised":
         return replace(draft, images=requantised(data.images))
     return draft
@@ -175,10 +174,8 @@ def _trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Datas
 
 def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes: Tensor, found: Discrepancy, passes: int,
             selector: Selector) -> Result:
-    is_target = torch.zeros(len(found.metric), dtype=torch.bool)
-    is_target[list(found.targets)] = True
-    everything = torch.ones_like(draft.suspicious)
-    return Result(draft.rows(everything), draft.decisions(votes, is_target), model, stage1, found, votes, passes, selector.examples)
+    purified = LabeledImages(draft.images, draft.labels)
+    return Result(purified, draft.decisions(votes, found.is_target), model, stage1, found, votes, passes, selector.examples)
 
 
 def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, config: DataElixirConfig) -> None:

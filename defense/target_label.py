@@ -81,6 +81,13 @@ class Discrepancy:
     share: Tensor
     threshold: float
 
+    @property
+    def is_target(self) -> Tensor:
+        """bool (K,): whether a class is a detected target label."""
+        flags = torch.zeros(len(self.metric), dtype=torch.bool)
+        flags[list(self.targets)] = True
+        return flags
+
 
 def label_shares(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int,
                  evidence_prior: float) -> LabelShares:

@@ -1,4 +1,13 @@
-"""One thread: the networks of the tests are so small that several only wait for each other."""
+"""One thread: the networks of the tests are so small that several only wait for each other. Fits are kept for the session."""
+import pytest
 import torch
 
+from attack import fitting
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fits_of_this_session(tmp_path_factory):
+    """What attacks fit is kept apart from the record's cache, and never from an earlier session."""
+    fitting.FITTED = tmp_path_factory.mktemp("fitted")

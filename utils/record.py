@@ -22,6 +22,7 @@ from typing import Any, Iterator
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from utils.config import ROOT, UserError
 
@@ -34,15 +35,24 @@ PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
+
+    Raises:
+        UserError: the file could not be written (disk full, no permission).
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        temporary.chmod(0o644)
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap the system's error
+        raise UserError(f"{path}: could not be written ({' '.join(str(error).split())[:120]}); "
+                        "what is finished is kept, the same command goes on from there") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,0 +1,46 @@
+"""A poisoned training set as a folder of images, for other programs."""
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+from PIL import Image
+
+from utils.config import UserError
+from utils.data import LabeledImages
+from utils.metrics import Truth
+
+
+def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequence[str]) -> None:
+    """Write FOLDER/<given class>/<index>.png, manifest.csv (path, given label) and, apart, truth.csv; all of it or nothing.
+
+    Every class has a folder, also an empty one, so that labels can be read off the sorted names.
+
+    Raises:
+        UserError: the folder holds something already.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"export: {folder} holds something already; name a new or an empty folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        for name in classes:
+            (temporary / name).mkdir(parents=True)
+        paths = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(data.labels.tolist())]
+        for path, image in zip(paths, data.images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary / path)
+        _write_csv(temporary / "manifest.csv", ("path", "label"), zip(paths, data.labels.tolist()))
+        _write_csv(temporary / "truth.csv", ("path", "original_label", "poison", "cover"),
+                   zip(paths, truth.original_labels.tolist(), truth.poison.int().tolist(), truth.cover.int().tolist()))
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows(rows)

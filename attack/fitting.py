@@ -1,0 +1,175 @@
+"""What some attacks must fit before they can stamp: made once and kept, and the surrogate classifier that they fit on.
+
+Fitted tensors lie in record/.cache/fitted/ under a hash of everything they depend on: training images and labels,
+seed, recipe, the attack's keys and the code. A maker checks its own work and raises where it is not good enough, so
+that no dud is ever kept. FGSM training with a random start: Wong et al., "Fast is better than free", arXiv 2001.03994;
+with predicted labels: Kurakin et al., "Adversarial Machine Learning at Scale", arXiv 1611.01236.
+"""
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import time
+from dataclasses import replace
+from typing import Any, Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attack.trigger import FitContext
+from utils import models, training
+from utils.config import UserError, as_flat_dict
+from utils.data import LabeledImages
+from utils.decoding import CACHE
+from utils.models import Classifier, build_classifier
+from utils.randomness import key_seed, keyed_generator
+from utils.record import load_arrays, save_arrays
+from utils.training import Trainer, pick_device, predict
+
+log = logging.getLogger("dataelixir")
+FITTED = CACHE / "fitted"
+NO_INFLUENCE = ("device", "frequency_save", "epochs")    # keys of TrainConfig that no fit depends on
+Tensors = dict[str, Tensor]
+
+
+def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[[], Tensors]) -> Tensors:
+    """The tensors that `make` returns, from the cache where it has made them before.
+
+    Args:
+        name: whose tensors; begins the file's name.
+        keys: what they depend on besides the training set, the seed, the recipe and the code: attack keys, target.
+        make: called without arguments; raises UserError where its work is not good enough, and then nothing is kept.
+    """
+    recipe = {key: value for key, value in as_flat_dict(context.config).items() if key not in NO_INFLUENCE}
+    parts = {"data": _data_hash(context.dataset.train), "code": _code_hash(make), "seed": context.seed} | recipe | keys
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    file = FITTED / f"{name}-{digest[:24]}.npz"
+    if not file.exists():
+        started, tensors = time.monotonic(), make()
+        FITTED.mkdir(parents=True, exist_ok=True)
+        save_arrays(file, **tensors)
+        log.info("%s: fitted in %.0f s, kept as %s", name, time.monotonic() - started, file.name)
+    return load_arrays(file)
+
+
+def _data_hash(data: LabeledImages) -> str:
+    digest = hashlib.sha256(str(tuple(data.images.shape)).encode())
+    for tensor in (data.images, data.labels):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _code_hash(make: Callable) -> str:
+    """A hash of the source of the maker's module and of the modules that all makers use."""
+    sources = [inspect.getsource(module) for module in (inspect.getmodule(make), inspect.getmodule(cached), models, training)]
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+
+
+def require(name: str, good: bool, figures: str, advice: str) -> None:
+    """Log a fit's figures, or refuse a fit that is not `good` with them and what to change.
+
+    Raises:
+        UserError: not good.
+    """
+    if not good:
+        raise UserError(f"{name}: the fit is not good enough to be used ({figures}); {advice}")
+    log.info("%s: %s", name, figures)
+
+
+def fit_split(context: FitContext, limit: int) -> tuple[LabeledImages, LabeledImages]:
+    """At most `limit` training images to fit on, and a quarter as many others to check on; the same for every attack."""
+    train = context.dataset.train
+    count = min(limit, len(train) * 4 // 5)
+    order = torch.randperm(len(train), generator=keyed_generator(context.seed, "fit"))
+    return train[order[:count]], train[order[count:count + max(1, count // 4)]]
+
+
+def batches(data: LabeledImages, size: int, *key: int | str) -> Iterator[LabeledImages]:
+    """One pass over `data` in an order that `key` names; an incomplete last batch is dropped unless it is the only one."""
+    size = min(size, len(data))
+    for batch in torch.randperm(len(data), generator=keyed_generator(*key))[: len(data) - len(data) % size].split(size):
+        yield data[batch]
+
+
+def surrogate(context: FitContext, images: int, epochs: int, eps: float = 0.0) -> Classifier:
+    """A classifier like the victim but with weights of its own, trained on clean images; in eval mode, frozen.
+
+    Args:
+        images: it is trained on `fit_split(context, images)`.
+        eps: above 0 it is trained to withstand changes of that much per pixel (of [0, 1] images).
+
+    Raises:
+        UserError: it has learned next to nothing.
+    """
+    config, dataset = replace(context.config, epochs=epochs, frequency_save=0), context.dataset
+    build = lambda: build_classifier(config.model, dataset.num_classes, dataset.info, (context.seed, "surrogate"))
+    device = pick_device(config.device)
+
+    def make() -> Tensors:
+        model, (fit, held_out) = build().to(device), fit_split(context, images)
+        if eps:
+            harden(model, eps, context.seed)
+        Trainer(model, config, "surrogate", dataset.info.flip).fit(fit)
+        accuracy = (predict(model, held_out.images) == held_out.labels).double().mean().item()
+        require("surrogate", accuracy >= min(0.5, 3 / dataset.num_classes), f"{accuracy:.3f} of {len(held_out)} held-out images are classified right",
+                "raise surrogate_epochs or fit_images, or change lr")
+        return {key: value.cpu() for key, value in model.state_dict().items()}
+
+    model = build()
+    model.load_state_dict(cached("surrogate", context, {"epochs_fit": epochs, "images": images, "eps": eps}, make))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def harden(model: Classifier, eps: float, seed: int) -> None:
+    """From now on, replace what `model` sees in training by its FGSM neighbour: a random start within eps, one step of 1.25 eps.
+
+    The step leads away from the class that the model reads, so that no labels are needed here.
+    """
+    generator, busy = keyed_generator(seed, "fgsm"), False
+
+    def perturbed(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        nonlocal busy
+        if busy or not module.training:
+            return None
+        busy, x = True, inputs[0]
+        start = (torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1) * eps
+        noisy = (x + start).clamp(0, 1).requires_grad_()
+        logits = module(noisy).float()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), noisy)
+        busy = False
+        return ((x + (start + 1.25 * eps * gradient.sign()).clamp(-eps, eps)).clamp(0, 1).detach(),)
+
+    model.register_forward_pre_hook(perturbed)
+
+
+def fresh(make: Callable[[], nn.Module], *key: int | str) -> nn.Module:
+    """The network `make()`, initialised the same for the same key whatever ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(key_seed(*key))
+        return make()
+
+
+def network(make: Callable[[], nn.Module], weights: Tensors, prefix: str) -> nn.Module:
+    """The network `make()` with the weights whose names begin with `prefix.`, in eval mode."""
+    with torch.device("meta"):
+        net = make()
+    net.load_state_dict({key.removeprefix(f"{prefix}."): value for key, value in weights.items() if key.startswith(f"{prefix}.")}, assign=True)
+    return net.eval()
+
+
+def weights_of(**networks: nn.Module) -> Tensors:
+    """The state of several networks under `name.key`, as `network` reads it."""
+    return {f"{name}.{key}": value.cpu() for name, net in networks.items() for key, value in net.state_dict().items()}
+
+
+def one_by_one(function: Callable[..., Tensor], *batched: Tensor) -> Tensor:
+    """`function` of batches of one: the bytes of a convolution depend on how many images it is given at once."""
+    return torch.cat([function(*(tensor[i:i + 1] for tensor in batched)) for i in range(len(batched[0]))])
+
+
+def straight_through(x: Tensor) -> Tensor:
+    """[0, 1] floats as a uint8 image would hold them; gradients pass as if nothing had happened."""
+    return x + (x.clamp(0, 1).mul(255).round() / 255 - x).detach()

@@ -1,0 +1,41 @@
+"""SIG: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning", arXiv 1902.11237.
+
+X' = X + D sin(2 pi j f / W): vertical stripes, the same in every row and channel, on images of the target class only.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attack.run import main
+from attack.trigger import Trigger
+from utils.config import PositiveFloat
+
+
+@dataclass(frozen=True)
+class Sig(Trigger):
+    """SIG: a sinusoid over the columns, with clean labels.
+
+    Args:
+        delta_train: amplitude D in poisoned training images, in levels of 255.
+        delta_test: amplitude D in triggered test images.
+        sig_f: periods f over the width W of an image.
+    """
+
+    name: ClassVar[str] = "sig"
+    label_mode: ClassVar[str] = "clean"
+    delta_train: PositiveFloat = 40.0
+    delta_test: PositiveFloat = 40.0
+    sig_f: PositiveFloat = 6.0
+
+    def stamp(self, x, index, split):
+        width = x.shape[-1]
+        wave = torch.sin(2 * math.pi * self.sig_f / width * torch.arange(width, dtype=torch.float64)).float()
+        return x + (self.delta_train if split == "train" else self.delta_test) / 255 * wave
+
+
+if __name__ == "__main__":
+    main(Sig)

@@ -1,0 +1,171 @@
+"""SSBA (ISSBA): Li et al., "Invisible Backdoor Attack with Sample-Specific Triggers", arXiv 2012.03816.
+
+x' = x + E(x, s): an encoder hides one fixed string of bits s in every poisoned image, as a residual that depends on
+the image. Encoder E and decoder D are trained on clean images and random bits, through rounding to uint8: first for
+the bits alone, then bits + L2 + (1 - SSIM), with the L2 weight raised until the images are good enough.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attack.fitting import batches, cached, fit_split, fresh, network, one_by_one, require, straight_through, weights_of
+from attack.run import main
+from attack.trigger import FitContext, Trigger
+from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
+from utils.data import to_unit
+from utils.randomness import keyed_generator
+from utils.training import pick_device
+
+BATCH = 16
+
+
+class Encoder(nn.Module):
+    """A U-Net on the image and a picture of the bits: x (B, 3, S, S) in [0, 1], bits (B, L) of 0 and 1 -> residual within +-limit."""
+
+    def __init__(self, side: int, bits: int, width: int, limit: float):
+        super().__init__()
+        self.limit, sizes = limit, [width, width, 2 * width, 4 * width, 8 * width]
+        self.picture = nn.Linear(bits, 3 * side * side)
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, 1 if level == 0 else 2, 1) for level, (i, o) in enumerate(zip([6, *sizes], sizes)))
+        self.up = nn.ModuleList(nn.Conv2d(i, o, 3, 1, 1) for i, o in zip(sizes[:0:-1], sizes[-2::-1]))
+        self.join = nn.ModuleList(nn.Conv2d(2 * o, o, 3, 1, 1) for o in sizes[-2::-1])
+        self.last = nn.Conv2d(width + 6, 3, 3, 1, 1)
+
+    def forward(self, x: Tensor, bits: Tensor) -> Tensor:
+        start = torch.cat([x - 0.5, self.picture(2 * bits - 1).view_as(x)], 1)
+        levels = [start]
+        for conv in self.down:
+            levels.append(F.relu(conv(levels[-1])))
+        out = levels.pop()
+        for up, join, skip in zip(self.up, self.join, levels[:0:-1]):
+            out = F.relu(up(F.interpolate(out, size=skip.shape[-2:])))
+            out = F.relu(join(torch.cat([out, skip], 1)))
+        return self.limit * torch.tanh(self.last(torch.cat([out, start], 1)))
+
+
+class Decoder(nn.Module):
+    """Seven convolutions down to a few pixels, and two dense layers: [0, 1] (B, 3, S, S) -> logits of the bits (B, L)."""
+
+    def __init__(self, side: int, bits: int, width: int):
+        super().__init__()
+        sizes, strides = [width, width, 2 * width, 2 * width, 2 * width, 4 * width, 4 * width], [2, 1, 2, 1, 2, 2, 2]
+        convs = [layer for i, o, stride in zip([3, *sizes], sizes, strides) for layer in (nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())]
+        self.body = nn.Sequential(*convs, nn.Flatten(), nn.Linear(sizes[-1] * (-(-side // 32)) ** 2, 512), nn.ReLU(), nn.Linear(512, bits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x - 0.5)
+
+
+@dataclass(frozen=True)
+class SampleSpecific(Trigger):
+    """SSBA: the same hidden bits in every poisoned image, by a residual of its own for each.
+
+    Args:
+        ssba_bits: length of the hidden string, which the seed draws.
+        ssba_limit: bound of the residual per pixel, of [0, 1].
+        ssba_width: channels of the first level of encoder and decoder; 32 is the published size, 16 four times cheaper.
+        ssba_epochs: passes over fit_images.
+        ssba_warmup: how many of them train for the bits alone.
+        ssba_lr: learning rate of Adam.
+        ssba_psnr: quality of the images in dB that the training steers to; more than 2 dB less are refused.
+        fit_images: training images that encoder and decoder are trained on; 5000 keep a CPU at minutes.
+    """
+
+    name: ClassVar[str] = "ssba"
+    ssba_bits: PositiveInt = 20
+    ssba_limit: Fraction = 0.12
+    ssba_width: PositiveInt = 32
+    ssba_epochs: PositiveInt = 20
+    ssba_warmup: PositiveInt = 2
+    ssba_lr: PositiveFloat = 2e-3
+    ssba_psnr: PositiveFloat = 30.0
+    fit_images: PositiveInt = 5000
+
+    def prepare(self, context):
+        return self.with_fitted(**cached(self.name, context, as_flat_dict(self), lambda: self._train(context).fitted))
+
+    def stamp(self, x, index, split):
+        encoder = network(lambda: self._encoder(x.shape[-1]), self.fitted, "encoder")
+        return x + one_by_one(lambda image: encoder(image, self.fitted["secret"][None]), x)
+
+    def read(self, images: Tensor) -> Tensor:
+        """The bits (N, L), 0 or 1, that the decoder finds in uint8 images (N, 3, S, S)."""
+        decoder = network(lambda: self._decoder(images.shape[-1]), self.fitted, "decoder")
+        with torch.no_grad():
+            return one_by_one(decoder, to_unit(images)).gt(0).float()
+
+    def _encoder(self, side: int) -> Encoder:
+        return Encoder(side, self.ssba_bits, self.ssba_width, self.ssba_limit)
+
+    def _decoder(self, side: int) -> Decoder:
+        return Decoder(side, self.ssba_bits, self.ssba_width)
+
+    def _random_bits(self, count: int, *key: int | str) -> Tensor:
+        return torch.randint(0, 2, (count, self.ssba_bits), generator=keyed_generator(*key)).float()
+
+    def _train(self, context: FitContext) -> "SampleSpecific":
+        """The trigger with a secret, an encoder and a decoder that have passed the check."""
+        data, held_out = fit_split(context, self.fit_images)
+        key, device, side = (context.seed, self.name), pick_device(context.config.device), data.images.shape[-1]
+        secret = self._random_bits(1, *key, "secret")[0]
+        encoder = fresh(lambda: self._encoder(side), *key, "encoder").to(device)
+        decoder = fresh(lambda: self._decoder(side), *key, "decoder").to(device)
+        adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], self.ssba_lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.ssba_epochs)
+        weight, ready = 1.0, self
+        for epoch in range(self.ssba_epochs):
+            for number, batch in enumerate(batches(data, BATCH, *key, epoch)):
+                x, bits = to_unit(batch.images.to(device)), self._random_bits(len(batch), *key, epoch, number).to(device)
+                loss = hiding_loss(encoder, decoder, x, bits, weight if epoch >= self.ssba_warmup else 0.0)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            schedule.step()
+            ready = self.with_fitted(secret=secret, **weights_of(encoder=encoder, decoder=decoder))
+            if epoch >= self.ssba_warmup:
+                weight *= self._correction(held_out.images[:256], ready)
+        ready._check(held_out.images)
+        return ready
+
+    def _correction(self, images: Tensor, ready: "SampleSpecific") -> float:
+        """Factor for the weight of the images' quality that brings it to ssba_psnr, whether it is too low or too high."""
+        excess = psnr(images, ready.apply(images, torch.arange(len(images)))) - self.ssba_psnr
+        return 10 ** (-max(-5.0, min(5.0, excess)) / 10)
+
+    def _check(self, images: Tensor) -> None:
+        hidden = self.apply(images, torch.arange(len(images)))
+        right, quality = self.read(hidden).eq(self.fitted["secret"]).double().mean().item(), psnr(images, hidden)
+        require(self.name, right >= 0.99 and quality >= self.ssba_psnr - 2,
+                f"{right:.4f} of the bits are read from held-out images, at least 0.99 should be; PSNR {quality:.1f} dB, "
+                f"at least {self.ssba_psnr - 2:g} needed", "raise ssba_epochs, ssba_warmup or ssba_width, or lower ssba_psnr or ssba_bits")
+
+
+def hiding_loss(encoder: Encoder, decoder: Decoder, x: Tensor, bits: Tensor, weight: float) -> Tensor:
+    """1.5 BCE(bits) + weight (2 L2 + 1.5 (1 - SSIM)) of images in [0, 1]; weight 0 trains for the bits alone."""
+    seen = straight_through(x + encoder(x, bits))
+    loss = 1.5 * F.binary_cross_entropy_with_logits(decoder(seen), bits)
+    return loss + weight * (2 * F.mse_loss(seen, x) + 1.5 * (1 - ssim(seen, x))) if weight else loss
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean structural similarity of [0, 1] images (B, 3, S, S) over windows of 7x7 pixels."""
+    mean = lambda t: F.avg_pool2d(t, 7, 1)
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    return ((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))).mean()
+
+
+def psnr(clean: Tensor, changed: Tensor) -> float:
+    """Mean over uint8 images (N, 3, S, S), in dB; 99 where nothing changed."""
+    error = (clean.double() - changed.double()).square().mean((1, 2, 3))
+    return (20 * math.log10(255) - 10 * error.clamp_min(1e-5).log10()).clamp_max(99).mean().item()
+
+
+if __name__ == "__main__":
+    main(SampleSpecific)

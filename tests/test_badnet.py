@@ -1,0 +1,129 @@
+"""BadNets: exactly the patch's pixels change, for the built-in patches and for mask files."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attack.badnet import PATCHES, BadNet, patch_on
+from tests.toys import fit_context, random_images
+from utils import config
+from utils.config import UserError
+
+YELLOW, MAGENTA, CYAN, GREY = (255, 255, 0), (255, 0, 255), (0, 255, 255), (122, 122, 122)
+
+
+def images(n=20, side=32, seed=0):
+    """Random images without the grey levels of the patches, so that every stamped pixel is seen to change."""
+    return random_images(n, 3, side, side, seed=seed) % 100 + 5
+
+
+def ready(side=32, **keys):
+    return BadNet(**keys).prepare(fit_context(side))
+
+
+def stamped(trigger, x, index=None):
+    return trigger.apply(x, torch.arange(len(x)) if index is None else index, "train")
+
+
+def changed_pixels(before, after):
+    """bool (H, W), the same for all images."""
+    changed = (before != after).any(dim=1)
+    assert (changed == changed[:1]).all()
+    return changed[0]
+
+
+def corner(side, size):
+    mask = torch.zeros(side, side, dtype=torch.bool)
+    mask[-size:, -size:] = True
+    return mask
+
+
+@pytest.mark.parametrize("side", [8, 28, 32, 64])
+@pytest.mark.parametrize(("name", "size"), [("white3x3", 3), ("color4x4", 4)])
+def test_exactly_the_corner_changes_to_one_constant_patch(name, size, side):
+    x = images(side=side)
+    out = stamped(ready(side, patch_mask_path=name), x)
+    assert out.dtype == torch.uint8 and torch.equal(changed_pixels(x, out), corner(side, size))
+    assert (out[..., -size:, -size:] == out[:1, :, -size:, -size:]).all()
+    assert torch.equal(x, images(side=side))
+
+
+def test_the_colours_of_the_patches():
+    white = stamped(ready(), images())[0, :, -3:, -3:]
+    assert (white == 255).all()
+    colours = stamped(ready(patch_mask_path="color4x4"), images())[0, :, -4:, -4:].permute(1, 2, 0)
+    expected = [[YELLOW, MAGENTA], [CYAN, GREY]]
+    for row in range(4):
+        for column in range(4):
+            assert tuple(colours[row, column].tolist()) == expected[row // 2][column // 2]
+
+
+def test_zero_channels_let_the_image_through_only_if_asked_for():
+    x = images()
+    through, opaque = (stamped(ready(patch_mask_path="color4x4", transparent_zero=flag), x)[..., -4:, -4:] for flag in (True, False))
+    source = x[..., -4:, -4:]
+    for channel, rows, columns in ((2, slice(0, 2), slice(0, 2)), (1, slice(0, 2), slice(2, 4)), (0, slice(2, 4), slice(0, 2))):
+        assert torch.equal(through[:, channel, rows, columns], source[:, channel, rows, columns])
+        assert (opaque[:, channel, rows, columns] == 0).all()
+    solid = opaque > 0
+    assert torch.equal(through[solid], opaque[solid])
+
+
+@pytest.mark.parametrize("name", list(PATCHES))
+def test_bytes_do_not_depend_on_batch_order_or_state(monkeypatch, name):
+    x, order = images(130), torch.randperm(130)
+    trigger = ready(patch_mask_path=name)
+    whole = stamped(trigger, x)
+    for batch in (1, 64):
+        monkeypatch.setattr("attack.trigger.BATCH", batch)
+        assert torch.equal(stamped(trigger, x[order], order), whole[order])
+    assert torch.equal(stamped(trigger, whole), whole)    # putting it on twice changes nothing
+    assert torch.equal(trigger.apply(x, torch.arange(130), "test"), whole)
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_mask_file_is_the_patch(tmp_path, alpha):
+    pixels = np.zeros((32, 32, 4 if alpha else 3), np.uint8)
+    pixels[2:5, 10:14, :3] = (9, 200, 0)
+    pixels[20, 20, :3] = (1, 0, 0)
+    if alpha:
+        pixels[2:5, 10:14, 3], pixels[20, 20, 3] = 255, 128
+        pixels[30:, 30:, :3] = 77    # coloured, but wholly transparent
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    x = images()
+    out = stamped(ready(patch_mask_path=str(tmp_path / "mask.png")), x)
+    expected = torch.zeros(32, 32, dtype=torch.bool)
+    expected[2:5, 10:14] = expected[20, 20] = True
+    assert torch.equal(changed_pixels(x, out), expected)
+    assert (out[:, :, 2:5, 10:14] == torch.tensor([9, 200, 0])[:, None, None]).all() and (out[:, :, 20, 20] == torch.tensor([1, 0, 0])).all()
+
+
+def test_a_mask_of_another_size_is_scaled_without_new_colours(tmp_path):
+    small = np.zeros((8, 8, 3), np.uint8)
+    small[7, 7] = (10, 20, 30)
+    Image.fromarray(small).save(tmp_path / "mask.png")
+    pattern, mask = patch_on(32, str(tmp_path / "mask.png"))
+    assert torch.equal(mask[0], corner(32, 4)) and (pattern[:, mask[0]] == torch.tensor([10, 20, 30])[:, None]).all()
+
+
+def test_a_mask_path_is_tried_relative_to_attack(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "SCRIPTS", tmp_path / "attack")
+    Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(tmp_path / "mask.png")
+    monkeypatch.chdir("/")
+    assert patch_on(4, "../mask.png")[1].all()
+
+
+def test_unusable_masks_are_refused_in_words(tmp_path):
+    with pytest.raises(UserError, match="patch_mask_path: nothing found at .*built-in patches: white3x3, color4x4"):
+        ready(patch_mask_path="white3")
+    (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "black.png")
+    for name, words in (("text.png", "is not an image"), ("black.png", "black all over"), (".", "is not an image")):
+        with pytest.raises(UserError, match=f"patch_mask_path: .*{words}"):
+            ready(patch_mask_path=str(tmp_path / name))
+
+
+def test_preparing_leaves_the_config_as_it_was():
+    plain = BadNet(patch_mask_path="color4x4")
+    prepared = plain.prepare(fit_context(32))
+    assert plain.fitted == {} and set(prepared.fitted) == {"pattern", "mask"} and prepared == plain

@@ -1,0 +1,237 @@
+"""DataElixir end to end on a toy whose truth is known, and what must not depend on that truth."""
+import ast
+import csv
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from defense import dataelixir, purifier
+from defense.dataelixir import DataElixirConfig, defend, self_agreement
+from defense.purifier import requantised
+from defense.run import Case, run_defense
+from defense.verdict import Verdict
+from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
+from utils import record as record_module
+from utils.metrics import Truth
+from utils.record import Record
+
+CONFIG = DataElixirConfig(model="preactresnet_small", epochs=1, batch_size=16, ft_lr=0.001, steps_T=20, rounds_n=4, last_steps_m=4, purify_batch_size=13,
+                          threshold_tau=4, device="cpu", amp=False, random_seed=1)
+DATASET = toy_dataset()
+POISONED, TRUTH, TRIGGERED = poisoned_toy(DATASET)
+
+
+class PartialDenoiser(FlatDenoiser):
+    """Removes the corner of class 2 at once, of class 1 in round 2, of class 3 in round 4, and never that of class 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.round = 0
+
+    def forward(self, x, t):
+        self.round += int(t[0]) == CONFIG.steps_T - 1
+        noise = super().forward(x, t)
+        clean = (x - (1 - self.ab(t)) ** 0.5 * noise) / self.ab(t) ** 0.5
+        lasts = torch.tensor([0, 1, 0, 3, 99])[self.classes(x, t)] >= (self.round - 1) % CONFIG.rounds_n + 1
+        bright = x[..., -CORNER:, -CORNER:].mean(dim=(1, 2, 3)) / self.ab(t) ** 0.5 > 0.9
+        clean[..., -CORNER:, -CORNER:] = torch.where((lasts & bright).view(-1, 1, 1, 1), 1.0, clean[..., -CORNER:, -CORNER:])
+        return (x - self.ab(t) ** 0.5 * clean) / (1 - self.ab(t)) ** 0.5
+
+    def ab(self, t):
+        return purifier.Sampler(None).schedule.alpha_bar(int(t[0]))
+
+    def classes(self, x, t):
+        levels = PatchReader().levels * 2 - 1
+        return (body_level(x)[:, None] / self.ab(t) ** 0.5 - levels).abs().argmin(1)
+
+
+class Reader(PatchReader):
+    """A benign model: never looks at the corner."""
+
+    def forward(self, x):
+        return -(body_level(x)[:, None] - self.levels).abs()
+
+
+class SpyTrainer:
+    """Takes the place of training: notes what was asked for, leaves the model as it is."""
+
+    seen = []
+
+    def __init__(self, model, config, stage, flip, checkpoint=None):
+        self.model, self.config, self.stage = model, config, stage
+
+    def fit(self, data, observer=None):
+        SpyTrainer.seen.append((self.stage, self.config.lr, self.config.epochs, data))
+        return self.model
+
+
+@pytest.fixture(autouse=True)
+def toy_world(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_module, "RECORDS", tmp_path)
+    use_denoiser(monkeypatch, FlatDenoiser())
+
+
+def use_denoiser(monkeypatch, denoiser):
+    monkeypatch.setattr(dataelixir, "open_denoiser", lambda config, resolution, dataset: denoiser)
+
+
+def run(config=CONFIG, data=POISONED, name="run", victim=None):
+    return defend(data, (victim or PatchReader()).eval(), config, DATASET, Record(name))
+
+
+def spied(monkeypatch, config=CONFIG, denoiser=None):
+    """The result with the partial denoiser, and the training sets that were asked for, by stage."""
+    use_denoiser(monkeypatch, denoiser or PartialDenoiser())
+    monkeypatch.setattr(dataelixir, "Trainer", SpyTrainer)
+    monkeypatch.setattr(dataelixir, "build_classifier", lambda name, classes, info, seed: Reader())
+    SpyTrainer.seen = []
+    result = run(replace(config, purify_batch_size=1000))
+    return result, {stage: (lr, epochs, data) for stage, lr, epochs, data in SpyTrainer.seen}
+
+
+def rows(data):
+    """The set as a sorted list of (label, pixels)."""
+    return sorted((label, image.numpy().tobytes()) for label, image in zip(data.labels.tolist(), data.images))
+
+
+def test_poison_is_found_relabelled_and_cleaned_and_nothing_else_is_touched():
+    result = run()
+    changed, benign = result.purified.labels != POISONED.labels, ~TRUTH.poison
+    assert result.discrepancy.targets == (0,) and torch.equal(changed, TRUTH.poison)
+    assert torch.equal(result.purified.labels, TRUTH.original_labels)
+    assert torch.equal(result.purified.images[benign], POISONED.images[benign])
+    assert (result.purified.images[~benign, :, -CORNER:, -CORNER:] < 230).all()
+    assert torch.equal(result.decisions.verdict == Verdict.POISONED, TRUTH.poison)
+    assert torch.equal(result.votes[:, 0], POISONED.labels) and (result.votes[:, 1:] == TRUTH.original_labels[:, None]).all()
+    assert result.unet_passes == len(POISONED) * 4 * 20 and not result.model.training and result.stage1 is not result.model
+
+
+def test_another_target_is_found_too():
+    data, truth, _ = poisoned_toy(DATASET, target=3)
+    result = run(data=data, victim=PatchReader(3))
+    assert result.discrepancy.targets == (3,) and torch.equal(result.purified.labels, truth.original_labels)
+
+
+def test_without_a_backdoor_the_set_stays_and_the_victim_is_the_model():
+    victim = PatchReader()
+    result = run(data=DATASET.train, victim=victim)
+    assert result.discrepancy.targets == () and result.model is victim and result.stage1 is None
+    assert torch.equal(result.purified.images, DATASET.train.images) and torch.equal(result.purified.labels, DATASET.train.labels)
+    assert (result.decisions.verdict == Verdict.BENIGN).all() and (Record("run") / "benign.safetensors").exists()
+
+
+@pytest.mark.parametrize("conform", [False, True])
+def test_each_kind_of_poison_goes_its_way(monkeypatch, conform):
+    """Class 1: consensus; 2: transition; 3: suspicious without consensus; 4: the trigger survives."""
+    result, stages = spied(monkeypatch, replace(CONFIG, conform=conform, ft_epochs=7))
+    assert result.discrepancy.targets == (0,)
+    of = lambda k: TRUTH.poison & (TRUTH.original_labels == k)
+    expected = {1: Verdict.SUSPICIOUS, 2: Verdict.POISONED, 3: Verdict.SUSPICIOUS, 4: Verdict.BENIGN}
+    assert all((result.decisions.verdict[of(k)] == verdict).all() for k, verdict in expected.items())
+    assert (result.decisions.verdict[~TRUTH.poison] == Verdict.BENIGN).all()
+    assert torch.equal(result.purified.labels, torch.where(of(4), 0, TRUTH.original_labels))
+    settled, consensus = ~(of(1) | of(3)), ~of(3)
+    lr, epochs, stage1 = stages["benign_stage1"]
+    assert (lr, epochs) == (CONFIG.lr, CONFIG.epochs) and rows(stage1) == rows(result.purified[settled])
+    lr, epochs, stage2 = stages["benign"]
+    assert (lr, epochs) == (CONFIG.ft_lr, 7) and rows(stage2) == rows(result.purified[consensus])
+
+
+def test_conform_requantises_every_image_that_stays_and_overrides_the_switches(monkeypatch):
+    result, _ = spied(monkeypatch, replace(CONFIG, conform=True))
+    stays = result.decisions.column == 0
+    assert torch.equal(result.purified.images[stays], requantised(POISONED.images[stays])) and stays.sum() > 40
+    assert not torch.equal(result.purified.images[stays], POISONED.images[stays])
+    resolved = replace(CONFIG, conform=True, ssim="channel", sampler="ddim", amp=True).resolved()
+    assert (resolved.ssim, resolved.sampler, resolved.amp, resolved.noise_index, resolved.evidence_prior) == ("volume", "ancestral", False, "T", 0)
+    assert (resolved.outliers, resolved.quantise, resolved.original_eligible, resolved.relabel_source) == ("two_sided", "truncate", True, "raw")
+    assert CONFIG.resolved() is CONFIG
+
+
+def test_conform_trains_even_where_no_target_is_found(monkeypatch):
+    monkeypatch.setattr(dataelixir, "Trainer", SpyTrainer)
+    SpyTrainer.seen = []
+    result = run(replace(CONFIG, conform=True), DATASET.train)
+    assert result.discrepancy.targets == () and [(stage, len(data)) for stage, *_, data in SpyTrainer.seen] == [("benign_stage1", 60), ("benign", 60)]
+    assert torch.equal(result.purified.labels, DATASET.train.labels)
+
+
+def test_fine_tuning_starts_from_the_first_model_and_leaves_it_alone():
+    result = run()
+    first, second = result.stage1.state_dict(), result.model.state_dict()
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    distance = sum(float((first[key].float() - second[key].float()).norm()) for key in first if "conv" in key)
+    size = sum(float(first[key].norm()) for key in first if "conv" in key)
+    assert distance < 0.05 * size    # a small step at ft_lr, no fresh start
+
+
+def interrupt(monkeypatch, module, name, number):
+    """Raise in the `number`th call of module.name; returns the list of calls."""
+    calls, original = [], getattr(module, name)
+
+    def wrapped(*words, **keys):
+        calls.append(words)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return original(*words, **keys)
+
+    monkeypatch.setattr(module, name, wrapped)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "number", "blocks_left"), [("predict", 3, 3), ("target_labels", 1, 0), ("save_classifier", 1, 0), ("save_classifier", 2, 0)])
+def test_an_interrupted_defence_goes_on_to_the_same_result(monkeypatch, name, number, blocks_left):
+    whole = run(name="whole")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, dataelixir, name, number)
+        run(name="parts")
+    purified = interrupt(monkeypatch, purifier.Purifier, "intermediaries", 0)
+    parts = run(name="parts")
+    assert len(purified) == blocks_left
+    for key in ("images", "labels"):
+        assert torch.equal(getattr(parts.purified, key), getattr(whole.purified, key))
+    assert all(torch.equal(a, b) for a, b in zip(parts.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def case(truth):
+    return Case("toy", POISONED, truth, TRIGGERED, DATASET, PatchReader().eval())
+
+
+def test_the_truth_changes_the_report_and_nothing_else(tmp_path, monkeypatch):
+    false = Truth(TRUTH.original_labels.flip(0), ~TRUTH.poison, TRUTH.poison.roll(1) & TRUTH.poison, [4])
+    for name, truth in (("true", TRUTH), ("false", false)):
+        use_denoiser(monkeypatch, FlatDenoiser())
+        run_defense(dataelixir, case(truth), CONFIG, Record(name))
+    for file in ("purified.npz", "votes.npz"):
+        true, other = (np.load(tmp_path / name / file) for name in ("true", "false"))
+        assert true.files == other.files and all(np.array_equal(true[key], other[key]) for key in true.files)
+    for file in ("decisions.csv", "benign.safetensors"):
+        assert (tmp_path / "true" / file).read_bytes() == (tmp_path / "false" / file).read_bytes()
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("true", "false")]
+    assert [report["detection"]["tpr"] for report in reports] == [1, 0] and reports[0]["detection"]["fpr"] == 0
+    assert reports[0]["relabel"] == {"accuracy_on_poison": 1, "label_accuracy": 1, "collateral": 0}
+    assert reports[0]["target_labels"] == {"detected": [0], "true": [0]} and reports[0]["rounds"][-1] == {"clean_prediction_survives": 1, "poison_reads_target": 0}
+    table = list(csv.DictReader(open(tmp_path / "true" / "decisions.csv")))
+    assert [row["new_label"] for row in table] == [str(label) for label in TRUTH.original_labels.tolist()]
+
+
+def test_the_defence_has_no_way_to_the_truth():
+    assert list(inspect.signature(defend).parameters) == ["data", "victim", "config", "dataset", "record", "observer"]
+    hidden = {"Truth", "truth", "poison", "original_labels", "poison_indicator", "load_case", "Case", "attack"}
+    for file in Path(dataelixir.__file__).parent.glob("*.py"):
+        if file.name == "run.py":    # measures, and hands `data` alone to the defence
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {getattr(node, key) for node in ast.walk(tree) for key in ("id", "attr", "arg", "name", "module") if isinstance(getattr(node, key, None), str)}
+        assert not names & hidden and "utils.metrics" not in names, file.name
+
+
+def test_self_agreement_by_hand():
+    votes = torch.tensor([[0, 9, 0, 9, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 2], [2, 1, 1, 2, 2]])
+    lines = self_agreement(votes, torch.tensor([0, 0, 1, 1]), last_steps_m=2)
+    assert lines == ["prediction survives round 1: 0.500, 2: 0.750", "prediction survives the last round, by given label: 0: 1.00, 1: 0.50"]

@@ -1,0 +1,133 @@
+"""Metrics: hand-computed tables, what is undefined is null, and the log of epochs."""
+import csv
+
+import pytest
+import torch
+
+from tests.toys import PatchReader, flat_images, with_corner
+from utils.data import LabeledImages, TriggeredImages
+from utils.metrics import EpochLog, Truth, accuracy, defense_effectiveness, detection, relabelling, share, survival
+from utils.training import Epoch
+
+# samples 0..3 poisoned (target 0), 4 and 5 cover, 6..9 clean
+ORIGINAL = torch.tensor([1, 2, 3, 4, 1, 2, 0, 1, 2, 3])
+GIVEN = torch.tensor([0, 0, 0, 0, 1, 2, 0, 1, 2, 3])
+TRUTH = Truth(ORIGINAL, torch.arange(10) < 4, (torch.arange(10) // 2) == 2, [0])
+NO_POISON = Truth(ORIGINAL, torch.zeros(10, dtype=torch.bool), torch.zeros(10, dtype=torch.bool), [0])
+
+
+def flags(*index):
+    return torch.isin(torch.arange(10), torch.tensor(index, dtype=torch.int64))
+
+
+def triggered_set(labels, target=0):
+    labels = torch.tensor(labels, dtype=torch.int64)
+    return TriggeredImages(with_corner(flat_images(labels)), torch.full_like(labels, target), labels, torch.arange(len(labels)))
+
+
+@pytest.mark.parametrize(("flagged", "tpr", "fpr", "precision", "f1"), [
+    (flags(0, 1, 2, 3), 1, 0, 1, 1),
+    (flags(0, 1, 2, 6), 3 / 4, 1 / 4, 3 / 4, 3 / 4),
+    (flags(0, 6, 7, 8), 1 / 4, 3 / 4, 1 / 4, 1 / 4),
+    (flags(0, 1, 4, 5), 2 / 4, 0, 1, 2 / 3),     # cover samples count in nothing
+    (flags(4, 5), 0, 0, None, 0),
+    (flags(), 0, 0, None, 0),
+    (flags(6), 0, 1 / 4, 0, 0),
+    (flags(*range(10)), 1, 1, 1 / 2, 2 / 3),
+])
+def test_detection_by_hand(flagged, tpr, fpr, precision, f1):
+    assert detection(flagged, TRUTH) == pytest.approx({"tpr": tpr, "fpr": fpr, "precision": precision, "f1": f1})
+
+
+def test_detection_without_poison_has_no_tpr():
+    assert detection(flags(), NO_POISON) == {"tpr": None, "fpr": 0, "precision": None, "f1": None}
+    assert detection(flags(3, 4), NO_POISON) == {"tpr": None, "fpr": 0.2, "precision": 0, "f1": None}
+    everything = Truth(ORIGINAL, torch.ones(10, dtype=torch.bool), NO_POISON.cover, [0])
+    assert detection(flags(1), everything)["fpr"] is None
+
+
+@pytest.mark.parametrize(("new", "on_poison", "on_all", "collateral"), [
+    ([1, 2, 3, 4, 1, 2, 0, 1, 2, 3], 1, 1, 0),
+    ([0, 0, 0, 0, 1, 2, 0, 1, 2, 3], None, 0.6, 0),                 # nothing changed: there is nothing to be right about
+    ([1, 2, 1, 0, 1, 2, 0, 1, 2, 3], 2 / 3, 0.8, 0),                # one missed, one changed into a wrong label
+    ([1, 0, 0, 0, 3, 2, 4, 1, 2, 3], 1, 0.5, 2 / 6),                # one cover and one clean sample spoilt
+])
+def test_relabelling_by_hand(new, on_poison, on_all, collateral):
+    expected = {"accuracy_on_poison": on_poison, "label_accuracy": on_all, "collateral": collateral}
+    assert relabelling(GIVEN, torch.tensor(new), TRUTH) == pytest.approx(expected)
+
+
+def test_a_label_that_was_wrong_before_is_no_collateral():
+    given = ORIGINAL.clone()
+    given[7] = 4    # label noise, not poison
+    new = given.clone()
+    new[7] = 3
+    assert relabelling(given, new, NO_POISON)["collateral"] == 0
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), [
+    ((0.9, 0.5), (0.9, 0.5), 0.5), ((0.9, 1.0), (0.9, 0.0), 1.0), ((0.9, 1.0), (0.8, 0.0), 0.95), ((0.9, 0.5), (0.4, 1.0), 0.25),
+    ((0.5, 1.0), (0.9, 0.0), 1.0),     # a gain of accuracy is not added
+    ((0.9, None), (0.9, 0.1), None), ((0.9, 0.1), (0.9, None), None),
+])
+def test_defense_effectiveness_by_hand(before, after, expected):
+    as_dict = lambda pair: dict(zip(("c_acc", "asr"), pair))
+    assert defense_effectiveness(as_dict(before), as_dict(after)) == pytest.approx(expected)
+
+
+def test_survival_by_hand():
+    # m = 2: rounds end in columns 2 and 4; samples 0 and 1 poisoned with label 0
+    votes = torch.tensor([[0, 9, 0, 9, 3], [0, 9, 5, 9, 0], [1, 9, 1, 9, 1], [2, 9, 1, 9, 2], [1, 9, 1, 9, 4], [2, 9, 2, 9, 0]])
+    truth = Truth(torch.tensor([3, 5, 1, 2, 1, 2]), torch.arange(6) < 2, torch.zeros(6, dtype=torch.bool), [0])
+    given = torch.tensor([0, 0, 1, 2, 1, 2])
+    assert survival(votes, 2, given, truth) == [{"clean_prediction_survives": 0.75, "poison_reads_target": 0.5}] + [
+        {"clean_prediction_survives": 0.5, "poison_reads_target": 0.5}]
+    none = Truth(given, torch.zeros(6, dtype=torch.bool), truth.cover, [0])
+    assert [row["poison_reads_target"] for row in survival(votes, 2, given, none)] == [None, None]
+
+
+def test_accuracy_by_hand():
+    clean = LabeledImages(flat_images(torch.tensor([0, 1, 2, 3])), torch.tensor([0, 1, 2, 4]))
+    found = accuracy(PatchReader(target=0), clean, triggered_set([1, 2, 3]))
+    assert found == {"c_acc": 0.75, "asr": 1, "r_acc": 0, "n_clean": 4, "n_triggered": 3}
+    immune = PatchReader(target=0)
+    immune.forward = lambda x: PatchReader.forward(immune, x * 0.9)    # no corner is white any more
+    found = accuracy(immune, clean, triggered_set([1, 2, 3]))
+    assert found["asr"] + found["r_acc"] <= 1 and found["asr"] == 0
+    assert accuracy(immune, clean, triggered_set([])) | {"c_acc": 0} == {"c_acc": 0, "asr": None, "r_acc": None, "n_clean": 4, "n_triggered": 0}
+
+
+def test_the_share_of_nothing_is_null():
+    assert share(torch.tensor([True, False, False, False])) == 0.25 and share(torch.tensor([], dtype=torch.bool)) is None
+
+
+def log_of(tmp_path, triggered=None):
+    clean = LabeledImages(flat_images(torch.arange(5)), torch.arange(5))
+    return EpochLog(tmp_path / "metrics.csv", clean, triggered or triggered_set([1, 2]))
+
+
+def test_epochs_are_logged_as_they_come(tmp_path):
+    log = log_of(tmp_path)
+    shown = log(Epoch("victim", 1, 0.05, 1.25, PatchReader()))
+    log(Epoch("victim", 2, 0.025, 0.5, PatchReader()))
+    assert shown == {"C-Acc": 1, "ASR": 1} and (tmp_path / "metrics.csv").read_text().splitlines()[0] == "stage,epoch,lr,train_loss,c_acc,asr,r_acc"
+    assert log.rows()[1] == {"stage": "victim", "epoch": "2", "lr": "0.025", "train_loss": "0.5", "c_acc": "1", "asr": "1", "r_acc": "0"}
+    assert list(csv.DictReader(open(tmp_path / "metrics.csv"))) == log.rows() and len(log.rows()) == 2
+
+
+def test_a_stage_that_is_trained_again_replaces_its_later_rows(tmp_path):
+    log = log_of(tmp_path)
+    for stage, epochs in (("victim", 5), ("benign", 2)):
+        for number in range(1, epochs + 1):
+            log(Epoch(stage, number, 1, number, PatchReader()))
+    for number in (3, 4):    # a run that goes on after epoch 2
+        log_of(tmp_path)(Epoch("victim", number, 1, 10 * number, PatchReader()))
+    victim = [(row["epoch"], row["train_loss"]) for row in log.rows() if row["stage"] == "victim"]
+    assert victim == [("1", "1"), ("2", "2"), ("3", "30"), ("4", "40")]
+    assert [row["epoch"] for row in log.rows() if row["stage"] == "benign"] == ["1", "2"]
+
+
+def test_without_triggered_images_the_log_leaves_the_cell_empty(tmp_path):
+    log = log_of(tmp_path, triggered_set([]))
+    assert log(Epoch("victim", 1, 1, 1, PatchReader())) == {"C-Acc": 1}
+    assert log.rows()[0]["asr"] == log.rows()[0]["r_acc"] == ""

@@ -1,0 +1,195 @@
+"""The purifier: a plain loop as reference, keyed noise, layout of the states, quantisation, and denoisers that do not fit."""
+import json
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from defense import purifier as module
+from defense.purifier import KeyedNoise, PurifyConfig, Purifier, open_denoiser, quantised, requantised
+from diffusion.denoiser import Denoiser
+from diffusion.sampler import Schedule, subset_steps
+from diffusion.training import DenoiserConfig, build_unet
+from tests.toys import CLASSES, LEVELS, FlatDenoiser, flat_images, random_images, with_corner
+from utils import config as config_module
+from utils.config import UserError
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+CONFIG = PurifyConfig(steps_T=12, rounds_n=3, last_steps_m=4)
+CPU = torch.device("cpu")
+LEVELS_8BIT = torch.arange(256, dtype=torch.uint8)
+
+
+def toy_network(x, t):
+    """Any function of x and t will do as a predictor; each image for itself."""
+    return torch.tanh(1.7 * x + 0.01 * t.view(-1, 1, 1, 1))
+
+
+def purify(images, index=None, config=CONFIG, seed=0, network=toy_network):
+    index = torch.arange(len(images)) if index is None else index
+    return Purifier(network, config, seed, CPU).intermediaries(images, index)
+
+
+def reference(image, index, config, seed):
+    """The states of one sample, step by step as the method's description has them: (1 + n m, 3, H, W) in [-1, 1]."""
+    noise, schedule, T = KeyedNoise(torch.tensor([index]), seed, CPU), Schedule(), config.steps_T
+    ab = [*schedule.alphas_cumprod.tolist(), 1.0]    # ab[-1] = 1: the clean image
+    x = image[None].double() / 255 * 2 - 1
+    z, states, level = lambda: noise(x.float()).double(), [x], T if config.noise_index == "T" else T - 1
+    for _ in range(config.rounds_n):
+        x = sqrt(ab[level]) * x + sqrt(1 - ab[level]) * z()
+        for i in range(T - 1, -1, -1):
+            e, beta = toy_network(x.float(), torch.tensor([i])).double(), schedule.betas[i].item()
+            p = (sqrt(1 / ab[i]) * x - sqrt(1 / ab[i] - 1) * e).clamp(-1, 1)
+            x = beta * sqrt(ab[i - 1]) / (1 - ab[i]) * p + (1 - ab[i - 1]) * sqrt(1 - beta) / (1 - ab[i]) * x
+            x = x + sqrt(beta) * z() if i > 0 else x
+            states += [x] if i < config.last_steps_m else []
+        x = x.clamp(-1, 1)
+    return torch.cat(states)
+
+
+@pytest.mark.parametrize("noise_index", ["T-1", "T"])
+@pytest.mark.parametrize("quantise", ["round", "truncate"])
+def test_states_agree_with_the_plain_loop(noise_index, quantise):
+    config = replace(CONFIG, noise_index=noise_index, quantise=quantise)
+    images = random_images(3, 3, 6, 6)
+    found = purify(images, torch.tensor([40, 2, 33]), config, seed=5)
+    for image, index, states in zip(images, (40, 2, 33), found):
+        exact = (reference(image, index, config, 5).clamp(-1, 1) + 1) * 127.5
+        wanted = exact.round() if quantise == "round" else exact.floor()
+        off = (states.double() - wanted).abs()
+        assert off.max() <= 1 and (off[1:] > 0).double().mean() < 0.01    # float32 against float64: a few ties
+
+
+@pytest.mark.parametrize("network", [toy_network, lambda x, t: x, lambda x, t: 0 * x])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 4), (2, 12)])
+def test_there_are_1_plus_nm_states_and_column_0_is_the_original(n, m, network):
+    images = random_images(5, 3, 6, 6)
+    found = purify(images, config=replace(CONFIG, rounds_n=n, last_steps_m=m), network=network)
+    assert found.shape == (5, 1 + n * m, 3, 6, 6) and found.dtype == torch.uint8 and torch.equal(found[:, 0], images)
+
+
+def test_an_exact_denoiser_restores_the_image_at_the_end_of_each_round():
+    labels = torch.arange(CLASSES).repeat(4)
+    found = purify(with_corner(flat_images(labels)), network=FlatDenoiser())
+    n, m = CONFIG.rounds_n, CONFIG.last_steps_m
+    ends = found[:, m::m]
+    assert ends.shape[1] == n and (ends.int() - LEVELS[labels].int().view(-1, 1, 1, 1, 1)).abs().max() == 0
+    error = (found[:, 1:].double() - LEVELS[labels].double().view(-1, 1, 1, 1, 1)).flatten(2).std(dim=2).mean(0).view(n, m)
+    assert (error[:, :-1] > 0.5).all() and (error.diff(dim=1) < 0).all()    # less noise in each kept state, none in the last
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_a_samples_bytes_do_not_depend_on_its_batch(batch):
+    images, index = random_images(70, 3, 4, 4), torch.randperm(200, generator=torch.Generator().manual_seed(0))[:70]
+    whole = purify(images, index)
+    parts = [purify(x, i) for x, i in zip(images.split(batch), index.split(batch))]
+    assert torch.equal(torch.cat(parts), whole)
+    order = torch.randperm(70)[:30]
+    assert torch.equal(purify(images[order], index[order]), whole[order])
+
+
+def test_noise_is_keyed_by_seed_and_index():
+    same = random_images(1, 3, 4, 4).expand(40, -1, -1, -1)
+    first = purify(same)
+    assert torch.equal(purify(same), first) and not torch.equal(purify(same, seed=1)[:, 1:], first[:, 1:])
+    assert len(first[:, 1:].flatten(1).unique(dim=0)) == 40
+    assert not torch.equal(first[:, 1:5], first[:, 5:9])    # rounds draw anew
+
+
+def test_noise_is_normal_and_independent_between_samples():
+    noise, x = KeyedNoise(torch.arange(100), 3, CPU), torch.zeros(100, 3, 16, 16)
+    first, second = noise(x).flatten(1), noise(x).flatten(1)
+    assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02 and not torch.equal(first, second)
+    both = torch.corrcoef(torch.cat([first, second])) - torch.eye(200)
+    assert both.abs().max() < 6 / (3 * 16 * 16) ** 0.5
+    picked = torch.tensor([99, 31, 32, 0])
+    assert torch.equal(KeyedNoise(picked, 3, CPU)(x[:4]).flatten(1), first[picked])
+
+
+@pytest.mark.parametrize(("noise_index", "suffix"), [("T-1", 149), ("T", 150)])
+def test_the_first_noise_level_is_the_published_one(noise_index, suffix):
+    seen, images = [], random_images(2, 3, 4, 4)
+    config = PurifyConfig(steps_T=150, rounds_n=1, reverse_steps=11, noise_index=noise_index)
+    purify(images, config=config, network=lambda x, t: seen.append((x, t)) or 0 * x)
+    z = KeyedNoise(torch.arange(2), 0, CPU)(torch.empty(2, 3, 4, 4))
+    expected = GOLDEN["schedule"][f"sqrt_ab_{suffix}"] * (images / 127.5 - 1) + GOLDEN["schedule"][f"sqrt_1mab_{suffix}"] * z
+    assert torch.allclose(seen[0][0], expected, atol=1e-5) and seen[0][1].tolist() == [149, 149]
+
+
+@pytest.mark.parametrize("reverse_steps", [None, 6])
+@pytest.mark.parametrize("method", ["ancestral", "ddim"])
+def test_the_network_is_asked_at_these_levels_and_this_often(reverse_steps, method):
+    seen = []
+    config = replace(CONFIG, reverse_steps=reverse_steps, sampler=method)
+    purifier = Purifier(lambda x, t: seen.append(int(t[0])) or toy_network(x, t), config, 0, CPU)
+    purifier.intermediaries(random_images(2, 3, 4, 4), torch.arange(2))
+    assert seen == subset_steps(12, reverse_steps, 4) * 3 and purifier.passes_per_image == len(seen)
+
+
+def test_ddim_draws_noise_once_a_round(monkeypatch):
+    calls, draw = [], KeyedNoise.__call__
+    monkeypatch.setattr(KeyedNoise, "__call__", lambda self, x: calls.append(1) or draw(self, x))
+    images = random_images(2, 3, 4, 4)
+    first = purify(images, config=replace(CONFIG, sampler="ddim"))
+    assert len(calls) == CONFIG.rounds_n
+    purify(images)
+    assert len(calls) == CONFIG.rounds_n * (1 + 12)    # every step but the last adds some
+    assert torch.equal(purify(images, config=replace(CONFIG, sampler="ddim")), first)
+
+
+def test_quantisation_is_the_published_one_or_exact():
+    unit = LEVELS_8BIT.float() / 255 * 2 - 1
+    assert quantised(unit, "truncate").tolist() == requantised(LEVELS_8BIT).tolist() == GOLDEN["requantise_lut"]
+    assert torch.equal(quantised(unit, "round"), LEVELS_8BIT)
+    for kind in ("round", "truncate"):
+        assert quantised(torch.tensor([-7.0, 7.0]), kind).tolist() == [0, 255]
+    half = (torch.arange(255) + 0.6) / 127.5 - 1
+    assert torch.equal(quantised(half, "round"), LEVELS_8BIT[1:]) and torch.equal(quantised(half, "truncate"), LEVELS_8BIT[:-1])
+
+
+def test_truncation_reaches_every_column():
+    images = LEVELS_8BIT.view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    found = purify(images, config=replace(CONFIG, quantise="truncate"))
+    lut = torch.tensor(np.array(GOLDEN["requantise_lut"], dtype=np.uint8))
+    assert torch.equal(found[:, 0], lut[images.long()])
+    rounded = purify(images)
+    down = rounded[:, 1:].int() - found[:, 1:].int()
+    assert set(down.unique().tolist()) == {0, 1} and abs(down.double().mean() - 0.5) < 0.2
+
+
+@pytest.fixture
+def denoiser_folder(tmp_path):
+    """A saved denoiser for 8x8 images and levels below 20."""
+    unet = build_unet(DenoiserConfig(out="", channels="8", layers_per_block=1), 8)
+    Denoiser(unet, t_max=20).save(tmp_path / "ddpm")
+    return tmp_path / "ddpm"
+
+
+def test_a_denoiser_is_found_from_both_places_and_ready(denoiser_folder, monkeypatch):
+    monkeypatch.setattr(config_module, "SCRIPTS", denoiser_folder.parent / "attack")
+    for name in (str(denoiser_folder), "../ddpm"):
+        found = open_denoiser(replace(CONFIG, ddpm=name, steps_T=20), 8, "toy")
+        assert (found.resolution, found.t_max, found.training) == (8, 20, False)
+    assert open_denoiser(replace(CONFIG, ddpm=str(denoiser_folder), steps_T=20, noise_index="T"), 8, "toy").t_max == 20
+
+
+@pytest.mark.parametrize(("changes", "side", "words"), [
+    ({"steps_T": 21}, 8, "steps_T: 21, but the denoiser .* was trained for levels below 20"), ({}, 16, "works on 8x8 images, the data are 16x16"),
+    ({"last_steps_m": 13}, 8, "last_steps_m: cannot keep the last 13 of 12"), ({"reverse_steps": 4}, 8, "choose at least 5"),
+    ({"reverse_steps": 13}, 8, "cannot visit 13 of 12"), ({"ddpm": "no/such/folder"}, 8, "ddpm: .*nothing at"), ({"ddpm": "auto"}, 8, "no card for data set 'toy'"),
+])
+def test_what_does_not_fit_is_refused_in_words(denoiser_folder, changes, side, words):
+    with pytest.raises(UserError, match=words):
+        open_denoiser(replace(CONFIG, **{"ddpm": str(denoiser_folder)} | changes), side, "toy")
+
+
+def test_the_schedules_end_is_respected(denoiser_folder, monkeypatch):
+    monkeypatch.setattr(module, "load_denoiser", lambda *names, **keys: FlatDenoiser())
+    assert open_denoiser(PurifyConfig(steps_T=1000), 8, "toy").t_max == 1000
+    for config in (PurifyConfig(steps_T=1001), PurifyConfig(steps_T=1000, noise_index="T")):
+        with pytest.raises(UserError, match="steps_T: 100"):
+            open_denoiser(config, 8, "toy")

@@ -1,0 +1,90 @@
+"""SSBA: the secret is read back from uint8 images, the images stay good, and the residual belongs to its image."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attack import fitting
+from attack.ssba import Encoder, SampleSpecific, psnr, ssim
+from attack.trigger import FitContext
+from tests.test_triggers import RECIPE, TARGET, digits, ready
+from tests.toys import random_images
+from utils.config import UserError
+from utils.data import to_unit
+
+SMALL = {"ssba_bits": 6, "ssba_width": 4, "ssba_epochs": 8, "ssba_warmup": 3, "ssba_lr": 0.004, "fit_images": 500}
+IMAGES = slice(0, 120)
+
+
+def stamped(split="test"):
+    images = digits().test.images[IMAGES]
+    return images, ready(SampleSpecific).apply(images, torch.arange(len(images)), split)
+
+
+def share_read(images):
+    """Share of the secret's bits that the decoder reads from images."""
+    trigger = ready(SampleSpecific)
+    return trigger.read(images).eq(trigger.fitted["secret"]).double().mean().item()
+
+
+def correlation(images, changed):
+    """Mean correlation of the residuals of two different images."""
+    residuals = (changed.double() - images.double()).flatten(1)
+    residuals = F.normalize(residuals - residuals.mean(1, keepdim=True))
+    products = residuals @ residuals.T
+    return products[~torch.eye(len(images), dtype=torch.bool)].mean().item()
+
+
+def test_the_secret_is_read_from_rounded_images_and_not_from_clean_ones():
+    images, hidden = stamped()
+    assert share_read(hidden) >= 0.99
+    assert share_read(images) < 0.85
+
+
+def test_images_stay_good():
+    images, hidden = stamped()
+    assert psnr(images, hidden) >= 28
+    assert (hidden.int() - images.int()).abs().max() <= round(0.12 * 255)
+
+
+def test_residuals_are_sample_specific():
+    images, hidden = stamped()
+    assert correlation(images, hidden) < 0.9
+    swapped = (images.int() + (hidden.int() - images.int()).roll(1, 0)).clamp(0, 255).to(torch.uint8)
+    assert share_read(swapped) < share_read(hidden)
+
+
+def test_the_same_secret_in_training_and_test_images():
+    images, hidden = stamped("test")
+    assert torch.equal(stamped("train")[1], hidden)
+    assert set(ready(SampleSpecific).fitted["secret"].tolist()) <= {0.0, 1.0}
+    assert not torch.equal(ready(SampleSpecific).apply(images.flip(3), torch.arange(len(images))), hidden.flip(3))
+
+
+def test_the_seed_draws_the_secret():
+    draw = lambda seed: SampleSpecific()._random_bits(1, seed, "ssba", "secret")[0].tolist()
+    assert draw(2) == draw(2) != draw(3) and len(draw(2)) == 20
+
+
+def test_the_encoder_reads_image_and_bits_within_its_bound():
+    torch.manual_seed(0)
+    encoder = Encoder(32, 6, 4, 0.12)
+    x, bits = to_unit(random_images(2, 3, 32, 32)), torch.tensor([[0.0, 1, 0, 1, 1, 0]] * 2)
+    with torch.no_grad():
+        residual, other = encoder(x, bits), encoder(x, 1 - bits)
+        encoder.last.bias.add_(100)
+        assert encoder(x, bits).max() <= 0.12
+    assert residual.shape == x.shape and not torch.allclose(residual, other) and not torch.allclose(residual[0], residual[1])
+
+
+def test_ssim_and_psnr_by_hand():
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert ssim(x, x) == pytest.approx(1) and ssim(x, 1 - x) < 0 < ssim(x, x * 0.8) < 0.99
+    grey = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    assert psnr(grey, grey + 1) == pytest.approx(48.13, abs=0.01) and psnr(grey, grey) == 99
+
+
+def test_an_encoder_that_learned_too_little_is_refused_with_the_figures_and_not_kept():
+    before = set(fitting.FITTED.glob("ssba-*"))
+    with pytest.raises(UserError, match=r"ssba: .*0\.\d+ of the bits are read .*at least 0.99 should be; PSNR \d+\.\d dB.*; raise ssba_epochs"):
+        SampleSpecific(**SMALL | {"ssba_epochs": 1, "fit_images": 50}).prepare(FitContext(digits(), TARGET, 2, RECIPE))
+    assert set(fitting.FITTED.glob("ssba-*")) == before

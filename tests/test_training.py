@@ -1,0 +1,190 @@
+"""Training and prediction: augmentation by brute force, schedules by formula, interruption by bits, failures by words."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.toys import CLASSES, INFO, LEVELS, random_images
+from utils import training
+from utils.config import TrainConfig, UserError
+from utils.data import LabeledImages, to_unit
+from utils.models import build_classifier
+from utils.training import PAD, Trainer, extract_features, log, pick_device, predict, random_crop_flip
+
+CONFIG = TrainConfig(model="preactresnet_small", epochs=4, batch_size=16, lr=0.05, amp=False, device="cpu", random_seed=3, frequency_save=1)
+
+
+def grey_squares(n=80, side=16):
+    """Images of one grey level per class with a little noise: easy to tell apart."""
+    labels = torch.arange(n) % CLASSES
+    noise = random_images(n, 3, side, side) // 16
+    return LabeledImages(LEVELS[labels][:, None, None, None] + noise, labels)
+
+
+def trainer(config=CONFIG, stage="victim", checkpoint=None):
+    return Trainer(build_classifier(config.model, CLASSES, INFO, (0, "toy")), config, stage, False, checkpoint)
+
+
+def weights(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(number, seen=None):
+    """An observer that raises at that epoch."""
+    def observer(epoch):
+        if seen is not None:
+            seen.append(epoch.number)
+        if epoch.number == number:
+            raise Stop
+        return {}
+
+    return observer
+
+
+def all_crops(image):
+    """{pixels: (shift, mirrored)} of the 81 shifts of (3, H, W), each also mirrored."""
+    h, w = image.shape[1:]
+    padded = F.pad(image, (PAD,) * 4)
+    crops = {(dy, dx): padded[:, dy:dy + h, dx:dx + w] for dy in range(2 * PAD + 1) for dx in range(2 * PAD + 1)}
+    return {tuple(c.flatten().tolist()): (shift, mirrored) for shift, crop in crops.items() for mirrored, c in ((0, crop), (1, crop.flip(-1)))}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_every_augmented_image_is_one_of_the_shifts(flip):
+    image = to_unit(random_images(1, 3, 5, 6, seed=1)) + 0.01    # no zeros: padding cannot be mistaken for pixels
+    known = all_crops(image[0])
+    out = random_crop_flip(image.expand(3000, -1, -1, -1), flip, torch.Generator().manual_seed(0))
+    found = [known[tuple(x.flatten().tolist())] for x in out]
+    assert len({shift for shift, _ in found}) == 81
+    share = sum(mirrored for _, mirrored in found) / 3000
+    assert abs(share - 0.5) < 0.05 if flip else share == 0
+
+
+def test_augmentation_treats_each_image_for_itself_and_follows_the_generator():
+    images = to_unit(random_images(50, 3, 8, 8)) + 0.01
+    draw = lambda seed, flip=True: random_crop_flip(images, flip, torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    found = [all_crops(image)[tuple(x.flatten().tolist())] for image, x in zip(images, draw(1))]
+    plain = [all_crops(image)[tuple(x.flatten().tolist())] for image, x in zip(images, draw(1, False))]
+    assert [shift for shift, _ in found] == [shift for shift, _ in plain] and len({shift for shift, _ in found}) > 20
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({}, [0.05 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+    ({"lr_scheduler": "StepLR", "steplr_stepsize": 2, "steplr_gamma": 0.1}, [0.05, 0.05, 0.005, 0.005]),
+    ({"lr_scheduler": "constant", "client_optimizer": "adam"}, [0.05] * 4),
+])
+def test_learning_rates_follow_the_schedule(changes, expected):
+    rates = []
+    trainer(replace(CONFIG, **changes)).fit(grey_squares(16), lambda epoch: rates.append(epoch.lr) or {})
+    assert rates == pytest.approx(expected)
+
+
+def test_batches_are_full_disjoint_and_reshuffled():
+    train = trainer()
+    orders = [list(train._batches(70, torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    for batches in orders:
+        assert [len(b) for b in batches] == [16] * 4 and len(torch.cat(batches).unique()) == 64
+    assert not torch.equal(torch.cat(orders[0]), torch.cat(orders[1]))
+    assert [b.sort().values.tolist() for b in train._batches(5, torch.Generator())] == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"client_optimizer": "adam", "lr": 0.005}])
+def test_a_separable_toy_is_learned(optimizer):
+    model = trainer(replace(CONFIG, epochs=12, **optimizer)).fit(grey_squares())
+    assert not model.training and (predict(model, grey_squares().images) == grey_squares().labels).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("changes", [{}, {"client_optimizer": "adam", "lr": 0.005, "lr_scheduler": "StepLR", "steplr_stepsize": 2}])
+@pytest.mark.parametrize("interrupted", [1, 2, 4])
+def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, changes, interrupted):
+    config, data, seen = replace(CONFIG, **changes), grey_squares(), []
+    whole = weights(trainer(config).fit(data))
+    with pytest.raises(Stop):
+        trainer(config, checkpoint=tmp_path / "c.pt").fit(data, stop_at(interrupted))
+    model = trainer(config, checkpoint=tmp_path / "c.pt").fit(data, stop_at(0, seen))
+    assert same(weights(model), whole) and seen == list(range(interrupted, 5)) and not any(tmp_path.iterdir())
+
+
+def test_an_observer_changes_nothing(tmp_path):
+    data = grey_squares()
+    plain = weights(trainer().fit(data))
+    observed = trainer().fit(data, lambda epoch: {"acc": float(predict(epoch.model, data.images).sum() + torch.rand(1))})
+    assert same(weights(observed), plain)
+
+
+def test_seed_and_stage_name_the_random_stream(tmp_path):
+    data = grey_squares()
+    first = weights(trainer(replace(CONFIG, epochs=1)).fit(data))
+    torch.rand(9)
+    assert same(weights(trainer(replace(CONFIG, epochs=1)).fit(data)), first)
+    for config, stage in ((replace(CONFIG, epochs=1, random_seed=4), "victim"), (replace(CONFIG, epochs=1), "benign")):
+        assert not same(weights(trainer(config, stage).fit(data)), first)
+
+
+def test_checkpoints_are_written_only_when_asked_for(tmp_path):
+    with pytest.raises(Stop):
+        trainer(replace(CONFIG, frequency_save=0), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(3))
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(Stop):
+        trainer(replace(CONFIG, frequency_save=2), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(4))
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["epochs_done"] == 2
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "c.pt"
+    for content in (b"", b"no checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path}: cannot be continued from.*delete it"):
+            trainer(checkpoint=path).fit(grey_squares())
+    with pytest.raises(Stop):
+        path.unlink()
+        trainer(checkpoint=path).fit(grey_squares(), stop_at(2))
+    other = Trainer(build_classifier(CONFIG.model, CLASSES + 1, INFO, (0, "toy")), CONFIG, "victim", False, path)
+    with pytest.raises(UserError, match="cannot be continued from"):
+        other.fit(grey_squares())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_lost_loss_stops_and_names_the_rate(optimizer):
+    with pytest.raises(UserError, match=r"lr: the loss of victim became (nan|inf) in epoch \d+ at learning rate 1e\+30"):
+        trainer(replace(CONFIG, lr=1e30, epochs=50, lr_scheduler="constant", client_optimizer=optimizer)).fit(grey_squares())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20, 512])
+def test_predictions_and_features_do_not_depend_on_batches(monkeypatch, batch):
+    model, images = trainer().model.eval(), random_images(20, 3, 16, 16)
+    with torch.no_grad():
+        logits, features = model(to_unit(images)), model.features(to_unit(images))
+    assert (logits.topk(2, dim=1).values.diff(dim=1).abs() > 1e-5).all() and len(logits.argmax(1).unique()) > 1
+    monkeypatch.setattr(training, "EVAL_BATCH", batch)
+    assert torch.equal(predict(model, images), logits.argmax(1)) and predict(model, images).dtype == torch.int64
+    assert torch.allclose(extract_features(model, images), features, atol=1e-5)
+    assert predict(model, images[:0]).shape == (0,)
+
+
+def test_a_gpu_that_is_not_there_is_answered_with_the_cpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(log, "propagate", True)
+    for name in ("cuda", "cuda:1"):
+        caplog.clear()
+        assert pick_device(name) == torch.device("cpu")
+        assert [record.levelname for record in caplog.records] == ["WARNING"] and f"{name} was asked for" in caplog.text
+    caplog.clear()
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu") and not caplog.records
+
+
+@pytest.mark.parametrize("name", ["", "null", "gpu", "tpu:0", "cpu:x"])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(UserError, match=f"device: '{name}' cannot be used"):
+        pick_device(name)
