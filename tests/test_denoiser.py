@@ -170,8 +170,8 @@ def test_cards_are_found_by_data_set_and_checked_by_hash(folder, monkeypatch):
 
 
 def test_no_card_for_a_data_set():
-    message = refusal("auto", dataset="gtsrb")
-    assert "cifar10" in message and "python diffusion/train.py --dataset gtsrb --out DIR" in message
+    message = refusal("auto", dataset="cifar100")
+    assert "cifar10" in message and "python diffusion/train.py --dataset cifar100 --out DIR" in message
 
 
 def test_shipped_cards_are_whole():

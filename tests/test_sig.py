@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
+from attack.poison import PoisonConfig, label_map, poison_training_set
 from attack.sig import Sig
-from tests.toys import random_images
+from tests.toys import CLASSES, random_images
+from utils.data import LabeledImages
 
 GREY = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
 
@@ -46,3 +48,11 @@ def test_strengths_of_train_and_test_are_their_own(split, delta):
 def test_other_widths_have_as_many_periods():
     wave = stamped(torch.full((1, 3, 48, 48), 128, dtype=torch.uint8))[0, 0, 0].double() - 128
     assert torch.fft.rfft(wave).abs().argmax() == 6
+
+
+def test_no_label_changes_and_only_the_target_class_is_touched():
+    train = LabeledImages(random_images(50, 3, 32, 32), torch.arange(50) % CLASSES)
+    config = PoisonConfig(attack_target=2, rate_of="target_class", pratio=0.5)
+    found = poison_training_set(train, Sig(), label_map(Sig, config, CLASSES), config, 0)
+    assert torch.equal(found.data.labels, train.labels)
+    assert found.poison_indicator.sum() == 5 and (train.labels[found.poison_indicator] == 2).all()

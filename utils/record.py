@@ -116,26 +116,40 @@ class Record:
     def claim(self, config: dict[str, Any]) -> None:
         """Take the folder for this config: write config.yaml, or check that it was written by the same one.
 
-        A folder in which no stage was finished can be taken by any config.
+        A folder that holds nothing but a config and a log can be taken by any config.
 
         Raises:
             UserError: the folder belongs to another config; names the keys that differ.
         """
-        file = self / "config.yaml"
-        if file.exists() and self.finished():
-            old = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if self._holds_results():
+            old = self.config()
             differing = [key for key in config if key not in RUNTIME_KEYS and old.get(key) != config[key]]
             if differing:
                 shown = "; ".join(f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4])
                 raise UserError(f"save_folder_name: {self.path} belongs to another config ({shown}); "
                                 "give another --save_folder_name, or delete that folder")
-        with replacing(file) as temporary:
+        with replacing(self / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False) + "\n# made with\n"
                                  + yaml.safe_dump({"environment": environment()}, sort_keys=False), encoding="utf-8")
 
+    def _holds_results(self) -> bool:
+        beside = ("config.yaml", "log.txt")
+        return (self / "config.yaml").exists() and any(path.name not in beside and not path.name.startswith(".") for path in self.path.iterdir())
+
     def config(self) -> dict[str, Any]:
-        """The resolved keys the record was made with."""
-        return yaml.safe_load((self / "config.yaml").read_text(encoding="utf-8")) or {}
+        """The resolved keys the record was made with.
+
+        Raises:
+            UserError: config.yaml is missing or damaged.
+        """
+        file = self / "config.yaml"
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]}); give another record") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: damaged, it holds no 'key: value' lines; give another record")
+        return content
 
     def finished(self) -> dict[str, Any]:
         """Finished stages: {stage: {"seconds": s, ...}}."""
@@ -168,7 +182,10 @@ class Record:
     def partial_seconds(self, name: str) -> float:
         """Seconds that interrupted tries at a stage took before."""
         file = self / f".{name}.partial"
-        return float(file.read_text()) if file.exists() else 0.0
+        try:
+            return float(file.read_text())
+        except (OSError, ValueError):   # none, or one that a full disk cut short
+            return 0.0
 
     def _note_partial(self, name: str, seconds: float) -> None:
         with contextlib.suppress(OSError):

@@ -66,7 +66,7 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
 
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (elsewhere it is slower than float32)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(
+    return torch.backends.mkldnn.is_available() and any(
         getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
