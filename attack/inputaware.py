@@ -93,7 +93,7 @@ class InputAware(Trigger):
 
     def _ready(self, weights: dict[str, Tensor], partners: Tensor, seed: int) -> "InputAware":
         """With weights, and the uint8 images whose triggers cover samples may carry."""
-        return self.with_fitted(**weights, partners=partners, seed=torch.tensor(seed))
+        return self.with_fitted(**weights | {"partners": partners, "seed": torch.tensor(seed)})
 
     def stamp(self, x, index, split):
         return self._put(x, x)
@@ -108,6 +108,7 @@ class InputAware(Trigger):
         mask, pattern = self.triggers(source)
         return x + mask * (pattern - x)
 
+    @torch.no_grad()
     def triggers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mask (B, 1, S, S) and pattern (B, 3, S, S) in [0, 1] of images in [0, 1]."""
         mask = network(lambda: MaskGenerator(1, self.ia_width), self.fitted, "mask")
