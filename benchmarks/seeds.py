@@ -15,7 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,13 +38,12 @@ def arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """One seed: its report, with wall seconds and peak memory of the process."""
+    """One seed: its report."""
     record = f"bench_{name}_{seed}"
     command = [sys.executable, str(ROOT / "attack" / f"{args.attack}.py"), "--yaml_path", args.yaml_path,
                "--save_folder_name", record, "--random_seed", str(seed), *args.extra]
-    started = time.monotonic()
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return {"seed": seed, "wall_seconds": round(time.monotonic() - started, 1), **read(ROOT / "record" / record)}
+    return {"seed": seed, **read(ROOT / "record" / record)}
 
 
 def read(record: Path) -> dict:
