@@ -50,7 +50,8 @@ def main(trigger_class: type[Trigger], argv: Optional[Sequence[str]] = None) -> 
     dataset = load_dataset(data_config)
     poison = replace(poison, attack=poison.attack or trigger.name)
     labels_to = label_map(trigger, poison, dataset.num_classes)
-    module.check(config, dataset)
+    if run.stop_after == "report":
+        module.check(config, dataset)
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
     record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None), data_config, poison, config, trigger))
     start_logging(record / "log.txt")
