@@ -18,24 +18,25 @@ from typing import Literal, Optional
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from defense.draft import Draft, Selector
-from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised
+from defense.purification import Purification
+from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised, worth_compiling
 from defense.result import Result
 from defense.store import IntermediaryStore
-from defense.target_label import Discrepancy, TargetRule, target_labels
-from defense.verdict import Candidates, Kind, Verdict, filter_candidates, first_verdicts
-from utils.config import Fraction, TrainConfig
+from defense.target_label import Discrepancy, TargetRule
+from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
+from utils.compiled import Compiled
+from utils.config import Fraction, OpenFraction, TrainConfig
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
 from utils.record import Record
-from utils.training import Observer, Trainer, predict
+from utils.training import Observer, Trainer
 
 log = logging.getLogger("dataelixir")
 PUBLISHED = dict(noise_index="T", quantise="truncate", index0="requantised", ssim="volume", outliers="two_sided",
                  evidence_prior=0.0, mad_floor=0.0, original_eligible=True, relabel_source="raw", sampler="ancestral",
-                 reverse_steps=None, amp=False)
+                 reverse_steps=None, amp=False, compile="off", target_first=False, end_early=None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         threshold_tau: votes that a second label needs among the intermediaries to count as disagreement.
         ft_lr: learning rate of fine-tuning on the settled set.
         ft_epochs: epochs of fine-tuning; null = epochs.
-        conform: decide exactly as the published code does; overrides every key below and noise_index, quantise, sampler, reverse_steps, amp.
+        conform: decide exactly as the published code does; overrides every key below and noise_index, quantise, sampler, reverse_steps, amp, compile.
         outliers: a target label is an outlier on one_sided (more discrepant than the median class) or two_sided (as published; also flags unusually clean classes).
         outlier_threshold: robust standard deviations from the median class beyond which a class is a target label.
         evidence_prior: share of every class counted as extra samples that did not move, so that a class with hardly any moved sample is not flagged (published 0).
@@ -56,6 +57,10 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         selection_rank: the chosen image is farther from the original than this share of its candidates.
         index0: images that stay are kept as original bytes, or requantised like purified ones (as published).
         relabel_source: the benign model settles a doubtful sample by its raw image (as published), or by its purified images (most common label).
+        target_first: purify a sample of each class until the target labels are known, then only the classes that they name; else everything (as published).
+        sample_first: images of each class in the first sample.
+        sample_error: the sample grows while a class's verdict comes out differently in more than this share of bootstrap resamples.
+        end_early: end a sample's rounds when its verdict cannot change any more (0), or would for at most this share of samples like it, as measured on the first sample; null = never (as published).
         keep_intermediaries: keep the intermediaries' files after the run (157 KB for each anomalous 32x32 image); otherwise only their votes stay.
     """
 
@@ -72,6 +77,10 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
     selection_rank: Fraction = 0.8
     index0: Literal["original", "requantised"] = "original"
     relabel_source: Literal["raw", "purified"] = "raw"
+    target_first: bool = True
+    sample_first: PositiveInt = 64
+    sample_error: OpenFraction = 0.02
+    end_early: Optional[Fraction] = None
     keep_intermediaries: bool = False
 
     def resolved(self) -> "DataElixirConfig":
@@ -109,14 +118,13 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     config = config.resolved()
     train = partial(_trained, config=config, dataset=dataset, device=victim.device, record=record, observer=observer)
     with record.stage("purify"):
-        store, passes = purify(data, victim, config, dataset, record)
-        votes = store.votes()
+        purification, found = purify(data, victim, config, dataset, record)
+        votes, store = purification.votes(), purification.store
         candidates = filter_candidates(votes, config.threshold_tau)
-        found = target_labels(votes, candidates, data.labels, dataset.num_classes, config.target_rule)
         selector = Selector(store, victim, config.ssim == "volume", config.selection_rank, config.original_eligible)
         draft = selector.take_poisoned(_first_draft(data, candidates, found, config), candidates)
         _log_decisions(votes, data.labels, found, draft, config)
-    result = partial(_result, votes=votes, found=found, passes=passes, selector=selector)
+    result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector)
     if not found.targets and not config.conform:
         log.info("no backdoor found: the set is left unchanged, and the victim is the benign model")
         save_classifier(victim, record / "benign.safetensors")
@@ -133,24 +141,21 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
 
 
 def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, dataset: Dataset,
-           record: Record) -> tuple[IntermediaryStore, int]:
-    """Intermediaries and votes of every sample that has none yet, block by block.
+           record: Record) -> tuple[Purification, Discrepancy]:
+    """Intermediaries and votes of as many samples as the decisions need, and the target labels.
 
-    Returns:
-        The store, and the denoiser passes that all of it costs.
+    Votes of samples that were not purified are UNKNOWN; that makes them UNANIMOUS, and benign.
     """
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     purifier = Purifier(denoiser, config, config.random_seed, victim.device, config.amp)
+    if worth_compiling(config, denoiser, purifier.passes_per_image * len(data), victim.device):
+        purifier.denoiser = Compiled(denoiser)
+    log.info("purifying with %s: %d passes an image that is purified, %d images", denoiser.name, purifier.passes_per_image, len(data))
     store = IntermediaryStore(record / "purify")
-    spans = list(store.missing(len(data), config.purify_batch_size))
-    passes = purifier.passes_per_image * len(data)
-    log.info("purifying %d images: %d denoiser passes each with %s", len(data), purifier.passes_per_image, denoiser.name)
-    for start, stop in tqdm(spans, "purify", unit="block", leave=False, disable=None):
-        images = purifier.intermediaries(data.images[start:stop], torch.arange(start, stop))
-        votes = predict(victim, images.flatten(0, 1)).view(images.shape[:2])
-        anomalous = (filter_candidates(votes, config.threshold_tau).kind != Kind.UNANIMOUS).nonzero().flatten()
-        store.write(start, votes, anomalous + start, images[anomalous])
-    return store, passes
+    purification = Purification(data, victim, purifier, store, config.threshold_tau, config.target_rule, dataset.num_classes)
+    if config.target_first:
+        return purification, purification.targets_first(config.end_early, config.sample_first, config.sample_error)
+    return purification, purification.everything(config.end_early, config.sample_first)
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:
@@ -193,6 +198,8 @@ def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int) -> list[str
     Needs no truth. Low shares say that T, denoiser and classifier do not match; one class far below the others is
     what a backdoor looks like.
     """
+    known = votes[:, 0] >= 0
+    votes, labels = votes[known], labels[known]
     same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double()
     lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(same.mean(0)))]
     shares = [f"{label}: {same[labels == label].mean(0)[-1]:.2f}" for label in labels.unique().tolist()]

@@ -20,7 +20,8 @@ from utils.config import UserError, candidate_paths
 from utils.randomness import keyed_generator
 from utils.training import autocast
 
-NOISE_BLOCK = 32   # samples that share a random stream: keyed by data set index, so batches of any size draw the same
+NOISE_BLOCK = 8    # samples that share a random stream: keyed by data set index, so batches of any size draw the same
+COMPILING_PAYS = {"cpu": 4e3, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PurifyConfig:
         sampler: ancestral (as published) or ddim (deterministic).
         noise_index: level of the added noise, T-1 (what the network is told) or T (as published, one more than that).
         quantise: round to the nearest grey level, or truncate (as published, which darkens levels 1..63 by one).
+        compile: compile the denoiser: auto (where there is so much to do that it pays), on or off.
     """
 
     ddpm: str = "auto"
@@ -48,6 +50,7 @@ class PurifyConfig:
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     noise_index: Literal["T-1", "T"] = "T-1"
     quantise: Literal["round", "truncate"] = "round"
+    compile: Literal["auto", "on", "off"] = "auto"
 
 
 def quantised(x: Tensor, quantise: str) -> Tensor:
@@ -86,6 +89,13 @@ def _steps(config: PurifyConfig) -> list[int]:
         raise UserError(f"steps_T, reverse_steps, last_steps_m: {error}") from None
 
 
+def worth_compiling(config: PurifyConfig, denoiser: Denoiser, passes: int, device: torch.device) -> bool:
+    """Whether to compile for that many passes, over all images: as the config says, or where the minute it takes is won back."""
+    if config.compile == "auto":
+        return isinstance(denoiser, Denoiser) and passes * denoiser.gflops() > COMPILING_PAYS.get(device.type, float("inf"))
+    return config.compile == "on"
+
+
 class KeyedNoise:
     """Standard normal noise for a batch, keyed by (seed, data set index): the same for a sample in whatever batch it is.
 
@@ -97,20 +107,26 @@ class KeyedNoise:
 
     def __init__(self, index: Tensor, seed: int, device: torch.device):
         blocks, position = (index // NOISE_BLOCK).unique(return_inverse=True)
-        self.rows = (position * NOISE_BLOCK + index % NOISE_BLOCK).to(device)
+        self.position, self.within = position, index % NOISE_BLOCK
         self.generators = [keyed_generator(seed, "purify", int(block), device=device) for block in blocks]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the samples that the mask bool (B,) names."""
+        blocks, self.position = self.position[rows].unique(return_inverse=True)
+        self.within, self.generators = self.within[rows], [self.generators[block] for block in blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
         """N(0, I) of x's shape (B, ...)."""
         draw = lambda generator: torch.randn((NOISE_BLOCK, *x.shape[1:]), generator=generator, device=x.device)
-        return torch.cat([draw(generator) for generator in self.generators])[self.rows]
+        rows = (self.position * NOISE_BLOCK + self.within).to(x.device)
+        return torch.cat([draw(generator) for generator in self.generators])[rows]
 
 
 class Purifier:
     """Makes intermediaries with one denoiser.
 
     Args:
-        denoiser: [-1, 1] (B, 3, H, W), t (B,) -> predicted noise; usually a Denoiser.
+        denoiser: [-1, 1] (B, 3, H, W), t (B,) -> predicted noise; usually a Denoiser, maybe Compiled.
         config: T, n, m and the switches.
         seed: the run's seed; noise is keyed by (seed, sample).
         device: where to work.
@@ -126,14 +142,37 @@ class Purifier:
         with autocast(self.device, self.amp):
             return self.denoiser(x, t).float()
 
+    def one_round(self, x: Tensor, noise: KeyedNoise) -> tuple[Tensor, Tensor]:
+        """Up to level T and back.
+
+        Args:
+            x: (B, 3, H, W) in [-1, 1], where the round starts.
+            noise: of the same samples.
+
+        Returns:
+            The last m states, uint8 (B, m, 3, H, W), and where the next round starts; both on the device.
+        """
+        level = self.config.steps_T - (self.config.noise_index == "T-1")
+        x_T = self.sampler.q_sample(x, level, noise(x))
+        tail = deque(self.sampler.reverse(x_T, self.steps, noise), maxlen=self.config.last_steps_m)   # only m live
+        return torch.stack([quantised(state, self.config.quantise) for state in tail], dim=1), tail[-1].clamp(-1, 1)
+
+    def start(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> where the first round starts, [-1, 1] on the device."""
+        return (images.to(self.device).float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+    def original(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) as they stand in column 0 of the intermediaries."""
+        return images if self.config.quantise == "round" else requantised(images)
+
     @property
     def passes_per_image(self) -> int:
-        """Denoiser passes that one image costs."""
+        """Denoiser passes that one image costs that is given all rounds."""
         return self.config.rounds_n * len(self.steps)
 
     @torch.inference_mode()
     def intermediaries(self, images: Tensor, index: Tensor) -> Tensor:
-        """The image and its intermediaries.
+        """The image and its intermediaries, after all rounds.
 
         Args:
             images: uint8 (B, 3, H, W).
@@ -143,13 +182,9 @@ class Purifier:
             uint8 (B, 1 + n m, 3, H, W) on the CPU; column 0 is the original, column 1 + r m + k is state k of the last
             m of round r (k = m - 1 is noise-free).
         """
-        noise = KeyedNoise(index, self.seed, self.device)
-        x = (images.to(self.device).float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
-        states = [images if self.config.quantise == "round" else requantised(images)]
-        level = self.config.steps_T - (self.config.noise_index == "T-1")
+        noise, x = KeyedNoise(index, self.seed, self.device), self.start(images)
+        columns = [self.original(images)[:, None]]
         for _ in range(self.config.rounds_n):
-            x_T = self.sampler.q_sample(x, level, noise(x))
-            tail = deque(self.sampler.reverse(x_T, self.steps, noise), maxlen=self.config.last_steps_m)   # only m live
-            states += [quantised(state, self.config.quantise).cpu() for state in tail]
-            x = tail[-1].clamp(-1, 1)
-        return torch.stack(states, dim=1)
+            states, x = self.one_round(x, noise)
+            columns.append(states.cpu())
+        return torch.cat(columns, dim=1)

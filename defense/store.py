@@ -1,12 +1,13 @@
-"""Where intermediaries wait between the two passes of a purification.
+"""Where intermediaries wait between the passes of a purification.
 
-Target labels are known only when every sample has been voted on, and only samples that carry one need their images
+Target labels are known only when enough samples have been voted on, and only samples that carry one need their images
 again. So each block of samples leaves one file: the votes of all, the images of those that are not unanimous. Memory
 holds one block, and an interrupted purification goes on with the first block that is missing.
 """
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
@@ -15,52 +16,74 @@ from torch import Tensor
 
 from utils.record import load_arrays, save_arrays
 
+UNKNOWN = -1   # the vote of an intermediary that was never made
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one batch of a purification gives.
+
+    Attributes:
+        index: int64 (B,), data set indices.
+        votes: int64 (B, 1+nm), the victim's labels of originals (column 0) and intermediaries.
+        anomalous: int64 (A,), data set indices of the samples whose images are kept.
+        images: uint8 (A, 1+nm, 3, H, W), the original and the intermediaries of those.
+        passes: denoiser passes spent on the block, over all its images.
+    """
+
+    index: Tensor
+    votes: Tensor
+    anomalous: Tensor
+    images: Tensor
+    passes: int
+
 
 class IntermediaryStore:
-    """Files block-START-STOP.npz in `folder`, each with `votes` int16 (B, 1+nm), `anomalous` int64 (A,) data set indices
-    and `images` uint8 (A, 1+nm, 3, H, W)."""
+    """Files block-NUMBER.npz in `folder`, one for each `Block`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _files(self) -> dict[int, tuple[int, Path]]:
-        spans = {}
-        for path in self.folder.glob("block-*-*.npz"):
-            _, start, stop = path.stem.split("-")
-            spans[int(start)] = (int(stop), path)
-        return dict(sorted(spans.items()))
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("block-*.npz"))
 
-    def missing(self, total: int, batch: int) -> Iterator[tuple[int, int]]:
-        """Spans of at most `batch` samples of 0..total-1 that have no file yet."""
-        start, files = 0, self._files()
-        while start < total:
-            if start in files:
-                start = files[start][0]
-                continue
-            later = [s for s in files if s > start]
-            stop = min([start + batch, total, *later])
-            yield start, stop
-            start = stop
+    def write(self, block: Block) -> None:
+        """Keep one block; its name is that of its first sample."""
+        save_arrays(self.folder / f"block-{int(block.index[0]):08d}.npz", index=block.index, votes=block.votes.to(torch.int16),
+                    anomalous=block.anomalous, images=block.images, passes=block.passes)
 
-    def write(self, start: int, votes: Tensor, anomalous: Tensor, images: Tensor) -> None:
-        """Keep one block: votes (B, 1+nm), and indices and images of its anomalous samples."""
-        stop = start + len(votes)
-        save_arrays(self.folder / f"block-{start:07d}-{stop:07d}.npz", votes=votes.to(torch.int16),
-                    anomalous=anomalous, images=images)
+    def missing(self, wanted: Tensor) -> Tensor:
+        """Those of the data set indices `wanted` (B,), in their order, that are in no block yet."""
+        done = [load_arrays(path, "index")["index"] for path in self._files()]
+        return wanted[~torch.isin(wanted, torch.cat(done))] if done else wanted
 
-    def votes(self) -> Tensor:
-        """int64 (N, 1+nm) of all samples, in data set order."""
-        return torch.cat([load_arrays(path)["votes"] for _, path in self._files().values()]).long()
+    def votes(self, total: int) -> Tensor:
+        """int64 (total, 1+nm) in data set order; rows of samples in no block are UNKNOWN.
+
+        Raises:
+            ValueError: there is no block.
+        """
+        blocks = [load_arrays(path, "index", "votes") for path in self._files()]
+        if not blocks:
+            raise ValueError(f"{self.folder} holds no block")
+        votes = torch.full((total, blocks[0]["votes"].shape[1]), UNKNOWN, dtype=torch.int64)
+        for block in blocks:
+            votes[block["index"]] = block["votes"].long()
+        return votes
+
+    @property
+    def passes(self) -> int:
+        """Denoiser passes that all blocks cost, over all images."""
+        return sum(int(load_arrays(path, "passes")["passes"]) for path in self._files())
 
     def fetch(self, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices (B,), images uint8 (B, 1+nm, 3, H, W)) of the wanted anomalous samples, a file at a time, ascending."""
-        for start, (stop, path) in self._files().items():
-            inside = wanted[(wanted >= start) & (wanted < stop)]
-            if len(inside):
-                block = load_arrays(path)
-                at = torch.isin(block["anomalous"], inside)
-                yield block["anomalous"][at], block["images"][at]
+        """(indices (B,), images uint8 (B, 1+nm, 3, H, W)) of the wanted anomalous samples, a file at a time."""
+        for path in self._files():
+            anomalous = load_arrays(path, "anomalous")["anomalous"]
+            at = torch.isin(anomalous, wanted)
+            if at.any():
+                yield anomalous[at], load_arrays(path, "images")["images"][at]
 
     def discard(self) -> None:
         """Delete the folder, with anything that a killed run left half-written in it."""

@@ -105,14 +105,32 @@ def label_shares(votes: Tensor, candidates: Candidates, labels: Tensor, num_clas
     Raises:
         ValueError: shapes do not fit, or a label lies outside 0..K-1.
     """
+    own, total = support(votes, candidates, labels, num_classes)
+    moved = candidates.kind != Kind.UNANIMOUS
+    own, total, evidence, size = (_per_class(v, labels, num_classes) for v in (own, total, moved, moved | True))
+    share = class_share(own, total, size, votes.shape[1], evidence_prior)
+    return LabelShares(share, evidence, size)
+
+
+def support(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """How many of each sample's kept votes are for its given label, and for any class: int64 (N,) each, 0 for unanimous samples."""
     _check(votes, candidates, labels, num_classes)
     moved = candidates.kind != Kind.UNANIMOUS
     pool = candidates.kept & moved[:, None] & (votes >= 0) & (votes < num_classes)
-    own, total = (pool & (votes == labels[:, None])).sum(1), pool.sum(1)
-    own, total, evidence, size = (_per_class(v, labels, num_classes) for v in (own, total, moved, moved | True))
-    prior = evidence_prior * size.double() * votes.shape[1]
-    share = torch.where(total > 0, (own + prior) / (total + prior), 1.0)
-    return LabelShares(share, evidence, size)
+    return (pool & (votes == labels[:, None])).sum(1), pool.sum(1)
+
+
+def class_share(own: Tensor, total: Tensor, size: Tensor, width: int, evidence_prior: float) -> Tensor:
+    """q_c in [0, 1], float64 (..., K): the sums of `support` over each class, drawn towards 1 by the prior; 1 without evidence.
+
+    Args:
+        own, total: (..., K), votes for the class and all votes of its moved samples.
+        size: (..., K), samples of the class.
+        width: 1+nm, votes of one sample.
+        evidence_prior: see `TargetRule`.
+    """
+    prior = evidence_prior * size.double() * width
+    return torch.where(total > 0, (own + prior) / (total + prior), 1.0)
 
 
 @dataclass(frozen=True)
@@ -165,10 +183,15 @@ def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_cla
     if not len(labels):
         raise ValueError("target labels cannot be detected without samples")
     shares = label_shares(votes, candidates, labels, num_classes, rule.evidence_prior)
-    metric = 0.0 - shares.share.log()  # 0 - x, so that a share of 1 gives 0 and not -0
+    metric = discrepancy(shares.share)
     scores = class_scores(metric, shares.size > 0, rule)
     targets = tuple((scores.score > rule.threshold).nonzero().flatten().tolist())
     return Discrepancy(metric, scores.score, targets, shares.evidence, shares.share, scores.threshold)
+
+
+def discrepancy(share: Tensor) -> Tensor:
+    """KL(onehot_c || q) = -ln q_c in nats of shares in [0, 1]; 0 - x, so that a share of 1 gives 0 and not -0."""
+    return 0.0 - share.log()
 
 
 def _check(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from defense import dataelixir, purifier
+from defense import dataelixir, purification, purifier
 from defense.dataelixir import DataElixirConfig, defend, self_agreement
 from defense.purifier import requantised
 from defense.run import Case, run_defense
@@ -184,13 +184,14 @@ def interrupt(monkeypatch, module, name, number):
     return calls
 
 
-@pytest.mark.parametrize(("name", "number", "blocks_left"), [("predict", 3, 3), ("target_labels", 1, 0), ("save_classifier", 1, 0), ("save_classifier", 2, 0)])
+@pytest.mark.parametrize(("name", "number", "blocks_left"), [("predict", 13, 3), ("target_labels", 1, 0), ("save_classifier", 1, 0), ("save_classifier", 2, 0)])
 def test_an_interrupted_defence_goes_on_to_the_same_result(monkeypatch, name, number, blocks_left):
+    module = dataelixir if name == "save_classifier" else purification
     whole = run(name="whole")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        interrupt(patched, dataelixir, name, number)
+        interrupt(patched, module, name, number)
         run(name="parts")
-    purified = interrupt(monkeypatch, purifier.Purifier, "intermediaries", 0)
+    purified = interrupt(monkeypatch, purification.Purification, "block", 0)
     parts = run(name="parts")
     assert len(purified) == blocks_left
     for key in ("images", "labels"):

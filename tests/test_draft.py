@@ -9,7 +9,7 @@ from torch import nn
 from defense.draft import Draft, Selector
 from defense.result import Decisions
 from defense.selection import image_distances
-from defense.store import IntermediaryStore
+from defense.store import Block, IntermediaryStore
 from defense.verdict import Candidates, Kind, Verdict
 from tests.toys import random_images
 from utils.data import LabeledImages
@@ -48,7 +48,7 @@ def case(tmp_path, given, verdict, kept, top, original_eligible):
     images = torch.stack([ladder(seed) for seed in range(n)])
     assert (image_distances(images, torch.ones(n, M + 1, 3), False).total.diff(dim=1) > 0).all()
     store = IntermediaryStore(tmp_path / str(original_eligible))
-    store.write(0, torch.zeros(n, M + 1, dtype=torch.int64), torch.arange(n), images)
+    store.write(Block(torch.arange(n), torch.zeros(n, M + 1, dtype=torch.int64), torch.arange(n), images, 0))
     selector = Selector(store, Lookup(images, torch.zeros(n, M + 1)), False, 0.8, original_eligible)
     data = LabeledImages(images[:, 0].contiguous(), torch.tensor(given))
     candidates = Candidates(torch.tensor(kept), torch.full((n,), int(Kind.MIXED)), torch.tensor(top))

@@ -1,8 +1,8 @@
-"""The intermediaries' waiting room: every sample once, in order, and only what is missing is asked for again."""
+"""The intermediaries' waiting room: every sample once, in data set order, and only what is missing is asked for again."""
 import pytest
 import torch
 
-from defense.store import IntermediaryStore
+from defense.store import UNKNOWN, Block, IntermediaryStore
 from tests.toys import random_images
 from utils.config import UserError
 
@@ -16,48 +16,43 @@ def images_of(index):
     return base
 
 
-def write(store, start, stop, every=2):
-    """Samples start..stop-1 with votes that tell their index; those divisible by `every` are anomalous."""
-    index = torch.arange(start, stop)
+def write(store, *index, every=2):
+    """Samples with votes that tell their index; those divisible by `every` are anomalous. Each cost ten passes."""
+    index = torch.tensor(index)
     anomalous = index[index % every == 0]
-    store.write(start, index[:, None].expand(-1, WIDTH) + torch.arange(WIDTH), anomalous, images_of(anomalous))
+    store.write(Block(index, index[:, None] + torch.arange(WIDTH), anomalous, images_of(anomalous), 10 * len(index)))
 
 
-def spans(store, total, batch):
-    return list(store.missing(total, batch))
-
-
-def test_an_empty_store_misses_everything_in_batches(tmp_path):
-    assert spans(IntermediaryStore(tmp_path / "purify"), 10, 4) == [(0, 4), (4, 8), (8, 10)]
-
-
-@pytest.mark.parametrize(("written", "batch", "expected"), [
-    ([(0, 4)], 4, [(4, 8), (8, 10)]), ([(4, 8)], 4, [(0, 4), (8, 10)]), ([(4, 8)], 3, [(0, 3), (3, 4), (8, 10)]),
-    ([(0, 4), (8, 10)], 100, [(4, 8)]), ([(2, 3), (5, 7)], 100, [(0, 2), (3, 5), (7, 10)]), ([(0, 5), (5, 10)], 4, []),
-])
-def test_only_what_is_missing_is_asked_for_again(tmp_path, written, batch, expected):
+def test_only_what_is_missing_is_asked_for_again(tmp_path):
+    wanted = torch.tensor([1, 3, 5, 7, 8])
+    assert torch.equal(IntermediaryStore(tmp_path).missing(wanted), wanted)
+    write(IntermediaryStore(tmp_path), 5, 6, 7)
+    write(IntermediaryStore(tmp_path), 1)
     store = IntermediaryStore(tmp_path)
-    for span in written:
-        write(store, *span)
-    assert spans(IntermediaryStore(tmp_path), 10, batch) == expected
+    assert store.missing(wanted).tolist() == [3, 8] and store.missing(torch.tensor([7, 6])).tolist() == [] and store.passes == 40
 
 
-def test_filling_the_gaps_completes_the_set_whatever_the_batch(tmp_path):
-    for batch in (1, 3, 7, 100):
-        store = IntermediaryStore(tmp_path / str(batch))
-        write(store, 6, 9)
-        for start, stop in store.missing(20, batch):
-            write(store, start, stop)
-        assert torch.equal(store.votes(), torch.arange(20)[:, None] + torch.arange(WIDTH)) and store.votes().dtype == torch.int64
-        assert spans(store, 20, 5) == []
+def test_votes_stand_in_data_set_order_and_are_unknown_elsewhere(tmp_path):
+    store = IntermediaryStore(tmp_path)
+    for part in ((6, 2), (0, 9), (4,)):
+        write(store, *part)
+    votes, known = store.votes(11), torch.tensor([0, 2, 4, 6, 9])
+    assert votes.shape == (11, WIDTH) and votes.dtype == torch.int64
+    assert torch.equal(votes[known], known[:, None] + torch.arange(WIDTH))
+    assert (votes[[1, 3, 5, 7, 8, 10]] == UNKNOWN).all()
+
+
+def test_an_empty_store_has_no_votes(tmp_path):
+    with pytest.raises(ValueError, match="holds no block"):
+        IntermediaryStore(tmp_path).votes(3)
 
 
 def test_fetch_gives_the_wanted_samples_in_order_with_their_own_images(tmp_path):
     store = IntermediaryStore(tmp_path)
-    for start, stop in ((12, 20), (0, 5), (5, 12)):    # written in any order
-        write(store, start, stop)
+    for part in (range(12, 20), range(0, 12, 3), (10, 4, 2)):    # written in any order
+        write(store, *part)
     parts = list(store.fetch(torch.tensor([18, 2, 10, 6, 12])))
-    assert [index.tolist() for index, _ in parts] == [[2], [6, 10], [12, 18]]
+    assert [index.tolist() for index, _ in parts] == [[6], [10, 2], [12, 18]]
     for index, images in parts:
         assert torch.equal(images[..., 0, 0, 0].long(), 10 * index[:, None] + torch.arange(WIDTH)) and images.dtype == torch.uint8
     assert list(store.fetch(torch.tensor([], dtype=torch.int64))) == []
@@ -65,7 +60,7 @@ def test_fetch_gives_the_wanted_samples_in_order_with_their_own_images(tmp_path)
 
 def test_a_block_that_was_not_finished_is_missing(tmp_path, monkeypatch):
     store = IntermediaryStore(tmp_path)
-    write(store, 0, 4)
+    write(store, 0, 1, 2, 3)
 
     def full_disk(file, **arrays):
         open(file, "wb").write(b"half")
@@ -73,30 +68,30 @@ def test_a_block_that_was_not_finished_is_missing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(UserError, match="No space left"):
         patched.setattr("numpy.savez", full_disk)
-        write(store, 4, 8)
-    assert spans(store, 8, 4) == [(4, 8)] and len(list(tmp_path.iterdir())) == 1
+        write(store, 4, 5)
+    assert store.missing(torch.arange(6)).tolist() == [4, 5] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_damaged_block_is_named(tmp_path):
     store = IntermediaryStore(tmp_path)
-    write(store, 0, 4)
+    write(store, 0, 1, 2, 3)
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:300])
-    for read in (store.votes, lambda: list(store.fetch(torch.tensor([2])))):
+    for read in (lambda: store.votes(4), lambda: store.missing(torch.tensor([2])), lambda: list(store.fetch(torch.tensor([2])))):
         with pytest.raises(UserError, match=f"{file}: cannot be read.*delete it"):
             read()
 
 
 def test_discarding_leaves_nothing_not_even_what_a_killed_run_left(tmp_path):
     store = IntermediaryStore(tmp_path / "purify")
-    write(store, 0, 4)
-    (tmp_path / "purify" / ".block-0000004-0000008.4711.npz").write_bytes(b"half")
-    assert spans(store, 8, 4) == [(4, 8)]
+    write(store, 0, 1, 2, 3)
+    (tmp_path / "purify" / ".block-00000004.4711.npz").write_bytes(b"half")
+    assert store.missing(torch.arange(6)).tolist() == [4, 5]
     store.discard()
     assert not any(tmp_path.iterdir())
 
 
 def test_labels_of_many_classes_survive(tmp_path):
     store, votes = IntermediaryStore(tmp_path), torch.tensor([[0, 999], [32767, 1]])
-    store.write(0, votes, torch.tensor([1]), random_images(1, 2, 3, 2, 2))
-    assert torch.equal(store.votes(), votes)
+    store.write(Block(torch.tensor([0, 1]), votes, torch.tensor([1]), random_images(1, 2, 3, 2, 2), 0))
+    assert torch.equal(store.votes(2), votes)

@@ -86,11 +86,13 @@ def survival(votes: Tensor, last_steps_m: int, given: Tensor, truth: Truth) -> l
     """Per round: the share of clean samples still read as before, and of poison still read as the attack's label.
 
     Args:
-        votes: int64 (N, 1 + n m), the victim's labels.
+        votes: int64 (N, 1 + n m), the victim's labels; samples that were not purified (-1) do not count.
     """
+    known = votes[:, 0] >= 0
+    votes, given, poison = votes[known], given[known], truth.poison[known]
     after = votes[:, last_steps_m::last_steps_m]
     same, target = after == votes[:, :1], after == given[:, None]
-    return [{"clean_prediction_survives": share(same[~truth.poison, r]), "poison_reads_target": share(target[truth.poison, r])}
+    return [{"clean_prediction_survives": share(same[~poison, r]), "poison_reads_target": share(target[poison, r])}
             for r in range(after.shape[1])]
 
 

@@ -75,15 +75,15 @@ def save_arrays(path: Path, **arrays: Any) -> None:
         np.savez(temporary, **{key: np.asarray(value) for key, value in arrays.items()})
 
 
-def load_arrays(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .npz file, read without unpickling.
+def load_arrays(path: Path, *only: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .npz file, or those named, read without unpickling.
 
     Raises:
         UserError: missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
-            return {key: torch.from_numpy(content[key]) for key in content.files}
+            return {key: torch.from_numpy(content[key]) for key in only or content.files}
     except Exception as error:  # zipfile, numpy and the file system each raise their own
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); delete it to have it made again") from None
 

@@ -1,0 +1,69 @@
+"""Target labels first: how many samples must be purified to know them.
+
+Only samples whose given label is a target label are ever changed, so most of a set need not be purified at all. A
+sample of every class is, in a random order that the seed fixes; it grows, in the classes that are undecided, until the
+decision is settled. A class is undecided while the verdict on it comes out differently in more than `error` of the
+bootstrap resamples (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; each sample is counted Poisson(1)
+times; samples of a class that is purified whole are counted once, as nothing about it is left to chance).
+
+The bootstrap does not see what a sample has none of. A class of which the share p was poisoned shows no poison in
+`first` samples with probability (1 - p)^first: at 64 samples .037 for p = .05, .001 for p = .1.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from defense.target_label import Discrepancy, TargetRule, class_scores, class_share, discrepancy, support
+from defense.verdict import Candidates
+from utils.randomness import keyed_generator
+
+RESAMPLES = 400
+
+
+def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
+    """Sorted indices of the first `sizes[c]` samples of every class c in a random order; a larger sample holds the smaller.
+
+    Args:
+        labels: int64 (N,), 0..K-1.
+        sizes: int64 (K,); where a class has fewer samples, all are taken.
+        seed: key of the order.
+    """
+    order = torch.randperm(len(labels), generator=keyed_generator(seed, "sample"))
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount(minlength=len(sizes))
+    rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return by_class[rank < sizes[labels[by_class]]].sort().values
+
+
+def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, whole: Tensor, found: Discrepancy, rule: TargetRule,
+              error: float, seed: int) -> Tensor:
+    """Classes whose verdict a resample turns over too often.
+
+    Args:
+        votes: int64 (S, 1+nm) of the samples purified so far.
+        candidates: of the same samples.
+        labels: int64 (S,), their given labels.
+        whole: bool (K,), classes that are purified whole; they are decided as far as they themselves go.
+        found: the verdicts on all S samples.
+        rule: how verdicts are made.
+        error: share of resamples in which a verdict may differ.
+        seed: key of the resamples.
+
+    Returns:
+        bool (K,).
+    """
+    generator = keyed_generator(seed, "resample", len(labels))
+    counts = torch.poisson(torch.ones(RESAMPLES, len(labels), dtype=torch.float64), generator=generator)
+    counts[:, whole[labels]] = 1
+    own, total = (counts @ _by_class(values, labels, len(whole)) for values in support(votes, candidates, labels, len(whole)))
+    size = counts @ _by_class(torch.ones_like(labels), labels, len(whole))
+    flips = torch.zeros(len(whole), dtype=torch.float64)
+    for share, present in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size > 0):
+        flips += (class_scores(discrepancy(share), present, rule).score > rule.threshold) != found.is_target
+    return (flips > error * RESAMPLES) & ~whole
+
+
+def _by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """float64 (S, K): each sample's value in the column of its class."""
+    return torch.nn.functional.one_hot(labels, num_classes).double() * values[:, None]
