@@ -88,3 +88,25 @@ def test_an_encoder_that_learned_too_little_is_refused_with_the_figures_and_not_
     with pytest.raises(UserError, match=r"ssba: .*0\.\d+ of the bits are read.*at least 0.99 should be; PSNR \d+\.\d dB.*; raise ssba_epochs"):
         SampleSpecific(**SMALL | {"ssba_epochs": 1, "fit_images": 50}).prepare(FitContext(digits(), TARGET, 2, RECIPE))
     assert set(fitting.FITTED.glob("ssba-*")) == before
+
+
+class Collapsed(SampleSpecific):
+    """What a one-bit encoder likes to become: one pattern for all images, which a decoder reads well."""
+
+    kind = "constant"
+
+    def residual(self, x):
+        pattern = 0.02 * torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        own = 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(len(x)))
+        return pattern.expand_as(x) if self.kind == "constant" else own
+
+    def read(self, images):
+        return torch.ones(len(images), 1)
+
+
+def test_an_encoder_that_collapsed_to_one_pattern_is_refused():
+    grey = torch.full((40, 3, 8, 8), 128, dtype=torch.uint8)
+    ready_made = lambda kind: type("Drawn", (Collapsed,), {"kind": kind})().with_fitted(secret=torch.ones(1))
+    ready_made("own")._check(grey)
+    with pytest.raises(UserError, match=r"residuals of different images correlate 1\.00, below 0\.9 needed"):
+        ready_made("constant")._check(grey)
