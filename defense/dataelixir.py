@@ -20,6 +20,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from defense.draft import Draft, Selector
+from defense.level import settled_level, warn_if_destroyed
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised, worth_compiling
 from defense.result import Result
@@ -147,15 +148,19 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     Votes of samples that were not purified are UNKNOWN; that makes them UNANIMOUS, and benign.
     """
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
-    purifier = Purifier(denoiser, config, config.random_seed, victim.device, config.amp)
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
+    purifier = Purifier(denoiser, replace(config, steps_T=level), config.random_seed, victim.device, config.amp)
     if worth_compiling(config, denoiser, purifier.passes_per_image * len(data), victim.device):
         purifier.denoiser = Compiled(denoiser)
-    log.info("purifying with %s: %d passes an image that is purified, %d images", denoiser.name, purifier.passes_per_image, len(data))
+    log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images", denoiser.name, level, purifier.passes_per_image, len(data))
     store = IntermediaryStore(record / "purify")
     purification = Purification(data, victim, purifier, store, config.threshold_tau, config.target_rule, dataset.num_classes)
     if config.target_first:
-        return purification, purification.targets_first(config.end_early, config.sample_first, config.sample_error)
-    return purification, purification.everything(config.end_early, config.sample_first)
+        found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
+    else:
+        found = purification.everything(config.end_early, config.sample_first)
+    warn_if_destroyed(purification.votes()[purification.votes()[:, 0] >= 0], level, config.last_steps_m)
+    return purification, found
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:

@@ -11,19 +11,21 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from diffusion.denoiser import DenoiserError, load_denoiser
+from diffusion.denoiser import Denoiser, DenoiserError, load_denoiser
 from diffusion.quality import denoising_error, sample_sheet
 from diffusion.sampler import Schedule
 from diffusion.training import DenoiserConfig, Training
+from utils.compiled import Compiled
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config
 from utils.data import Dataset, LabeledImages, load_dataset
 from utils.record import Record, environment, load_arrays, start_logging, write_json
 from utils.training import has_bfloat16, pick_device
 
 log = logging.getLogger("dataelixir")
-RUNTIME_KEYS = ("out", "dataset_path", "device", "save_every")  # may differ when a training goes on
+RUNTIME_KEYS = ("out", "dataset_path", "device", "save_every", "compile")  # may differ when a training goes on
 HELD_OUT = 512  # test images that the error is measured on
 SHOWN = 10
+COMPILING_PAYS = 1e5  # 10^9 operations of a whole training
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -54,6 +56,8 @@ def train(data: DataConfig, config: DenoiserConfig) -> None:
     images = training_images(dataset, config.result_file)
     amp = config.amp and (device.type != "cpu" or has_bfloat16())
     training = Training(config, images, dataset.info.flip, identity(data, config, images), device, amp)
+    if worth_compiling(config, training.denoiser):
+        training.network = Compiled(training.denoiser)
     log.info("training a denoiser of %.2f million parameters on %d images", parameters(training) / 1e6, len(images))
     try:
         training.run()
@@ -63,6 +67,13 @@ def train(data: DataConfig, config: DenoiserConfig) -> None:
     save(training, data, config)
     measure(Path(config.out), dataset.test.images, device)
     training.checkpoint.unlink()
+
+
+def worth_compiling(config: DenoiserConfig, denoiser: Denoiser) -> bool:
+    """As the config says, or where the two minutes that it takes on a CPU are won back."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    return (config.minutes or float("inf")) > 10 and 3 * denoiser.gflops() * config.batch_size * config.steps > COMPILING_PAYS
 
 
 def recorded_data(data: DataConfig, result_file: Optional[str]) -> DataConfig:

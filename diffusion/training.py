@@ -52,6 +52,7 @@ class DenoiserConfig:
         ema_decay: decay per step of the averaged weights, which are the result.
         half: store the weights as float16 (they are computed with as float32).
         amp: train in bfloat16 where the device computes with it.
+        compile: compile the network: auto (where there is so much to do that it pays), on or off.
         device: auto, cpu, cuda, cuda:1, ...; a missing GPU is answered with a warning and the CPU.
         save_every: steps between two checkpoints.
         random_seed: seed of every random choice.
@@ -72,6 +73,7 @@ class DenoiserConfig:
     ema_decay: ClosedUnitInterval = 0.9995
     half: bool = False
     amp: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
     device: str = "auto"
     save_every: PositiveInt = 1000
     random_seed: NonNegativeInt = 2022
@@ -130,6 +132,8 @@ def interrupt_between_steps() -> Iterator[threading.Event]:
 class Training:
     """One training run: network, averaged weights, optimizer and progress, and the checkpoint that holds them.
 
+    `network` is what is called, the denoiser itself unless a compiled one is put in its place.
+
     Args:
         config: What to train; `out` exists.
         images: uint8 (N,3,H,W), the training set.
@@ -147,7 +151,7 @@ class Training:
         self.ab = Schedule().alphas_cumprod.float().to(device)
         torch.manual_seed(config.random_seed)
         self.denoiser = Denoiser(build_unet(config, images.shape[-1]), config.patch, config.ddpm_T).to(device).train()
-        self.denoiser.to(memory_format=torch.channels_last)
+        self.network = self.denoiser.to(memory_format=torch.channels_last)
         self.ema = EMAModel(self.denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), config.lr)
         self.steps, self.seconds, self.loss = 0, 0.0, torch.ones((), device=device)
@@ -186,7 +190,7 @@ class Training:
         torch.manual_seed((self.config.random_seed << 32) + self.steps + 1)
         x, t, noise = self.batch()
         with torch.autocast(self.device.type, torch.bfloat16, self.amp):
-            loss = F.mse_loss(self.denoiser(x, t).float(), noise)
+            loss = F.mse_loss(self.network(x, t).float(), noise)
         self.optimizer.param_groups[0]["lr"] = self.config.lr * learning_rate(self.progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,77 @@
+"""Which noise level to purify at, found from the set itself.
+
+A level must be high enough that triggers are lost and low enough that what the classifier reads is not. The second can
+be measured without any truth: the share of images whose predicted label is the same after one round. `steps_T: auto`
+takes the highest level at which it is at least AGREEMENT, over a sample with the same number of images of every class
+(so that a class full of poison, whose labels should change, weighs little).
+"""
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from defense.purifier import PurifyConfig, Purifier
+from defense.sampling import stratified
+from diffusion.denoiser import Denoiser
+from utils.data import LabeledImages
+from utils.models import Classifier
+from utils.training import predict
+
+log = logging.getLogger("dataelixir")
+AGREEMENT = 0.85   # share of predictions that must survive a round
+DESTROYED = 0.6    # below it the classifier can hardly read what comes out
+SAMPLE, GRAIN, TOP = 256, 10, 300
+
+
+def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages, victim: Classifier, num_classes: int,
+                  seed: int, amp: bool) -> int:
+    """`config.steps_T`, or where that is "auto" the level found by bisection over multiples of 10.
+
+    Args:
+        denoiser: [-1, 1] (B, 3, H, W), t (B,) -> predicted noise.
+        data: the training set as received.
+        victim: a classifier trained on it, in eval mode.
+        seed: key of the sample and the noise.
+        amp: run the network in mixed precision.
+    """
+    if config.steps_T != "auto":
+        return config.steps_T
+    sizes = torch.full((num_classes,), max(1, SAMPLE // num_classes))
+    index = stratified(data.labels, sizes, seed)
+
+    def survives(level: int) -> float:
+        purifier = Purifier(denoiser, replace(config, steps_T=level, rounds_n=1), seed, victim.device, amp)
+        share = survival(purifier, victim, data.images[index], index, config.purify_batch_size)
+        log.info("steps_T: at %d the classifier reads %.3f of %d images as before", level, share, len(index))
+        return share
+
+    lowest = max(GRAIN, config.reverse_steps or 0, config.last_steps_m + 1)
+    levels = list(range(-(-lowest // GRAIN) * GRAIN, min(TOP, denoiser.t_max) + 1, GRAIN)) or [min(lowest, denoiser.t_max)]
+    return highest(levels, survives)
+
+
+def survival(purifier: Purifier, victim: Classifier, images: Tensor, index: Tensor, batch: int) -> float:
+    """Share of uint8 images (B, 3, H, W) that the victim reads alike before and after the purifier's rounds."""
+    ends = torch.cat([purifier.intermediaries(x, i)[:, -1] for x, i in zip(images.split(batch), index.split(batch))])
+    return (predict(victim, images) == predict(victim, ends)).double().mean().item()
+
+
+def highest(levels: Sequence[int], survives: Callable[[int], float]) -> int:
+    """The last of the rising `levels` at which `survives`, which falls, is at least AGREEMENT; the first where it is at none."""
+    low, high = 0, len(levels)   # survives(levels[low]) is taken for granted, survives(levels[high]) is too little
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if survives(levels[middle]) >= AGREEMENT else (low, middle)
+    return levels[low]
+
+
+def warn_if_destroyed(votes: Tensor, level: int, last_steps_m: int) -> None:
+    """Warn where too few predictions survive the first round: votes int64 (S, 1+nm) of the samples purified."""
+    share = (votes[:, last_steps_m] == votes[:, 0]).double().mean().item()
+    if share < DESTROYED:
+        log.warning("steps_T: only %.2f of the predictions survive one round at T = %d: the classifier cannot read what this denoiser makes, "
+                    "and the result means little; take a lower steps_T, steps_T: auto, or a better denoiser", share, level)

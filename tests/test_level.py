@@ -1,0 +1,61 @@
+"""The noise level that a set asks for."""
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from defense import level as module
+from defense.level import highest, settled_level, warn_if_destroyed
+from defense.purifier import PurifyConfig
+from tests.toys import CLASSES, PatchReader, toy_dataset
+
+CONFIG = PurifyConfig(steps_T="auto", last_steps_m=3, reverse_steps=5)
+DATA = toy_dataset(per_class=20).train
+
+
+@pytest.mark.parametrize("last", range(0, 8))
+def test_bisection_finds_the_last_level_that_serves(last):
+    asked = []
+    survives = lambda level: asked.append(level) or (0.9 if level <= 10 * last else 0.3)
+    assert highest([10, 20, 30, 40, 50, 60, 70], survives) == max(10, 10 * last) and len(asked) <= 3
+    assert module.AGREEMENT == 0.85
+
+
+class Shifting(nn.Module):
+    """Returns images unchanged up to level `limit`, above it all black."""
+
+    name, t_max = "shifting", 120
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.start = limit, 0
+
+    def forward(self, x, t):
+        self.start = max(self.start, int(t[0])) if int(t[0]) else 0
+        return torch.zeros_like(x) if max(self.start, int(t[0])) < self.limit else 50.0 * torch.ones_like(x)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(45, 40), (90, 90), (1000, 120), (5, 10)])
+def test_auto_takes_the_highest_level_at_which_the_classifier_agrees_with_itself(monkeypatch, limit, expected):
+    monkeypatch.setattr(module, "survival", lambda purifier, victim, images, index, batch: float(purifier.config.steps_T <= limit))
+    found = settled_level(CONFIG, Shifting(limit), DATA, PatchReader(), CLASSES, 0, False)
+    assert found == expected
+
+
+def test_agreement_is_measured_on_purified_images():
+    keep = settled_level(CONFIG, Shifting(10**6), DATA, PatchReader(target=4), CLASSES, 0, False)
+    lost = settled_level(CONFIG, Shifting(0), DATA, PatchReader(target=4), CLASSES, 0, False)
+    assert lost == 10 < keep
+
+
+def test_a_given_level_is_taken_as_it_is():
+    assert settled_level(replace(CONFIG, steps_T=77), None, None, None, 0, 0, False) == 77
+
+
+def test_a_level_that_destroys_what_the_classifier_reads_is_warned_of(caplog):
+    votes = torch.tensor([[1, 1, 1, 1, 1]] * 6 + [[1, 1, 2, 1, 1]] * 4)
+    warn_if_destroyed(votes, 150, 2)
+    assert not caplog.records
+    warn_if_destroyed(votes[1:], 150, 2)
+    assert "steps_T: only 0.56 of the predictions survive one round at T = 150" in caplog.text
