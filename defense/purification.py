@@ -113,12 +113,12 @@ class Purification:
         m, n, images = self.purifier.config.last_steps_m, self.purifier.config.rounds_n, self.data.images[index]
         x, noise, left = self.purifier.start(images), KeyedNoise(index, self.purifier.seed, self.purifier.device), torch.arange(len(index))
         states = self.purifier.original(images).to(x.device)[:, None].repeat(1, 1 + n * m, 1, 1, 1)
-        votes, passes = predict(self.victim, states[:, 0])[:, None].repeat(1, 1 + n * m), 0
+        votes, passes = self._read(states[:, 0])[:, None].repeat(1, 1 + n * m), 0
         for r in range(n):
             made, x = self.purifier.one_round(x, noise)
             columns, passes = slice(1 + r * m, None), passes + len(left) * len(self.purifier.steps)
             states[left, columns] = made.repeat(1, n - r, 1, 1, 1)
-            votes[left, columns] = predict(self.victim, made.flatten(0, 1)).view(len(left), m).repeat(1, n - r)
+            votes[left, columns] = self._read(made.flatten(0, 1)).view(len(left), m).repeat(1, n - r)
             going = ~ends(votes[left, :1 + (r + 1) * m], r + 1) if ends else torch.ones_like(left, dtype=torch.bool)
             if r + 1 == n or not going.any():
                 break
@@ -127,6 +127,9 @@ class Purification:
                 noise.keep(going)
         anomalous = (filter_candidates(votes, self.tau).kind != Kind.UNANIMOUS).nonzero().flatten()
         return Block(index, votes, index[anomalous], states[anomalous.to(states.device)].cpu(), passes)
+
+    def _read(self, images: Tensor) -> Tensor:
+        return predict(self.victim, images, self.purifier.amp)
 
     def votes(self) -> Tensor:
         """int64 (N, 1+nm); UNKNOWN where a sample was not purified."""

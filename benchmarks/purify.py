@@ -1,0 +1,186 @@
+"""How fast purifying is: this machine's ceiling, a plain reference, and ours, in one run; benchmarks/results/purify.json and .md.
+
+    python benchmarks/purify.py [--networks cifar10 gtsrb_small digits] [--threads 2]
+
+Ceiling: the best of large matrix products. Reference: what the published way of doing it costs, written plainly:
+float32, contiguous NCHW, uncompiled, one classifier call for the 51 images of a sample after a PIL conversion each, SSIM
+(scikit-image) one pair at a time. Ours: `Purification.block` and `image_distances` as a run calls them. Both sides are
+timed on a slice: the cost of a denoiser pass does not depend on the step. `cifar10` is the published network's size
+with random weights (35.7 M parameters), with PreActResNet-18; the others are the shipped denoisers, with the small classifier.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense.purification import Purification
+from defense.purifier import PurifyConfig, Purifier
+from defense.selection import image_distances
+from defense.store import IntermediaryStore
+from defense.target_label import TargetRule
+from diffusion.denoiser import Denoiser, load_denoiser
+from utils.compiled import Compiled
+from utils.data import DATASETS, LabeledImages
+from utils.models import build_classifier
+from utils.training import extract_features, predict
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CPU, M, N, STEPS_T = torch.device("cpu"), 10, 5, 150
+BATCHES = {"cifar10": 32, "gtsrb_small": 128, "digits": 128}
+SET_SIZES = (256, 1024, 4096)
+
+
+def best(function: Callable[[], object], repeats: int = 3) -> float:
+    """Least seconds of a call, after one that does not count."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def ceiling(dtype: torch.dtype, size: int = 2048) -> float:
+    """10^9 operations a second of a product of two square matrices."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return 2 * size**3 / best(lambda: a @ b, 5) / 1e9
+
+
+def denoiser_of(name: str) -> Denoiser:
+    """A shipped denoiser, or the published network with random weights."""
+    if name != "cifar10":
+        return load_denoiser(name)
+    from diffusers import UNet2DModel
+
+    down, up = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    unet = UNet2DModel(sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
+                       down_block_types=down, up_block_types=up, norm_eps=1e-6, downsample_padding=0, attention_head_dim=None)
+    return Denoiser(unet.eval().requires_grad_(False))
+
+
+@torch.inference_mode()
+def reference(denoiser: Denoiser, victim, images: Tensor) -> dict[str, float]:
+    """Seconds: of a pass for one image, and of everything else for one sample of 51 images, done plainly."""
+    from PIL import Image
+    from skimage.metrics import structural_similarity
+
+    batch = torch.randn(BATCHES.get(denoiser.name, 32), 3, 32, 32)
+    level = torch.full((len(batch),), 100)
+    one_pass = best(lambda: denoiser(batch, level)) / len(batch)
+    column = images[:1].expand(1 + N * M, -1, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+    tensors = lambda: torch.stack([torch.from_numpy(np.array(Image.fromarray(image))).permute(2, 0, 1) / 255 for image in column])
+    label = best(lambda: victim(tensors()).argmax(1))
+
+    def select() -> None:
+        features = [victim.features(x[None]) for x in tensors()]
+        for image, feature in zip(column, features):
+            structural_similarity(column[0], image, win_size=3, channel_axis=2, data_range=255)
+            torch.nn.functional.cosine_similarity(features[0], feature)
+
+    return {"pass": one_pass, "label": label, "select": best(select, 1)}
+
+
+@torch.inference_mode()
+def ours(denoiser: Denoiser, victim, images: Tensor, folder: Path, compiled: bool) -> dict[str, float]:
+    """The same seconds, of what a run calls; a short round is enough for a pass, a whole set of states for the rest."""
+    network = Compiled(denoiser) if compiled else denoiser
+    config = PurifyConfig(steps_T=STEPS_T, rounds_n=1, last_steps_m=1, reverse_steps=4)
+    purifier = Purifier(network, config, 0, CPU, amp=True)
+    index = torch.arange(len(images))
+    one_pass = best(lambda: purifier.intermediaries(images, index)) / len(images) / 4
+    columns = images[:, None].repeat(1, 1 + N * M, 1, 1, 1)
+    label = best(lambda: predict(victim, columns.flatten(0, 1), amp=True), 1) / len(images)
+    few = columns[:16]
+    features = lambda: extract_features(victim, few.flatten(0, 1)).view(16, 1 + N * M, -1)
+    select = best(lambda: image_distances(few, features(), False), 1) / 16
+    store = IntermediaryStore(folder)
+    work = Purification(LabeledImages(images, index % 10), victim, Purifier(lambda x, t: x, PurifyConfig(rounds_n=N), 0, CPU), store, 5, TargetRule(), 10)
+    block = work.block(index)
+    return {"pass": one_pass, "label": label, "select": select, "files": best(lambda: store.write(block), 1) / len(images)}
+
+
+def measure(name: str, ceilings: dict[str, float]) -> dict:
+    """One network: both ways, with what follows from them."""
+    denoiser = denoiser_of(name)
+    info, classes = DATASETS["cifar10" if name == "cifar10" else "digits"], 10
+    victim = build_classifier("preactresnet18" if name == "cifar10" else "preactresnet_small", classes, info, (0, "bench")).eval()
+    images = torch.randint(0, 256, (BATCHES[name], 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = reference(denoiser, victim, images)
+        fast = {mode: ours(denoiser, victim, images, Path(folder) / mode, mode == "compiled") for mode in ("eager", "compiled")}
+    gflop = denoiser.gflops()
+    return {"network": name, "gflop": gflop, "reference": plain, **fast, "gflops_per_s": {"reference": gflop / plain["pass"]} | {
+        mode: gflop / fast[mode]["pass"] for mode in fast}, "share_of_bf16_ceiling": gflop / fast["compiled"]["pass"] / ceilings["bfloat16"],
+        "ratio": plain["pass"] / fast["compiled"]["pass"]}
+
+
+def peak_memory(size: int) -> int:
+    """Peak bytes of a process that purifies a clean set of that many images (an identity in place of the denoiser)."""
+    code = f"""
+import re, tempfile, torch
+from pathlib import Path
+from benchmarks.purify import *
+images = torch.randint(0, 256, ({size}, 3, 32, 32), dtype=torch.uint8)
+victim = build_classifier("preactresnet_small", 10, DATASETS["digits"], (0, "bench")).eval()
+victim.head.weight.data.zero_()
+with tempfile.TemporaryDirectory() as folder:
+    purifier = Purifier(lambda x, t: x, PurifyConfig(steps_T=11, rounds_n=2, purify_batch_size=128), 0, CPU)
+    work = Purification(LabeledImages(images, torch.arange({size}) % 10), victim, purifier, IntermediaryStore(Path(folder)), 5, TargetRule(), 10)
+    work.everything(None, 0)
+print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
+"""
+    root = str(RESULTS.parent.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
+    return int(done.stdout.split()[-1])
+
+
+def table(result: dict) -> str:
+    """Markdown."""
+    c = result["ceiling"]
+    lines = [f"{result['cores']} CPU cores, {result['threads']} threads, torch {torch.__version__}; large matrix products reach "
+             f"{c['float32']:.0f} GFLOP/s in float32, {c['bfloat16']:.0f} in bfloat16.", "",
+             "| network | GFLOP a pass | image-steps/s: reference | uncompiled | compiled | GFLOP/s compiled | of the bfloat16 ceiling | ratio to reference |", "|---" * 8 + "|"]
+    for row in result["networks"]:
+        speeds = " | ".join(f"{1 / row[way]['pass']:.0f}" for way in ("reference", "eager", "compiled"))
+        lines.append(f"| {row['network']} | {row['gflop']:.3f} | {speeds} | {row['gflops_per_s']['compiled']:.0f} | "
+                     f"{row['share_of_bf16_ceiling']:.0%} | {row['ratio']:.2f} |")
+    lines += ["", "Milliseconds for a sample with 51 images:", "", "| network | way | 750 passes | labelling | features and SSIM | files |", "|---" * 6 + "|"]
+    for row in result["networks"]:
+        for way in ("reference", "compiled"):
+            s = row[way]
+            lines.append(f"| {row['network']} | {way} | {750e3 * s['pass']:.0f} | {1e3 * s['label']:.1f} | {1e3 * s['select']:.1f} | {1e3 * s.get('files', 0):.1f} |")
+    sizes = ", ".join(f"{size} images {peak / 2**20:.0f} MiB" for size, peak in result["peak_memory"].items())
+    return "\n".join([*lines, "", f"Peak memory of purifying a clean set: {sizes} (3 KiB an image are the set itself)."])
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(BATCHES), default=list(BATCHES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    ceilings = {str(dtype).removeprefix("torch."): ceiling(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    result = {"cores": os.cpu_count(), "threads": args.threads, "machine": platform.machine(), "ceiling": ceilings,
+              "networks": [measure(name, ceilings) for name in args.networks], "peak_memory": {size: peak_memory(size) for size in SET_SIZES}}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "purify.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "purify.md").write_text(table(result) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
