@@ -11,6 +11,7 @@ import torch
 from attack.export import export_images
 from attack.poison import LabelMap, PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
 from attack.trigger import FitContext, Trigger
+from defense import crew
 from defense.run import Case, find_defense, load_case, run_defense, save_case, show_finished
 from utils import figures
 from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
@@ -43,6 +44,13 @@ class RunConfig:
 @command_line
 def main(trigger_class: type[Trigger], argv: Optional[Sequence[str]] = None) -> None:
     """Run the attack of `trigger_class`, then the defence, as the command line says."""
+    with crew.led() as leading:
+        if leading:
+            lead(trigger_class, argv)
+
+
+def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
+    """The stages in order."""
     module = find_defense(peek(argv, "defense", RunConfig.defense))
     run, data_config, poison, config, trigger = parse_config(
         argv, RunConfig, DataConfig, PoisonConfig, module.Config, trigger_class, description=trigger_class.__doc__.split("\n")[0])

@@ -4,7 +4,7 @@
 
 Ceiling: the best of large matrix products. Reference: what the published way of doing it costs, written plainly:
 float32, contiguous NCHW, uncompiled, one classifier call for the 51 images of a sample after a PIL conversion each, SSIM
-(scikit-image) one pair at a time. Ours: `Purification.block` and `image_distances` as a run calls them. Both sides are
+(scikit-image) one pair at a time. Ours: `Rounds` and `image_distances` as a run calls them. Both sides are
 timed on a slice: the cost of a denoiser pass does not depend on the step. `cifar10` is the published network's size
 with random weights (35.7 M parameters), with PreActResNet-18; the others are the shipped denoisers, with the small classifier.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier
+from defense.rounds import Rounds
 from defense.selection import image_distances
 from defense.store import IntermediaryStore
 from defense.target_label import TargetRule
@@ -107,8 +108,7 @@ def ours(denoiser: Denoiser, victim, images: Tensor, folder: Path, compiled: boo
     features = lambda: extract_features(victim, few.flatten(0, 1)).view(16, 1 + N * M, -1)
     select = best(lambda: image_distances(few, features(), False), 1) / 16
     store = IntermediaryStore(folder)
-    work = Purification(LabeledImages(images, index % 10), victim, Purifier(lambda x, t: x, PurifyConfig(rounds_n=N), 0, CPU), store, 5, TargetRule(), 10)
-    block = work.block(index)
+    block = Rounds(LabeledImages(images, index % 10), victim, Purifier(lambda x, t: x, PurifyConfig(rounds_n=N), 0, CPU), 5)(index)
     return {"pass": one_pass, "label": label, "select": select, "files": best(lambda: store.write(block), 1) / len(images)}
 
 
@@ -138,7 +138,8 @@ victim = build_classifier("preactresnet_small", 10, DATASETS["digits"], (0, "ben
 victim.head.weight.data.zero_()
 with tempfile.TemporaryDirectory() as folder:
     purifier = Purifier(lambda x, t: x, PurifyConfig(steps_T=11, rounds_n=2, purify_batch_size=128), 0, CPU)
-    work = Purification(LabeledImages(images, torch.arange({size}) % 10), victim, purifier, IntermediaryStore(Path(folder)), 5, TargetRule(), 10)
+    data = LabeledImages(images, torch.arange({size}) % 10)
+    work = Purification(data, Rounds(data, victim, purifier, 5), IntermediaryStore(Path(folder)), TargetRule(), 10)
     work.everything(None, 0)
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
 """

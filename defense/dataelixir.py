@@ -19,14 +19,17 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from defense.crew import Crew, own_device
 from defense.draft import Draft, Selector
 from defense.level import settled_level, warn_if_destroyed
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised, worth_compiling
 from defense.result import Result
+from defense.rounds import Rounds
 from defense.store import IntermediaryStore
 from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
+from diffusion.denoiser import Denoiser
 from utils.compiled import Compiled
 from utils.config import Fraction, OpenFraction, TrainConfig
 from utils.data import Dataset, LabeledImages
@@ -149,18 +152,35 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     """
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
-    purifier = Purifier(denoiser, replace(config, steps_T=level), config.random_seed, victim.device, config.amp)
-    if worth_compiling(config, denoiser, purifier.passes_per_image * len(data), victim.device):
-        purifier.denoiser = Compiled(denoiser)
-    log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images", denoiser.name, level, purifier.passes_per_image, len(data))
-    store = IntermediaryStore(record / "purify")
-    purification = Purification(data, victim, purifier, store, config.threshold_tau, config.target_rule, dataset.num_classes)
+    crew = Crew(Recipe(data, victim, denoiser, replace(config, steps_T=level)))
+    log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images", denoiser.name, level,
+             crew.work.purifier.passes_per_image, len(data))
+    purification = Purification(data, crew.work, IntermediaryStore(record / "purify"), config.target_rule, dataset.num_classes, crew.blocks)
     if config.target_first:
         found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
     else:
         found = purification.everything(config.end_early, config.sample_first)
     warn_if_destroyed(purification.votes()[purification.votes()[:, 0] >= 0], level, config.last_steps_m)
     return purification, found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every process of a run needs to make blocks."""
+
+    data: LabeledImages
+    victim: Classifier
+    denoiser: Denoiser
+    config: DataElixirConfig
+
+    def prepared(self) -> Rounds:
+        """Networks on this process's device, compiled where that pays."""
+        config, device = self.config, own_device(self.victim.device)
+        victim, denoiser = self.victim.to(device), self.denoiser.to(device)
+        purifier = Purifier(denoiser, config, config.random_seed, device, config.amp)
+        if worth_compiling(config, denoiser, purifier.passes_per_image * len(self.data), device):
+            purifier.denoiser = Compiled(denoiser)
+        return Rounds(self.data, victim, purifier, config.threshold_tau)
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:

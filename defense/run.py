@@ -14,6 +14,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from defense import crew
 from defense.result import Result
 from utils import figures
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, nearest, parse_config, peek
@@ -208,6 +209,13 @@ def summary(report: dict[str, Any], folder: Path) -> str:
 @command_line
 def main(name: str) -> None:
     """Entry of `python defense/<name>.py --result_file NAME`: the record's own keys, unless others are given."""
+    with crew.led() as leading:
+        if leading:
+            defend_again(name)
+
+
+def defend_again(name: str) -> None:
+    """Defend a record again, as the command line says."""
     module = find_defense(name)
     again = peek(None, "result_file", "")
     if not again:

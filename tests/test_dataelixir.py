@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from defense import dataelixir, purification, purifier
+from defense import dataelixir, purification, purifier, rounds
 from defense.dataelixir import DataElixirConfig, defend, self_agreement
 from defense.purifier import requantised
 from defense.run import Case, run_defense
@@ -186,12 +186,12 @@ def interrupt(monkeypatch, module, name, number):
 
 @pytest.mark.parametrize(("name", "number", "blocks_left"), [("predict", 13, 3), ("target_labels", 1, 0), ("save_classifier", 1, 0), ("save_classifier", 2, 0)])
 def test_an_interrupted_defence_goes_on_to_the_same_result(monkeypatch, name, number, blocks_left):
-    module = dataelixir if name == "save_classifier" else purification
+    module = {"save_classifier": dataelixir, "predict": rounds, "target_labels": purification}[name]
     whole = run(name="whole")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         interrupt(patched, module, name, number)
         run(name="parts")
-    purified = interrupt(monkeypatch, purification.Purification, "block", 0)
+    purified = interrupt(monkeypatch, rounds.Rounds, "__call__", 0)
     parts = run(name="parts")
     assert len(purified) == blocks_left
     for key in ("images", "labels"):

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from defense.purification import Ending, Purification
+from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier
+from defense.rounds import Ending, Rounds
 from defense.store import UNKNOWN, IntermediaryStore
 from defense.target_label import TargetRule
 from defense.verdict import Kind, filter_candidates
@@ -17,12 +18,12 @@ DATA, TRUTH, _ = poisoned_toy(toy_dataset(per_class=30))
 
 def purification(folder, config=CONFIG, victim=None, tau=4, seed=0):
     purifier = Purifier(FlatDenoiser(), config, seed, torch.device("cpu"))
-    return Purification(DATA, victim or PatchReader(), purifier, IntermediaryStore(folder), tau, TargetRule(), CLASSES)
+    return Purification(DATA, Rounds(DATA, victim or PatchReader(), purifier, tau), IntermediaryStore(folder), TargetRule(), CLASSES)
 
 
 def test_blocks_are_what_the_purifier_makes_and_the_victim_reads(tmp_path):
     work, index = purification(tmp_path), torch.tensor([7, 30, 2, 90])
-    block, images = work.block(index), work.purifier.intermediaries(DATA.images[index], index)
+    block, images = work.rounds(index), work.rounds.purifier.intermediaries(DATA.images[index], index)
     votes = PatchReader()(images.flatten(0, 1).float() / 255).argmax(1).view(4, -1)
     assert torch.equal(block.votes, votes) and block.passes == 4 * 3 * 8
     moved = torch.isin(index, block.anomalous)
@@ -44,7 +45,7 @@ def test_targets_first_purifies_a_sample_and_the_target_class_and_finds_the_same
 
 def test_a_clean_set_costs_the_sample_alone(tmp_path):
     work = purification(tmp_path)
-    work.data = toy_dataset(per_class=30).train
+    work.data = work.rounds.data = toy_dataset(per_class=30).train
     assert work.targets_first(None, first=5, error=0.02).targets == ()
     assert work.store.passes == 5 * CLASSES * 3 * 8
 
@@ -86,18 +87,18 @@ class Wavering(PatchReader):
 def test_rounds_that_end_early_are_stood_in_for_by_the_last_one(tmp_path):
     m = CONFIG.last_steps_m
     victim = Wavering([[1], [1] * m, [2] * m, [1] * m])
-    block = purification(tmp_path, victim=victim).block(torch.tensor([5]), Ending(tau=4, after={}))
+    block = purification(tmp_path, victim=victim).rounds(torch.tensor([5]), Ending(tau=4, after={}))
     assert block.votes.tolist() == [[1] + [1] * m + [2] * 2 * m] and block.passes == 2 * 8    # MIXED after round 2
     assert torch.equal(block.images[0, 1 + m:1 + 2 * m], block.images[0, 1 + 2 * m:])
     victim = Wavering([[1], [2] * m, [1] * m, [1] * m])
-    block = purification(tmp_path, victim=victim).block(torch.tensor([5]), Ending(tau=4, after={int(Kind.TRANSITION): 1}))
+    block = purification(tmp_path, victim=victim).rounds(torch.tensor([5]), Ending(tau=4, after={int(Kind.TRANSITION): 1}))
     assert block.votes.tolist() == [[1] + [2] * 3 * m] and block.passes == 8
 
 
 def test_samples_that_go_on_are_not_touched_by_those_that_end(tmp_path):
     index = torch.cat([TRUTH.poison.nonzero()[[4, 9], 0], torch.tensor([75, 2, 101])])
     ending = Ending(tau=4, after={int(Kind.TRANSITION): 2})
-    alone, ended = purification(tmp_path).block(index), purification(tmp_path).block(index, ending)
+    alone, ended = purification(tmp_path).rounds(index), purification(tmp_path).rounds(index, ending)
     stays = ~TRUTH.poison[index]
     assert 0 < stays.sum() < 5 and torch.equal(alone.votes, ended.votes)
     assert ended.passes == int(stays.sum()) * 24 + int((~stays).sum()) * 16

@@ -1,0 +1,99 @@
+"""Several processes make the same blocks as one, in the same order, and do not outlive one another."""
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from defense import crew
+from defense.crew import Crew, led, own_device
+from defense.rounds import Ending, Rounds
+from tests.test_purification import CONFIG, DATA, purification
+from tests.toys import FlatDenoiser, PatchReader
+from defense.purifier import Purifier
+from utils.config import UserError
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from defense import crew
+from tests.test_crew import Recipe, purify
+with crew.led() as leading:
+    if leading:
+        purify(Path(sys.argv[1]), sys.argv[2])
+print("left", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    kind: str = "good"
+
+    def prepared(self):
+        if self.kind == "dies" and crew.is_crew():
+            return sys.exit   # called with a part, it ends the process
+        purifier = Purifier(FlatDenoiser(), CONFIG, 0, own_device(torch.device("cpu")))
+        return Rounds(DATA, PatchReader(), purifier, 4)
+
+
+def purify(folder, kind):
+    """The toy set, target labels first; leaves votes and images in folder/out.pt."""
+    team = Crew(Recipe(kind))
+    work = purification(folder / "store")
+    work.deal = team.blocks
+    found = work.targets_first(0.2, first=10, error=0.02)
+    images = [part for _, part in work.store.fetch(torch.arange(len(DATA)))]
+    torch.save((found.targets, work.votes(), torch.cat(images), work.store.passes), folder / "out.pt")
+
+
+def start(processes, folder, kind="good"):
+    folder.mkdir(parents=True)
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(folder / "script.py"), str(folder), kind]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def test_three_processes_make_what_one_makes(tmp_path):
+    (tmp_path / "one").mkdir()
+    purify(tmp_path / "one", "good")
+    done = start(3, tmp_path / "three")
+    assert done.returncode == 0 and done.stdout.count("left") == 3, done.stderr[-2000:]
+    one, three = (torch.load(tmp_path / name / "out.pt") for name in ("one", "three"))
+    assert one[0] == three[0] and one[3] == three[3] and torch.equal(one[1], three[1]) and torch.equal(one[2], three[2])
+    names = [sorted(path.name for path in (tmp_path / name / "store").iterdir()) for name in ("one", "three")]
+    assert names[0] == names[1]
+
+
+def test_a_run_ends_when_one_of_its_processes_dies(tmp_path):
+    done = start(2, tmp_path / "two", "dies")
+    assert done.returncode != 0 and not (tmp_path / "two" / "out.pt").exists()
+
+
+def test_a_lost_process_is_told_in_words(monkeypatch):
+    def lost(*words):
+        raise RuntimeError("Connection closed by peer")
+
+    team = Crew(Recipe())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(crew, "_told", lost)
+    with pytest.raises(UserError, match="another process of this run has died .*Connection closed.*goes on from there"):
+        list(team.blocks([torch.tensor([0])], None))
+
+
+def test_without_torchrun_there_is_no_crew():
+    assert crew.size() == 1 and not crew.is_crew() and own_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    with led() as leading:
+        assert leading
+    team = Crew(Recipe())
+    [block] = team.blocks([torch.tensor([3, 60])], Ending(4, {}))
+    assert block.index.tolist() == [3, 60]
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 3) and own_device(torch.device("cpu")) == torch.device("cpu")
