@@ -115,18 +115,19 @@ def learning_rate(progress: float) -> float:
 
 @contextlib.contextmanager
 def interrupt_between_steps() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, instead of stopping in the middle of a step; a second one stops at once."""
-    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    """An event that the first Ctrl-C or SIGTERM sets, instead of stopping in the middle of a step; a second one stops at once."""
+    asked, before = threading.Event(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(*_):
-        asked.set()
-        signal.signal(signal.SIGINT, before)
+    def restore(*_):
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, lambda *_: asked.set() or restore())
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 class Training:
@@ -223,6 +224,8 @@ class Training:
         state |= {"steps": self.steps, "seconds": self.seconds, "loss": self.loss, "identity": self.identity}
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(state, temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, self.checkpoint)
 
     def resume(self) -> None:

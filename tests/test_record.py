@@ -147,13 +147,12 @@ def test_another_config_is_refused_and_names_the_keys():
 
 
 def test_a_damaged_config_is_refused_in_words():
-    for text in ("epochs: [", "- a\n", "epochs: !!python/object/apply:os.getcwd []"):
-        record = claimed()
+    for number, text in enumerate(("epochs: [", "- a\n", "epochs: !!python/object/apply:os.getcwd []")):
+        record = claimed(f"run{number}")
         (record / "config.yaml").write_text(text)
         for read in (lambda: record.claim(CONFIG), record.config):
             with pytest.raises(UserError, match=re.escape(str(record / "config.yaml"))):
                 read()
-        (record / "config.yaml").unlink()
 
 
 def test_stages_are_noted_once_they_end_well():

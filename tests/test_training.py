@@ -10,7 +10,7 @@ from tests.toys import CLASSES, INFO, LEVELS, random_images
 from utils import training
 from utils.config import TrainConfig, UserError
 from utils.data import LabeledImages, to_unit
-from utils.models import build_classifier
+from utils.models import Classifier, build_classifier
 from utils.training import PAD, Trainer, extract_features, log, pick_device, predict, random_crop_flip
 
 CONFIG = TrainConfig(model="preactresnet_small", epochs=4, batch_size=16, lr=0.05, amp=False, device="cpu", random_seed=3, frequency_save=1)
@@ -113,7 +113,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, changes, inte
     with pytest.raises(Stop):
         trainer(config, checkpoint=tmp_path / "c.pt").fit(data, stop_at(interrupted))
     model = trainer(config, checkpoint=tmp_path / "c.pt").fit(data, stop_at(0, seen))
-    assert same(weights(model), whole) and seen == list(range(interrupted, 5)) and not any(tmp_path.iterdir())
+    assert same(weights(model), whole) and seen == list(range(interrupted, 5)) and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_an_observer_changes_nothing(tmp_path):
@@ -132,13 +132,52 @@ def test_seed_and_stage_name_the_random_stream(tmp_path):
         assert not same(weights(trainer(config, stage).fit(data)), first)
 
 
-def test_checkpoints_are_written_only_when_asked_for(tmp_path):
+@pytest.mark.parametrize(("every", "kept"), [(0, 3), (1, 3), (2, 2), (3, 3)])
+def test_checkpoints_are_written_after_every_epoch_or_as_asked_for(tmp_path, every, kept):
     with pytest.raises(Stop):
-        trainer(replace(CONFIG, frequency_save=0), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(3))
-    assert not any(tmp_path.iterdir())
+        trainer(replace(CONFIG, frequency_save=every), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(4))
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["epochs_done"] == kept
+
+
+class Dropping(torch.nn.Module):
+    """A body that draws from the global stream, as dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(x.mean(dim=(2, 3)).repeat(1, 8))
+
+
+def test_a_model_with_dropout_goes_on_as_if_it_had_not_stopped(tmp_path):
+    def build(checkpoint=None):
+        torch.manual_seed(1)
+        model = Classifier(Dropping(), 24, CLASSES, INFO)
+        torch.rand(torch.randint(1, 9, (1,), generator=torch.Generator().manual_seed(len(built)))[0])   # each process draws differently
+        return built.append(0) or Trainer(model, CONFIG, "victim", False, checkpoint)
+
+    built = []
+    whole = weights(build().fit(grey_squares()))
     with pytest.raises(Stop):
-        trainer(replace(CONFIG, frequency_save=2), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(4))
-    assert torch.load(tmp_path / "c.pt", weights_only=True)["epochs_done"] == 2
+        build(tmp_path / "c.pt").fit(grey_squares(), stop_at(3))
+    assert same(weights(build(tmp_path / "c.pt").fit(grey_squares())), whole)
+
+
+def test_a_lost_training_keeps_its_last_good_state(tmp_path, monkeypatch):
+    config, good = replace(CONFIG, lr_scheduler="constant"), {}
+
+    def poison_epoch_3(epoch):
+        if epoch.number == 2:
+            good.update(weights(epoch.model))
+            monkeypatch.setattr(train, "_pass", lambda *_: train.model.head.bias.data.fill_(float("nan")) is None or 0.5)
+        return {}
+
+    train = trainer(config, checkpoint=tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"lr: a weight of victim became no number in epoch 3 at learning rate 0.05; the state after epoch 2 is in .*c.pt; try a smaller"):
+        train.fit(grey_squares(), poison_epoch_3)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert state["epochs_done"] == 2 and same(state["model"], good)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):

@@ -7,8 +7,8 @@ where paths are looked for, which known key an unknown one is nearest to, and ho
 from __future__ import annotations
 
 import difflib
-import functools
 import logging
+import math
 import os
 import re
 import sys
@@ -22,14 +22,14 @@ from jsonargparse.typing import ClosedUnitInterval as Fraction
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
+from utils.command import UserError, command_line
+
+__all__ = ["Fraction", "NonNegativeFloat", "NonNegativeInt", "OpenFraction", "PositiveFloat", "PositiveInt", "UserError", "command_line"]
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "attack"
 NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
-
-
-class UserError(Exception):
-    """Something the user can mend: one or two lines that name the key or file, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TrainConfig:
         steplr_gamma: StepLR only, factor of each decay.
         sgd_momentum: momentum of SGD.
         wd: weight decay.
-        frequency_save: epochs between two checkpoints from which an interrupted training continues; 0 = none.
+        frequency_save: a checkpoint, from which an interrupted training continues, is written after every epoch (0 or 1) or every k-th.
         amp: mixed precision (float16 with loss scaling on CUDA, bfloat16 on a CPU).
         device: auto, cpu, cuda, cuda:1, ...; a missing GPU is answered with a warning and the CPU.
         random_seed: seed of every random choice.
@@ -182,6 +182,8 @@ def _plain(cls: type, key: str, value: Any) -> Any:
     """A value of a restricted type (PositiveInt, ...) as the plain number or string, which YAML and pickles know."""
     if value is None and type(None) not in get_args(get_type_hints(cls)[key]):
         raise UserError(f"{key}: null is no value for this key; leave the key out to have its default")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}: {value} is no number to compute with; give a finite one")
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     return plain(value) if plain else value
 
@@ -219,29 +221,3 @@ def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
 def as_flat_dict(*configs: Any) -> dict[str, Any]:
     """All fields of several config instances in one dictionary."""
     return {f.name: getattr(config, f.name) for config in configs for f in fields(config) if f.init}
-
-
-def command_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorator for a script's entry: what the user can mend ends in one line and exit code 2, never in a traceback."""
-
-    @functools.wraps(main)
-    def wrapped(*words: Any) -> None:
-        try:
-            main(*words)
-        except UserError as error:
-            sys.exit(_complain(str(error)))
-        except KeyboardInterrupt:
-            print("\ninterrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
-            sys.exit(130)
-        except OSError as error:
-            if error.filename is None and error.errno is None:
-                raise
-            sys.exit(_complain(f"{error.filename or 'writing'}: {error.strerror or error}; "
-                               "what is finished is kept, the same command goes on from there"))
-
-    return wrapped
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from utils import checksums
 from utils.config import UserError, nearest
 from utils.data import DatasetInfo
 from utils.randomness import key_seed
@@ -123,6 +124,7 @@ def load_weights(model: Classifier, path: Path) -> Classifier:
     Raises:
         UserError: not a safetensors file, or one of another architecture or number of classes.
     """
+    checksums.verify(path)
     try:
         model.load_state_dict(load_file(str(path)))
     except Exception as error:  # safetensors raises its own type, torch RuntimeError

@@ -1,7 +1,8 @@
 """A record: everything that one run produces, in `record/<save_folder_name>/`.
 
-Files are written under a temporary name and renamed, so each is complete or absent. `stages.json` names the stages
-that are finished and how long they took; a run that finds a stage there recomputes nothing of it.
+Files are complete or absent (utils/files.py) and listed with their checksums (utils/checksums.py). `stages.json` names the
+stages that are finished and how long they took; a run that finds a stage there recomputes nothing of it, unless a file of
+it is damaged. One run at a time uses a record. As a script: python utils/record.py check NAME
 """
 from __future__ import annotations
 
@@ -19,73 +20,20 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError
 
-from utils.config import ROOT, UserError
+from utils import checksums, lock, mending
+from utils.config import ROOT, UserError, command_line
+from utils.files import load_arrays, replacing, save_arrays, shortened, write_json
+
+__all__ = ["Record", "environment", "load_arrays", "peak_rss_bytes", "replacing", "save_arrays", "start_logging", "write_json"]
 
 log = logging.getLogger("dataelixir")
 RECORDS = ROOT / "record"
 # keys that may differ when a run is continued: they say how fast or where, not what
-RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries")
+RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries", "on_bad_image")
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
-
-    Raises:
-        UserError: the file could not be written (disk full, no permission).
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap the system's error
-        raise UserError(f"{path}: could not be written ({' '.join(str(error).split())[:120]}); "
-                        "what is finished is kept, the same command goes on from there") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, complete or not at all; NaN and infinity become null."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write tensors or arrays as .npz, complete or not at all."""
-    with replacing(path) as temporary:
-        np.savez(temporary, **{key: np.asarray(value) for key, value in arrays.items()})
-
-
-def load_arrays(path: Path, *only: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .npz file, or those named, read without unpickling.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return {key: torch.from_numpy(content[key]) for key in only or content.files}
-    except Exception as error:  # zipfile, numpy and the file system each raise their own
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); delete it to have it made again") from None
 
 
 class Record:
@@ -102,7 +50,7 @@ class Record:
     def __init__(self, name: str, must_exist: bool = False):
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", name) or ".." in name:
             raise UserError(f"save_folder_name: '{name}' is no name for a folder in record/; use letters, digits, '_', '-' and '.'")
-        self.name, self.path = name, RECORDS / name
+        self.name, self.path, self.lock = name, RECORDS / name, None
         if not self.path.resolve().is_relative_to(RECORDS.resolve()):
             raise UserError(f"save_folder_name: '{name}' leads out of record/ through a link")
         if must_exist and not self.path.is_dir():
@@ -116,11 +64,13 @@ class Record:
     def claim(self, config: dict[str, Any]) -> None:
         """Take the folder for this config: write config.yaml, or check that it was written by the same one.
 
-        A folder that holds nothing but a config and a log can be taken by any config.
+        It is this run's alone from then on. Damaged files are set aside, so that their stage is run again. A folder that
+        holds nothing but a config and a log can be taken by any config.
 
         Raises:
-            UserError: the folder belongs to another config; names the keys that differ.
+            UserError: the folder belongs to another config (names the keys that differ) or is in use, or its config is damaged.
         """
+        self.lock = lock.take(self.path, "save_folder_name")
         if self._holds_results():
             old = self.config()
             differing = [key for key in config if key not in RUNTIME_KEYS and old.get(key) != config[key]]
@@ -128,13 +78,18 @@ class Record:
                 shown = "; ".join(f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4])
                 raise UserError(f"save_folder_name: {self.path} belongs to another config ({shown}); "
                                 "give another --save_folder_name, or delete that folder")
+        mending.mend(self.path)
         with replacing(self / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False) + "\n# made with\n"
                                  + yaml.safe_dump({"environment": environment()}, sort_keys=False), encoding="utf-8")
 
     def _holds_results(self) -> bool:
-        beside = ("config.yaml", "log.txt")
-        return (self / "config.yaml").exists() and any(path.name not in beside and not path.name.startswith(".") for path in self.path.iterdir())
+        beside = ("config.yaml", "log.txt", checksums.FILE)
+        if not any(path.name not in beside and not path.name.startswith(".") for path in self.path.iterdir()):
+            return False
+        if not (self / "config.yaml").exists() and (self / checksums.FILE).exists():
+            raise UserError(f"{self / 'config.yaml'}: missing, so nobody knows what made the rest; restore it, or give another --save_folder_name")
+        return (self / "config.yaml").exists()
 
     def config(self) -> dict[str, Any]:
         """The resolved keys the record was made with.
@@ -143,21 +98,18 @@ class Record:
             UserError: config.yaml is missing or damaged.
         """
         file = self / "config.yaml"
+        checksums.verify(file, "restore it, or give another record")
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())[:120]}); give another record") from None
+            raise UserError(f"{file}: cannot be read ({shortened(error)}); give another record") from None
         if not isinstance(content, dict):
             raise UserError(f"{file}: damaged, it holds no 'key: value' lines; give another record")
         return content
 
     def finished(self) -> dict[str, Any]:
         """Finished stages: {stage: {"seconds": s, ...}}."""
-        file = self / "stages.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError:
-            raise UserError(f"{file}: damaged; delete it to have every stage made again") from None
+        return mending.read_stages(self.path)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -170,6 +122,7 @@ class Record:
             return
         before, notes, started = self.partial_seconds(name), {}, time.monotonic()
         log.info("-- %s", name)
+        mending.begin(self.path, name)
         try:
             yield notes
         except BaseException:
@@ -177,6 +130,7 @@ class Record:
             raise
         done = self.finished() | {name: {"seconds": round(before + time.monotonic() - started, 2)} | notes}
         write_json(self / "stages.json", done)
+        mending.end(self.path, name)
         (self / f".{name}.partial").unlink(missing_ok=True)
 
     def partial_seconds(self, name: str) -> float:
@@ -214,6 +168,13 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written (disk full) is told of once and then done without: results matter more."""
+        log.removeHandler(self)
+        log.warning("%s: no more lines can be written (%s)", self.baseFilename, shortened(sys.exc_info()[1]))
+
+
 def start_logging(file: Path | None) -> None:
     """Log to the terminal and, with time stamps, to `file` if there is one."""
     for handler in list(log.handlers):
@@ -223,7 +184,20 @@ def start_logging(file: Path | None) -> None:
     log.propagate = False
     handlers = [(logging.StreamHandler(sys.stdout), "%(message)s")]
     if file:
-        handlers.append((logging.FileHandler(file, encoding="utf-8"), "%(asctime)s %(levelname)s %(message)s"))
+        handlers.append((_File(file, encoding="utf-8", errors="backslashreplace"), "%(asctime)s %(levelname)s %(message)s"))
     for handler, layout in handlers:
         handler.setFormatter(logging.Formatter(layout))
         log.addHandler(handler)
+
+
+def main() -> None:
+    """python utils/record.py check NAME: what a record holds, and whether it is whole; exit code 2 where it is not."""
+    if len(sys.argv) != 3 or sys.argv[1] != "check":
+        raise UserError("usage: python utils/record.py check NAME")
+    record = Record(sys.argv[2], must_exist=True)
+    print(mending.inventory(record.path))
+    mending.require_whole(record.path)
+
+
+if __name__ == "__main__":
+    command_line(main)()

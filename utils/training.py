@@ -7,6 +7,7 @@ Random draws are keyed by (seed, stage, epoch), so an interrupted training goes 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from utils import checksums
 from utils.config import TrainConfig, UserError
 from utils.data import LabeledImages, to_unit
 from utils.models import Classifier
-from utils.randomness import keyed_generator
+from utils.randomness import key_seed, keyed_generator
 from utils.record import replacing
 
 log = logging.getLogger("dataelixir")
@@ -108,12 +110,13 @@ class Trainer:
         config: recipe; `config.epochs` epochs at `config.lr`.
         stage: names the random stream, the progress bar and the checkpoint.
         flip: whether images may be mirrored.
-        checkpoint: file written every `config.frequency_save` epochs, removed at the end; None = never.
+        checkpoint: file written every `config.frequency_save` epochs, from which an interrupted training goes on; it is
+            for the caller to remove, once the model is saved. None = never written.
     """
 
     def __init__(self, model: Classifier, config: TrainConfig, stage: str, flip: bool, checkpoint: Optional[Path] = None):
         self.model, self.config, self.stage, self.flip = model, config, stage, flip
-        self.checkpoint = checkpoint if config.frequency_save else None
+        self.checkpoint = checkpoint
         model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config)
@@ -124,7 +127,7 @@ class Trainer:
         """Train for the epochs that are left and return the model, in eval mode.
 
         Raises:
-            UserError: the loss is no number any more; the message says since when.
+            UserError: the loss or a weight is no number any more; the message says since when, and where the last good state is.
         """
         images, labels = data.images.to(self.model.device), data.labels.to(self.model.device)
         self._resume()
@@ -140,11 +143,15 @@ class Trainer:
             self._save()
         log.info("%s: %d epochs of %d images in %.0f s%s", self.stage, self.config.epochs, len(data),
                  time.monotonic() - started, "".join(f", {key} {value:.4f}" for key, value in shown.items()))
-        if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
         return self.model.eval()
 
     def _epoch(self, images: Tensor, labels: Tensor, epoch: int) -> float:
+        """One pass over the data; returns the mean loss. What the model itself draws (dropout) is keyed by the epoch as well."""
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            torch.manual_seed(key_seed(self.config.random_seed, self.stage, epoch, "model"))
+            return self._pass(images, labels, epoch)
+
+    def _pass(self, images: Tensor, labels: Tensor, epoch: int) -> float:
         self.model.train()
         total, count = torch.zeros((), device=images.device), 0
         generator = keyed_generator(self.config.random_seed, self.stage, epoch)
@@ -167,11 +174,15 @@ class Trainer:
         yield from order[: n - n % size].split(size)
 
     def _stop_if_lost(self, loss: float, epoch: int, rate: float) -> None:
-        if loss != loss or loss == float("inf"):
-            raise UserError(f"lr: the loss of {self.stage} became {loss} in epoch {epoch + 1} at learning rate {rate:g}; try a smaller one")
+        finite = all(bool(weight.isfinite().all()) for weight in self.model.state_dict().values())
+        if math.isfinite(loss) and finite:
+            return
+        what = f"a weight of {self.stage} became no number" if math.isfinite(loss) else f"the loss of {self.stage} became {loss}"
+        kept = f"; the state after epoch {self.epochs_done} is in {self.checkpoint}" if self.checkpoint and self.checkpoint.exists() else ""
+        raise UserError(f"lr: {what} in epoch {epoch + 1} at learning rate {rate:g}{kept}; try a smaller one, with another --save_folder_name")
 
     def _save(self) -> None:
-        if not self.checkpoint or self.epochs_done % self.config.frequency_save:
+        if not self.checkpoint or self.epochs_done % max(1, self.config.frequency_save):
             return
         with replacing(self.checkpoint) as temporary:
             torch.save({part: getattr(self, part).state_dict() for part in ("model", "optimizer", "schedule", "scaler")}
@@ -180,6 +191,7 @@ class Trainer:
     def _resume(self) -> None:
         if not self.checkpoint or not self.checkpoint.exists():
             return
+        checksums.verify(self.checkpoint)
         try:
             state = torch.load(self.checkpoint, weights_only=True, map_location=self.model.device)
             for part in ("model", "optimizer", "schedule", "scaler"):

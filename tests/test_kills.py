@@ -1,0 +1,90 @@
+"""A run that is killed in every stage ends with the bytes of one that nobody disturbed; interrupted ones say how to go on."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks.kills import STAGES, World, differences, killed_in_every_stage, repeated, warm_up
+from tests.test_imports import ROOT
+from utils import command
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world with the undisturbed record `whole` in it, and its seconds by stage."""
+    made = World(tmp_path_factory.mktemp("world"))
+    return made, warm_up(made)
+
+
+def test_killed_in_every_stage_and_still_the_same(world):
+    world, seconds = world
+    row = killed_in_every_stage(world, "killed", random.Random(0), seconds)
+    assert row["exit_code"] == 0, world.said()
+    assert {kill["exit_code"] for kill in row["kills"]} <= {-signal.SIGKILL, 130, 143, 0} and len(row["kills"]) == len(STAGES)
+    assert differences(world.record("whole"), world.record("killed")) == []
+    assert row["repeated"]["blocks"] <= 1 and row["repeated"]["epochs"] <= 3    # one at most for each kill in that stage
+    assert repeated(world.record("whole")) == {"blocks": 0, "epochs": 0}
+
+
+def test_a_difference_would_be_found(world, tmp_path):
+    whole = world[0].record("whole")
+    for file in ("purified.npz", "decisions.csv"):
+        copy = tmp_path / file
+        copy.mkdir()
+        for path in whole.iterdir():
+            if path.is_file():
+                (copy / path.name).write_bytes(path.read_bytes())
+        assert differences(whole, copy) == []
+        (copy / file).write_bytes((copy / file).read_bytes()[:-1] + b"?")
+        assert differences(whole, copy) == [file]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_ends_with_the_command_that_goes_on(world, number, code):
+    world, seconds = world
+    found, _ = world.killed_in(f"told-{number.name}", "victim", 0.0, number)
+    last = world.said().strip().splitlines()[-1]
+    assert found == code and "the same command goes on from there: " in last and "Traceback" not in world.said(), world.said()
+
+
+SLOW = """
+import sys, time
+from utils.command import command_line
+@command_line
+def main():
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("ending", flush=True)
+        time.sleep(60)
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_at_once(number):
+    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True)
+    for expected in ("ready\n", "ending\n"):
+        assert process.stdout.readline() == expected
+        process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with command.stoppable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_command_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["attack/badnet.py", "--save_folder_name", "a b"])
+    assert command.this_command().endswith("attack/badnet.py --save_folder_name 'a b'")

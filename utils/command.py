@@ -1,0 +1,101 @@
+"""How a command of this project ends: what the user can mend in one line, an interruption with the command that goes on.
+
+Ctrl-C and SIGTERM end a run cleanly, a second one ends it at once. Either is safe, since files are complete or absent.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+GOES_ON = "what is finished is kept, the same command goes on from there"
+ALLOCATOR_WORDS = ("can't allocate memory", "bad_alloc", "could not create a memory", "out of memory")
+
+
+class UserError(Exception):
+    """Something the user can mend: one or two lines that name the key or file, what is wrong and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; carries the signal's number."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__()
+        self.number = int(number)
+
+
+def command_line(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for a script's entry: what the user can mend ends in one line and exit code 2, never in a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*words: Any) -> None:
+        try:
+            with stoppable():
+                main(*words)
+        except UserError as error:
+            sys.exit(_complain(str(error)))
+        except KeyboardInterrupt as error:
+            print(f"\ninterrupted; {GOES_ON}: {this_command()}", file=sys.stderr)
+            sys.exit(128 + getattr(error, "number", signal.SIGINT))
+        except (OSError, MemoryError, RuntimeError) as error:
+            sys.exit(_complain(f"{_scarcity(error)}; {GOES_ON}"))
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block the first Ctrl-C or SIGTERM raises Interrupted, and the second ends the program at once.
+
+    Signals that whoever started the program told it to ignore stay ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPS}
+    ours = [number for number in STOPS if before[number] != signal.SIG_IGN]
+
+    def stop(number: int, _: Any) -> None:
+        for each in ours:
+            signal.signal(each, lambda number, _: os._exit(128 + number))
+        raise Interrupted(number)
+
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def this_command() -> str:
+    """The command line of this program, as a shell would read it."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine has no memory left."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or isinstance(error, RuntimeError) and any(word in str(error) for word in ALLOCATOR_WORDS)
+
+
+def _scarcity(error: Exception) -> str:
+    """What is short, in words; raises the error again where it is a bug and not a shortage."""
+    if out_of_memory(error):
+        return "out of memory: give a smaller --purify_batch_size (for training, --batch_size with another --save_folder_name)"
+    if not isinstance(error, OSError) or (error.filename is None and error.errno is None):
+        raise error
+    return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
