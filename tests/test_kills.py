@@ -8,21 +8,13 @@ import time
 
 import pytest
 
-from benchmarks.kills import STAGES, World, differences, killed_in_every_stage, repeated, warm_up
+from benchmarks.kills import STAGES, differences, killed_in_every_stage, repeated
 from tests.test_imports import ROOT
 from utils import command
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A world with the undisturbed record `whole` in it, and its seconds by stage."""
-    made = World(tmp_path_factory.mktemp("world"))
-    return made, warm_up(made)
-
-
 def test_killed_in_every_stage_and_still_the_same(world):
-    world, seconds = world
-    row = killed_in_every_stage(world, "killed", random.Random(0), seconds)
+    row = killed_in_every_stage(world, "killed", random.Random(0), world.seconds)
     assert row["exit_code"] == 0, world.said()
     assert {kill["exit_code"] for kill in row["kills"]} <= {-signal.SIGKILL, 130, 143, 0} and len(row["kills"]) == len(STAGES)
     assert differences(world.record("whole"), world.record("killed")) == []
@@ -31,7 +23,7 @@ def test_killed_in_every_stage_and_still_the_same(world):
 
 
 def test_a_difference_would_be_found(world, tmp_path):
-    whole = world[0].record("whole")
+    whole = world.record("whole")
     for file in ("purified.npz", "decisions.csv"):
         copy = tmp_path / file
         copy.mkdir()
@@ -45,7 +37,6 @@ def test_a_difference_would_be_found(world, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_ends_with_the_command_that_goes_on(world, number, code):
-    world, seconds = world
     found, _ = world.killed_in(f"told-{number.name}", "victim", 0.0, number)
     last = world.said().strip().splitlines()[-1]
     assert found == code and "the same command goes on from there: " in last and "Traceback" not in world.said(), world.said()
