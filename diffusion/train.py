@@ -22,7 +22,7 @@ from utils.record import Record, environment, load_arrays, start_logging, write_
 from utils.training import has_bfloat16, pick_device
 
 log = logging.getLogger("dataelixir")
-RUNTIME_KEYS = ("out", "dataset_path", "device", "save_every", "compile")  # may differ when a training goes on
+RUNTIME_KEYS = ("out", "dataset_path", "device", "save_every", "compile", "on_bad_image")  # may differ when a training goes on
 HELD_OUT = 512  # test images that the error is measured on
 SHOWN = 10
 COMPILING_PAYS = 1e5  # 10^9 operations of a whole training

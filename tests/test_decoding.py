@@ -53,8 +53,9 @@ def test_images_of_the_right_size_are_left_alone(tmp_path):
 def test_every_file_becomes_rgb(tmp_path):
     grey, rgba = pixels(5, 5), pixels(5, 5, 4)
     files = [(write(tmp_path / "grey.png", grey), 0), (write(tmp_path / "rgba.png", rgba), 0)]
-    images = decode_files(files, 5)
-    assert (images[0] == grey).all() and np.array_equal(images[1], rgba[..., :3].transpose(2, 0, 1))
+    images, alpha = decode_files(files, 5), rgba[..., 3:] / 255
+    over_white = (rgba[..., :3] * alpha + 255 * (1 - alpha)).transpose(2, 0, 1)
+    assert (images[0] == grey).all() and np.abs(images[1] - over_white).max() <= 1
 
 
 def test_the_cache_is_used_until_a_file_changes(tmp_path, monkeypatch):
@@ -85,9 +86,10 @@ def test_nothing_half_written_stays_in_the_cache(tmp_path, monkeypatch):
         open(file, "wb").write(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError):
+    with monkeypatch.context() as patched:    # a cache is not worth stopping for
         patched.setattr(np, "savez", full_disk)
-        decode_files(files, 4)
+        assert np.array_equal(decode_files(files, 4)[0], pixels(4, 4, 3).transpose(2, 0, 1))
+    assert not any((tmp_path / "cache").iterdir())
     assert np.array_equal(decode_files(files, 4)[0], pixels(4, 4, 3).transpose(2, 0, 1))
 
 

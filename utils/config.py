@@ -6,6 +6,7 @@ where paths are looked for, which known key an unknown one is nearest to, and ho
 """
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import math
@@ -14,6 +15,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Callable, Literal, Optional, Sequence, get_args, get_type_hints
 
 import yaml
@@ -28,6 +30,7 @@ __all__ = ["Fraction", "NonNegativeFloat", "NonNegativeInt", "OpenFraction", "Po
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "attack"
+MAX_YAML, MAX_VALUES = 1_000_000, 1000    # bytes in a file, values of a key
 NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
 
@@ -41,12 +44,14 @@ class DataConfig:
         dataset_path: folder of the data sets; tried as given, then relative to attack/. Missing ones are downloaded there.
         image_size: side in pixels to which images are resized (PIL bilinear).
         test_fraction: share of each class kept as test set when an image folder has no test/.
+        on_bad_image: stop or skip at image files that cannot be read or lead out of the data folder; either lists them first.
     """
 
     dataset: str = "digits"
     dataset_path: str = "../data"
     image_size: PositiveInt = 32
     test_fraction: OpenFraction = 0.2
+    on_bad_image: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,15 @@ def resolve_path(text: str, key: str) -> Path:
     """The existing path that `text` means: as given, else relative to attack/ (where the published commands run).
 
     Raises:
-        UserError: nothing is there; the message lists every place tried.
+        UserError: nothing is there (the message lists every place tried), or a device or a pipe, which may never end.
     """
     places = candidate_paths(text)
     for place in places:
-        if place.exists():
-            return place
+        with contextlib.suppress(ValueError, OSError):    # a zero byte, a name that is too long
+            if place.is_file() or place.is_dir():
+                return place
+            if place.exists():
+                raise UserError(f"{key}: {place} is no regular file")
     raise UserError(f"{key}: nothing found at " + " or ".join(map(str, places)))
 
 
@@ -125,6 +133,8 @@ def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
         UserError: the file is not a YAML mapping, or holds a key that is not in `known`.
     """
     try:
+        if path.stat().st_size > MAX_YAML:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many for a config")
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
@@ -132,8 +142,20 @@ def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
     for key in content:
         if key not in known:
-            raise UserError(f"{path}: unknown key '{key}'.{nearest(str(key), known)}")
+            raise UserError(f"{path}: unknown key '{shorten(str(key), 80)}'.{nearest(str(key), known)}")
+        if not is_short(content[key]):
+            raise UserError(f"{path}: {key}: holds more than {MAX_VALUES} values")
     return content
+
+
+def is_short(value: Any) -> bool:
+    """Whether a value read from YAML unfolds to at most MAX_VALUES; a few aliases can stand for more than memory holds."""
+    left, stack = MAX_VALUES, [value]
+    while stack and left >= 0:
+        top, left = stack.pop(), left - 1
+        if isinstance(top, (list, tuple, set, dict)):
+            stack.extend(list(top.values() if isinstance(top, dict) else top)[: MAX_VALUES + 1])
+    return left >= 0
 
 
 class _YamlPath(ActionConfigFile):

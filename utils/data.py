@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from utils.config import DataConfig, UserError, candidate_paths, choose_by_name
-from utils.decoding import class_folders, decode_files, files_by_class, resize_all
+from utils.decoding import class_folders, files_by_class, resize_all
+from utils.folders import gtsrb_test_files, read_parts, tell_oddities
 
 log = logging.getLogger("dataelixir")
 
@@ -139,16 +140,15 @@ def _labeled(images: np.ndarray, labels: Sequence[int]) -> LabeledImages:
     return LabeledImages(torch.from_numpy(images), torch.tensor(np.asarray(labels), dtype=torch.int64))
 
 
-def _from_files(files: Sequence[tuple[str, int]], size: int) -> LabeledImages:
-    return _labeled(decode_files(files, size), [label for _, label in files])
-
-
 def stratified_split(labels: Sequence[int], fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the kept and of the split-off part, `fraction` of every class (at least one), fixed by `seed`."""
+    """Indices of the kept and of the split-off part, `fraction` of every class, fixed by `seed`.
+
+    Either part has one sample of a class at least; a class's only sample is kept.
+    """
     labels, test = np.asarray(labels), []
     for label in np.unique(labels):
         members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
-        test.append(members[: max(1, round(fraction * len(members)))])
+        test.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     test = np.sort(np.concatenate(test))
     return np.setdiff1d(np.arange(len(labels)), test), test
 
@@ -190,10 +190,8 @@ def _load_gtsrb(folder: Path, config: DataConfig) -> Splits:
     if not archives or not table.exists():
         raise FileNotFoundError(base)
     classes = class_folders(archives[0])
-    train = _from_files(files_by_class(archives[0], classes), config.image_size)
-    rows = [line.strip().split(";") for line in table.read_text().splitlines()[1:]]
-    images = base / "Final_Test" / "Images"
-    test = _from_files([(str(images / row[0]), int(row[-1])) for row in rows if (images / row[0]).exists()], config.image_size)
+    files = files_by_class(archives[0], classes), gtsrb_test_files(table, base / "Final_Test" / "Images", len(classes))
+    train, test = (_labeled(*part) for part in read_parts(files, config, base))
     log.info("gtsrb: %d training images from %s (full archives: Training 26,640, Final_Training 39,209)", len(train), archives[0])
     return Splits(train, test, classes)
 
@@ -210,7 +208,8 @@ def _load_imagefolder(folder: Path, config: DataConfig) -> Splits:
         parts = [[files[i] for i in kept], [files[i] for i in split]]
     if not parts[0] or not parts[1]:
         raise FileNotFoundError(folder)
-    train, test = (_from_files(part, config.image_size) for part in parts)
+    train, test = (_labeled(*part) for part in read_parts(parts, config, folder))
+    tell_oddities(parts, config, folder, classes)
     return Splits(train, test, classes)
 
 

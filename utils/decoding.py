@@ -1,23 +1,97 @@
-"""Image files and arrays to uint8 (N, 3, H, W), decoded once and kept in `record/.cache/`."""
+"""Image files and arrays to uint8 (N, 3, H, W), decoded once and kept in `record/.cache/`.
+
+A file is read as a viewer shows it: turned as EXIF says, transparency over white, 16 bits scaled down, the first frame of
+an animation. What cannot be read so is a bad image, with a reason. Nothing a file holds is run, and no file outside
+the data folder is read through a link in it.
+"""
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+import stat
+import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.config import ROOT, UserError
+from utils.files import replacing, shortened
 
+log = logging.getLogger("dataelixir")
 CACHE = ROOT / "record" / ".cache"
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 80_000_000     # a small file can unfold to more than memory holds
+RULES = 2                   # to be raised when images are read differently, so that no cache from before is used
+STALE = 3600                # seconds after which a half-written file in the cache is nobody's
+
+
+class BadImage(ValueError):
+    """A file that cannot be read as an image; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a list of files.
+
+    Attributes:
+        images: uint8 (M, 3, H, W) of those that could be read.
+        kept: int64 (M,), their places in the list.
+        bad: {place: reason} of the others.
+    """
+
+    images: np.ndarray
+    kept: np.ndarray
+    bad: dict[int, str]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image file as a person sees it: mode RGB, any size.
+
+    Raises:
+        BadImage: not an image, damaged, too large, or of pixels without a known scale.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadImage("not a regular file")
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:   # each of PIL's readers raises its own on a hostile file
+        raise BadImage(_reason(error, path)) from None
+
+
+def _reason(error: Exception, path: str | Path) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image" if os.path.getsize(path) else "empty file"
+    return (isinstance(error, OSError) and error.strerror) or shortened(error) or type(error).__name__
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadImage("floating point pixels have no known scale")
+    if image.mode.startswith("I"):      # 16 bits of grey
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise BadImage("32-bit pixels have no known scale")
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return image.convert("RGB")
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8 of an image file: RGB, PIL bilinear."""
-    image = image.convert("RGB")
+    """(3, size, size) uint8 of an RGB image: PIL bilinear."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
@@ -31,43 +105,89 @@ def resize_all(images_hwc: np.ndarray, size: int) -> np.ndarray:
 
 
 def decode_files(files: Sequence[tuple[str, int]], size: int) -> np.ndarray:
-    """uint8 (N, 3, size, size) of (path, label) pairs; decoded once, then read from the cache.
+    """uint8 (N, 3, size, size) of (path, label) pairs, every one of which must be an image.
 
     Raises:
         UserError: a file that is not an image that PIL reads, by name.
     """
+    found = decode_readable(files, size)
+    for place, reason in found.bad.items():
+        raise UserError(f"{files[place][0]}: not an image that can be read ({reason}); repair or remove it")
+    return found.images
+
+
+def decode_readable(files: Sequence[tuple[str, int]], size: int, root: Path | None = None) -> Decoded:
+    """The images among (path, label) pairs, at `size`; decoded once, then read from the cache.
+
+    Args:
+        root: what leads out of this folder, by a link or by its name, is a bad image; None lets it lead anywhere.
+    """
+    strays = [place for place, (path, _) in enumerate(files) if root and _leaves(path, root)]
+    inside = np.array(sorted(set(range(len(files))) - set(strays)), np.int64)
+    found = _decode([files[place] for place in inside], size)
+    bad = {place: "leads out of the data folder" for place in strays} | {int(inside[k]): reason for k, reason in found.bad.items()}
+    return Decoded(found.images, inside[found.kept], dict(sorted(bad.items())))
+
+
+def _leaves(path: str, root: Path) -> bool:
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _decode(files: Sequence[tuple[str, int]], size: int) -> Decoded:
     cached = CACHE / f"{_fingerprint(files, size)}.npz"
-    if cached.exists():
+    with contextlib.suppress(Exception):    # missing or damaged: what can be made again is no error
         with np.load(cached, allow_pickle=False) as content:
-            return content["images"]
-    images = np.stack([_decoded(path, size) for path, _ in files])
-    CACHE.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez(temporary, images=images)
-    os.replace(temporary, cached)
-    return images
+            bad = dict(zip(content["bad"].tolist(), content["reasons"].tolist()))
+            return Decoded(content["images"], content["kept"], bad)
+    images, bad = [], {}
+    for place, (path, _) in enumerate(files):
+        try:
+            images.append(_decoded(path, size))
+        except BadImage as error:
+            bad[place] = str(error)
+    kept = np.array([place for place in range(len(files)) if place not in bad], np.int64)
+    found = Decoded(np.stack(images) if images else np.empty((0, 3, size, size), np.uint8), kept, bad)
+    _keep(cached, found)
+    return found
+
+
+def _keep(cached: Path, found: Decoded) -> None:
+    """Write the cache, if that is possible; another run may be doing the same."""
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for path in CACHE.glob(".*.npz"):
+            if path.stat().st_mtime < time.time() - STALE:
+                path.unlink(missing_ok=True)
+        with replacing(cached, sync=False) as temporary:    # what a power cut spoils is noticed when it is read
+            np.savez(temporary, images=found.images, kept=found.kept, bad=np.array(list(found.bad), np.int64), reasons=np.array(list(found.bad.values()), str))
+    except (OSError, UserError) as error:
+        log.warning("decoded images are not kept for the next run: %s", shortened(error))
 
 
 def _decoded(path: str, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return _resized(image, size)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read ({str(error)[:80]}); repair or remove it") from None
+    return _resized(open_image(path), size)
 
 
 def _fingerprint(files: Sequence[tuple[str, int]], size: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(f"{RULES} {size}".encode())
     for path, label in files:
-        stat = os.stat(path)
-        digest.update(f"{os.path.abspath(path)}|{label}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(os.path.abspath(path)) + f"|{label}|{_state(path)}\n".encode())
     return digest.hexdigest()[:24]
 
 
+def _state(path: str) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:     # a broken link
+        return "none"
+    return f"{found.st_size}|{found.st_mtime_ns}"
+
+
 def files_by_class(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of every image below folder/<class>/, in sorted order."""
+    """(path, label) of every image below folder/<class>/, in sorted order; hidden files and other endings are passed over."""
     return [(str(path), label) for label, name in enumerate(classes)
-            for path in sorted((folder / name).rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and not path.is_dir()]
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

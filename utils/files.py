@@ -16,10 +16,11 @@ from utils.command import GOES_ON, UserError
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
 
-    File, checksum and the folder's entry are synced in this order, so a power cut leaves the old file or the new one.
+    Args:
+        sync: file, checksum and the folder's entry reach the disk in this order, so a power cut leaves the old file or the new one.
 
     Raises:
         UserError: the file could not be written (disk full, no permission).
@@ -27,12 +28,14 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
         temporary.chmod(0o644)
         checksums.note_written(path, temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:   # torch and safetensors wrap the system's error
         raise UserError(f"{path}: could not be written ({shortened(error)}); {GOES_ON}") from None
     finally:

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from utils import checksums, lock, mending
-from utils.config import ROOT, UserError, command_line
+from utils.config import ROOT, UserError, command_line, is_short
 from utils.files import load_arrays, replacing, save_arrays, shortened, write_json
 
 __all__ = ["Record", "environment", "load_arrays", "peak_rss_bytes", "replacing", "save_arrays", "start_logging", "write_json"]
@@ -105,6 +105,8 @@ class Record:
             raise UserError(f"{file}: cannot be read ({shortened(error)}); give another record") from None
         if not isinstance(content, dict):
             raise UserError(f"{file}: damaged, it holds no 'key: value' lines; give another record")
+        if not all(map(is_short, content.values())):
+            raise UserError(f"{file}: damaged, a key holds too many values; give another record")
         return content
 
     def finished(self) -> dict[str, Any]:
@@ -182,6 +184,8 @@ def start_logging(file: Path | None) -> None:
         handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")    # a file name can hold what the terminal cannot show
     handlers = [(logging.StreamHandler(sys.stdout), "%(message)s")]
     if file:
         handlers.append((_File(file, encoding="utf-8", errors="backslashreplace"), "%(asctime)s %(levelname)s %(message)s"))

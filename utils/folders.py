@@ -1,0 +1,79 @@
+"""Image files of a data set that a person collected, or got from a stranger: every odd one is told of, in one list."""
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from utils.config import DataConfig, UserError
+from utils.decoding import Decoded, decode_readable
+
+log = logging.getLogger("dataelixir")
+Files = Sequence[tuple[str, int]]    # (path, label)
+SHOWN = 200
+
+
+def read_parts(parts: Sequence[Files], config: DataConfig, root: Path) -> list[tuple[np.ndarray, list[int]]]:
+    """(images uint8 (M, 3, S, S), labels) of each part, say of the training and of the test files.
+
+    Args:
+        root: the data folder; nothing outside it is read.
+
+    Raises:
+        UserError: a file is no usable image, and `config.on_bad_image` is stop; all such files are logged.
+    """
+    found = [decode_readable(part, config.image_size, root) for part in parts]
+    bad = [f"{part[place][0]}: {reason}" for part, decoded in zip(parts, found) for place, reason in decoded.bad.items()]
+    _tell(f"{len(bad)} of {sum(map(len, parts))} image files in {root} cannot be used", bad)
+    if bad and config.on_bad_image == "stop":
+        raise UserError(f"dataset_path: {len(bad)} image files in {root} cannot be used, the first is {bad[0]};\n"
+                        "repair or remove what is listed above, or leave it out with --on_bad_image skip")
+    return [(decoded.images, [part[place][1] for place in decoded.kept]) for part, decoded in zip(parts, found)]
+
+
+def tell_oddities(parts: Sequence[Files], config: DataConfig, root: Path, classes: Sequence[str]) -> None:
+    """Log what is readable but hardly meant: one picture in two classes, a class with no image or a single one."""
+    found = [decode_readable(part, config.image_size, root) for part in parts]
+    counts = np.bincount([parts[0][place][1] for place in found[0].kept], minlength=len(classes))
+    _tell("classes with hardly any training images", [f"{name}: {n}" for name, n in zip(classes, counts) if n < 2])
+    _tell("pictures that are in more than one class (kept in each)", _in_two_classes(parts, found))
+
+
+def _in_two_classes(parts: Sequence[Files], found: Sequence[Decoded]) -> list[str]:
+    seen: dict[bytes, tuple[str, int]] = {}
+    twice = []
+    for part, decoded in zip(parts, found):
+        for image, place in zip(decoded.images, decoded.kept):
+            path, label = part[place]
+            first = seen.setdefault(hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest(), (path, label))
+            if first[1] != label:
+                twice.append(f"{path}: the same as {first[0]}")
+    return twice
+
+
+def _tell(heading: str, lines: list[str]) -> None:
+    if lines:
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        log.warning("%s:\n%s", heading, "\n".join(f"  {line}" for line in [*lines[:SHOWN], *more]))
+
+
+def gtsrb_test_files(table: Path, images: Path, classes: int) -> list[tuple[str, int]]:
+    """(path, label) of the test images that GTSRB's table lists and that are there.
+
+    Raises:
+        UserError: the table is damaged, or lists nothing that is there.
+    """
+    try:
+        rows = [line.strip().split(";") for line in table.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+        files = [(str(images / row[0]), int(row[-1])) for row in rows if (images / row[0]).exists()]
+    except ValueError as error:     # no number, no UTF-8, a zero byte in a name
+        raise UserError(f"{table}: damaged ({str(error)[:80]}); download it again") from None
+    if not files:
+        raise UserError(f"{table}: none of the images that it lists is in {images}; download both again")
+    strange = [label for _, label in files if not 0 <= label < classes]
+    if strange:
+        raise UserError(f"{table}: lists class {strange[0]}, but the training images have classes 0..{classes - 1}; download both again")
+    return files
