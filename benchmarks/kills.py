@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -36,7 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 SIDE, CLASSES, TRAIN, TEST = 16, 4, 15, 6    # pixels, classes, images of each
 EPOCHS, BATCH = 3, 12
 KEYS = {"attack": "badnet", "attack_target": 1, "pratio": 0.2, "dataset": "imagefolder", "image_size": SIDE, "model": "preactresnet_small",
-        "epochs": EPOCHS, "batch_size": 16, "lr": 0.05, "amp": False, "device": "cpu", "random_seed": 5, "steps_T": 8, "rounds_n": 2,
+        "epochs": EPOCHS, "batch_size": 6, "lr": 0.05, "amp": False, "device": "cpu", "random_seed": 5, "steps_T": 8, "rounds_n": 2,
         "last_steps_m": 3, "purify_batch_size": BATCH, "conform": True, "ft_epochs": 2, "threshold_tau": 2}
 STAGES = ("poison", "victim", "purify", "stage1", "finetune", "report")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -45,21 +45,28 @@ SAME_BYTES = ("poisoned.npz", "purified.npz", "decisions.csv", "votes.npz", "vic
 
 @dataclass
 class World:
-    """A folder with images, a denoiser, a config, and room for records and caches."""
+    """A folder with images, a denoiser, a config, and room for records and caches.
+
+    Args:
+        folder: empty.
+        classes, train, test: how many, and images of each.
+    """
 
     folder: Path
-    keys: dict = field(default_factory=dict)
+    classes: int = CLASSES
+    train: int = TRAIN
+    test: int = TEST
 
     def __post_init__(self):
-        images = np.random.default_rng(0).integers(0, 256, (CLASSES, TRAIN + TEST, SIDE, SIDE), np.uint8)
-        for label, k in np.ndindex(CLASSES, TRAIN + TEST):
-            file = self.folder / "data" / ("train" if k < TRAIN else "test") / str(label) / f"{k:02d}.png"
+        images = np.random.default_rng(0).integers(0, 64, (self.classes, self.train + self.test, SIDE, SIDE), np.uint8)
+        for label, k in np.ndindex(*images.shape[:2]):
+            file = self.folder / "data" / ("train" if k < self.train else "test") / f"{label:03d}" / f"{k:02d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[label, k] // 4 + np.uint8(48 * label)).save(file)
+            Image.fromarray(images[label, k] + np.uint8(24 * label % 191)).save(file)
         torch.manual_seed(0)
         Denoiser(build_unet(DenoiserConfig(out="", channels="8", layers_per_block=1), SIDE), t_max=20).save(self.folder / "ddpm")
         places = {"dataset_path": str(self.folder / "data"), "ddpm": str(self.folder / "ddpm")}
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(KEYS | places | self.keys))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(KEYS | places))
 
     def record(self, name: str) -> Path:
         """The folder of a record of this world."""
@@ -111,9 +118,13 @@ class World:
             time.sleep(0.001)
             alive = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         time.sleep(delay)
-        os.kill(child, number)
-        code, _ = self.finish(child)
+        code, _ = self.end(child, number)
         return code, last_stage(log)
+
+    def end(self, child: int, number: int) -> tuple[int, int]:
+        """Send a signal to a forked command, which may have ended by itself, and finish it."""
+        os.kill(child, number)
+        return self.finish(child)
 
 
 def _began(log: Path, stage: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from defense.store import Block
 from utils.config import UserError
+from utils.memory import Halving
 
 PATIENCE = timedelta(days=7)   # the crew waits while process 0 trains
 Work = Callable[[Tensor, Any], Block]   # (indices, ending) -> Block, as `Rounds`
@@ -80,6 +81,7 @@ class Crew:
 
     def __init__(self, recipe: Any):
         self.work = recipe.prepared()
+        self.halving = Halving("purify_batch_size")
         if size() > 1:
             _join()
             _told(("work", [recipe]))
@@ -91,7 +93,8 @@ class Crew:
             UserError: another process has died.
         """
         if size() == 1:
-            yield from (self.work(part, ends) for part in parts)
+            for part in parts:
+                yield from self.halving(lambda index: self.work(index, ends), part)
             return
         for first in range(0, len(parts), size()):
             turn = list(parts[first:first + size()])

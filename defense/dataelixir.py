@@ -20,6 +20,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from defense.crew import Crew, own_device
+from defense.denoising import warn_if_noise
 from defense.draft import Draft, Selector
 from defense.level import settled_level, warn_if_destroyed
 from defense.purification import Purification
@@ -152,6 +153,7 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     """
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
+    warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
     crew = Crew(Recipe(data, victim, denoiser, replace(config, steps_T=level)))
     log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images", denoiser.name, level,
              crew.work.purifier.passes_per_image, len(data))

@@ -117,11 +117,7 @@ def learning_rate(progress: float) -> float:
 def interrupt_between_steps() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets, instead of stopping in the middle of a step; a second one stops at once."""
     asked, before = threading.Event(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore(*_):
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
+    restore = lambda: [signal.signal(number, handler) for number, handler in before.items()]
     for number in before:
         signal.signal(number, lambda *_: asked.set() or restore())
     try:
@@ -223,9 +219,9 @@ class Training:
         state = {part: getattr(self, part).state_dict() for part in ("denoiser", "ema", "optimizer")}
         state |= {"steps": self.steps, "seconds": self.seconds, "loss": self.loss, "identity": self.identity}
         temporary = self.checkpoint.with_suffix(".tmp")
-        torch.save(state, temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
         os.replace(temporary, self.checkpoint)
 
     def resume(self) -> None:

@@ -1,0 +1,54 @@
+"""Work on many samples when the device's memory does not hold as many at once as was thought."""
+from __future__ import annotations
+
+import logging
+from typing import Callable, Iterator, TypeVar
+
+import torch
+from torch import Tensor
+
+from utils.command import UserError, out_of_memory
+
+log = logging.getLogger("dataelixir")
+T = TypeVar("T")
+
+
+class Halving:
+    """Calls a function on parts of an index, and on parts half as large from where the memory did not suffice.
+
+    What is computed for a sample must not depend on the samples beside it; then the parts change no result.
+
+    Args:
+        key: the key that sets the size of a part, for the messages.
+    """
+
+    def __init__(self, key: str):
+        self.key, self.size = key, None
+
+    def __call__(self, work: Callable[[Tensor], T], index: Tensor) -> Iterator[T]:
+        """Results of `work` on consecutive parts of `index` (B,).
+
+        Raises:
+            UserError: a single sample is too many.
+        """
+        while len(index):
+            part = index[: self.size]
+            result = self._tried(work, part)
+            if result is None:
+                self.size = len(part) // 2
+                log.warning("%s: %d samples at once need more memory than there is; going on with %d", self.key, len(part), self.size)
+                continue
+            yield result
+            index = index[len(part):]
+
+    def _tried(self, work: Callable[[Tensor], T], part: Tensor) -> T | None:
+        try:
+            return work(part)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(part) == 1:
+                raise UserError(f"{self.key}: there is not enough memory for a single sample; free some, or give another --device") from None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()    # only here the failed attempt's tensors are gone
+        return None
