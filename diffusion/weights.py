@@ -14,7 +14,7 @@ from torch import Tensor
 
 FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError)
+READ_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 class DenoiserError(ValueError):

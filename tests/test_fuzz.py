@@ -32,7 +32,7 @@ from utils.record import Record
 CLASSES = RunConfig, DataConfig, PoisonConfig, DataElixirConfig, BadNet
 KEYS = sorted(as_flat_dict(*(cls() for cls in CLASSES)))
 COUNT = int(os.environ.get("FUZZ", 25))
-fuzz = settings(max_examples=COUNT, deadline=10_000, database=None, suppress_health_check=list(HealthCheck), derandomize="FUZZ" not in os.environ)
+fuzz = settings(max_examples=COUNT, deadline=100_000, database=None, suppress_health_check=list(HealthCheck), derandomize="FUZZ" not in os.environ)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6)
