@@ -59,7 +59,7 @@ class Draft:
         """The table of what was decided, with the votes int64 (N, 1+nm) behind it."""
         count = lambda labels: (votes[:, 1:] == labels[:, None]).sum(1)
         return Decisions(self.verdict, self.labels, is_target_class[self.given], count(self.given), count(self.labels),
-                         self.pixel, self.feature, self.column)
+                         self.pixel, self.feature, self.column, votes.shape[1] - 1)
 
 
 @dataclass(frozen=True)
