@@ -1,6 +1,6 @@
 """CIFAR's python files (Krizhevsky, https://www.cs.toronto.edu/~kriz/cifar.html): pickles, read without executing them.
 
-A pickle is a program that may call anything it names. This unpickler lets it name the three things that an array is made
+A pickle is a program that may call anything it names. This unpickler lets it name the few things that an array is made
 of and nothing else, so a file that names more is refused before anything of it is called.
 """
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy._core.multiarray import _reconstruct
+from numpy._core.numeric import _frombuffer
 from torch import Tensor
 
 from utils.config import UserError
@@ -34,7 +35,7 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 ALLOWED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _latin1,
-           **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")}}
+           **{(f"numpy.{core}.{part.__module__.rsplit('.')[-1]}", part.__name__): part for core in ("core", "_core") for part in (_reconstruct, _frombuffer)}}
 
 
 class ArrayUnpickler(pickle.Unpickler):

@@ -143,14 +143,15 @@ class ImageFolder(Layout):
                 raise UserError(f"{self.folder / path}: damaged ({str(error)[:80]}); repair or remove it") from None
 
     def write(self, folder: Path, outcome: Outcome) -> None:
-        """Untouched files first, under their names; then the others, as .png in the folder of their new class."""
+        """Untouched files first, under their names; then the others, as .png: those that keep their class, those that change it."""
         for name in self.classes:
             (folder / name).mkdir(parents=True, exist_ok=True)
-        moved = outcome.replaced | (outcome.labels != self.labels)
-        for k in (~moved & ~outcome.dropped).nonzero().flatten().tolist():
+        rows, relabelled = lambda mask: (mask & ~outcome.dropped).nonzero().flatten().tolist(), outcome.labels != self.labels
+        untouched = rows(~outcome.replaced & ~relabelled)
+        for k in untouched:
             self._copy(k, folder / self.paths[k])
-        taken = {self.paths[k].casefold() for k in (~moved & ~outcome.dropped).nonzero().flatten().tolist()}
-        for k in (moved & ~outcome.dropped).nonzero().flatten().tolist():
+        taken = {self.paths[k].casefold() for k in untouched}
+        for k in rows(outcome.replaced & ~relabelled) + rows(relabelled):
             name = Path(self.classes[outcome.labels[k]], *Path(self.paths[k]).parts[1:])
             target = folder / free_name(name.with_suffix(".png") if outcome.replaced[k] else name, taken)
             if outcome.replaced[k]:
