@@ -4,7 +4,8 @@
 
 Words after `--` go to the attack script (another data set: `-- --dataset imagefolder --dataset_path DIR --ddpm DENOISER`; give
 --name then). Each run is a process of its own in record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made
-again. Share 0 is the unpoisoned set. The rules are compared on the same votes.
+again. Share 0 is the unpoisoned set. The rules are compared on the same votes; where target labels come first, most samples
+have none, so `-- --target_first false` is what the other rules are to be judged by.
 """
 from __future__ import annotations
 
@@ -53,10 +54,12 @@ def measured(record: Record) -> dict[str, Any]:
     source = Source(record.path)
     report, table = source.report, source.decisions
     votes, labels = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"]
+    purified = votes[:, 0] >= 0
+    votes, labels, samples = votes[purified], labels[purified], len(labels)
     candidates, classes = filter_candidates(votes, source.config["threshold_tau"]), len(source.classes["names"])
     rules = {rule: list(target_labels(votes, candidates, labels, classes, RULES[rule]).targets) for rule in RULES}
     poisoned = int(load_arrays(record / "truth.npz")["poison"].sum())
-    return {"samples": len(labels), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
+    return {"samples": samples, "purified": len(votes), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
             "detected": report["target_labels"]["detected"], "rules": rules,
             "labels_changed": float((table["given_label"] != table["new_label"]).mean()), "victim_asr": report["victim"]["asr"],
             "tpr": report["detection"]["tpr"], "fpr": report["detection"]["fpr"], "seconds": sum(report["cost"]["seconds"].values())}

@@ -35,10 +35,12 @@ def reason(verdict: int, is_target: bool, relabelled: bool, moved: bool, old: in
         verdict: of Verdict.
         is_target: the given label is a detected target label.
         relabelled, moved: the label, the image was changed.
-        old, new, total: intermediaries read as the given label, as the new one, and all; old is -1 where there are no votes.
+        old, new, total: intermediaries read as the given label, as the new one, and all; old is -1 where it was not purified.
     """
-    if old < 0 or not total:
+    if not total:
         return "changed by the defence" if relabelled or moved else "kept by the defence"
+    if old < 0:
+        return "kept: its class is no target label; it was not purified"
     if verdict == Verdict.BENIGN:
         return f"kept: {old} of {total} purified images are read as the given label" if is_target else "kept: its class is no target label"
     if verdict == Verdict.POISONED:

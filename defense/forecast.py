@@ -45,17 +45,23 @@ def forecast(data: LabeledImages, denoiser: Denoiser, config: DataElixirConfig, 
     once = lambda: Trainer(model, replace(config, epochs=1, frequency_save=0), "forecast", dataset.info.flip).fit(sample)
     one_step = seconds(once) / len(sample)
     images = 1 + config.rounds_n * config.last_steps_m
-    training, purifying = one_step * n * config.epochs, n * (passes * one_pass + images * one_vote)
+    training, purifying = one_step * n * config.epochs, passes * one_pass + images * one_vote
     again = training + one_step * n * (config.ft_epochs or config.epochs)
-    picture = sample.images[0].numel()
+    picture, least = sample.images[0].numel(), smallest(data.labels, config)
     return [
-        f"{n:,} images of {dataset.num_classes} classes, {passes} denoiser passes each: {n * passes:,} passes with {denoiser.name}",
-        f"time on {device}: {'classifier ' + clock(training) + ', ' if own_victim else ''}purification {clock(purifying)}"
-        f"{f', and if a backdoor is found the benign model {clock(again)}'}",
+        f"{n:,} images of {dataset.num_classes} classes, {passes} denoiser passes for each that is purified with {denoiser.name}: "
+        f"from {least * passes:,} passes (a sample shows that nothing stands out) to {n * passes:,} (all)",
+        f"time on {device}: {'classifier ' + clock(training) + ', ' if own_victim else ''}purification {clock(least * purifying)} to "
+        f"{clock(n * purifying)}, and if a backdoor is found the benign model {clock(again)}",
         f"memory about {(peak_rss_bytes() + 3 * n * picture + 3 * config.purify_batch_size * images * picture) / 1e9:.1f} GB"
-        f"{' beside that of the GPU' if device.type == 'cuda' else ' more where the denoiser needs much for a batch of ' + str(config.purify_batch_size)}",
+        f"{' beside that of the GPU' if device.type == 'cuda' else f', more where the denoiser needs much for a batch of {config.purify_batch_size}'}",
         f"disk at most {n * (images + 4) * picture / 1e9:.2f} GB while it runs",
     ]
+
+
+def smallest(labels: torch.Tensor, config: DataElixirConfig) -> int:
+    """The images that are purified at least."""
+    return int(labels.bincount().clamp(max=config.sample_first).sum()) if config.target_first else len(labels)
 
 
 def clock(span: float) -> str:

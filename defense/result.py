@@ -21,7 +21,7 @@ class Decisions:
         verdict: int64 (N,) of Verdict.
         new_labels: int64 (N,).
         is_target: bool (N,), the given label is a detected target label.
-        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label.
+        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label; -1 where a sample was not purified.
         pixel, feature: float64 (N,), distances of the chosen image from the original; nan where the original stayed.
         column: int64 (N,), the chosen image among the intermediaries; 0 = the original.
         intermediaries: of each sample, n m; 0 where the method has none.

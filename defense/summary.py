@@ -17,9 +17,11 @@ DOUBTFUL = 0.5   # of the predictions; where fewer survive purification, the ver
 
 def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str) -> dict[str, Any]:
     """What an analysis found, for stages.json."""
-    same = (result.votes[:, last_steps_m::last_steps_m] == result.votes[:, :1]).double().mean(0)
+    purified = result.votes[:, 0] >= 0
+    votes, labels = result.votes[purified], data.labels[purified]
+    same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double().mean(0)
     return {"target_labels": list(result.discrepancy.targets), "prediction_survives": same.tolist(),
-            "classifier_agrees": (result.votes[:, 0] == data.labels).double().mean().item(),
+            "classifier_agrees": (votes[:, 0] == labels).double().mean().item(), "purified": len(votes),
             "unet_passes": result.unet_passes, "peak_rss_bytes": peak_rss_bytes(), "device": device}
 
 
@@ -41,7 +43,7 @@ def summarise(given: Given, labels: torch.Tensor, folder: OutputFolder, action: 
         "status": "backdoor-found" if detected else "no-backdoor-found", "action": action,
         "samples": len(labels), "classes": len(names), "analysed_at": resolution, "changed": counts,
         "target_labels": {"detected": detected, "names": [names[k] for k in detected]},
-        "classifier_agrees": found["classifier_agrees"], "rounds": [{"prediction_survives": share} for share in found["prediction_survives"]],
+        "purified": found["purified"], "classifier_agrees": found["classifier_agrees"], "rounds": [{"prediction_survives": share} for share in found["prediction_survives"]],
         "notes": notes(given, found, counts, action, resolution),
         "cost": {"unet_passes": found["unet_passes"], "seconds": {stage: entry["seconds"] for stage, entry in stages.items()},
                  "peak_rss_bytes": found["peak_rss_bytes"], "device": found["device"]},
@@ -55,7 +57,7 @@ def notes(given: Given, found: dict[str, Any], counts: dict[str, int], action: s
             "drop": f"cleaned/ holds the set without the {counts['samples']:,} samples under suspicion; every other file is a copy.",
             "report": "This is an analysis only: no images were written."}[action]
     said = [done, "The truth about this set is not known here: these are verdicts, not measurements. "
-                  f"The classifier reads {found['classifier_agrees']:.1%} of the images as they are labelled."]
+                  f"{found['purified']:,} images were purified; the classifier reads {found['classifier_agrees']:.1%} of them as they are labelled."]
     if found["prediction_survives"][-1] < DOUBTFUL:
         said.append(f"The verdict is doubtful: only {found['prediction_survives'][-1]:.0%} of the predictions survive purification, "
                     "so the noise level (steps_T) is too high or the denoiser is not one for such images.")

@@ -121,7 +121,7 @@ def test_a_dry_run_counts_and_writes_nothing(toy, tmp_path, capsys):
     before = contents(tmp_path)
     purify.main(["--data", str(data), "--dry_run", *KEYS])
     told = capsys.readouterr().out
-    assert f"40 images of {CLASSES} classes, 40 denoiser passes each: 1,600 passes" in told and "purification" in told and "memory about" in told
+    assert f"40 images of {CLASSES} classes, 40 denoiser passes for each" in told and "from 1,600 passes" in told and "memory about" in told
     assert contents(tmp_path) == before
 
 
@@ -189,6 +189,7 @@ def test_sets_of_other_resolutions_train_their_denoiser_and_are_purified(tmp_pat
 
 def test_confidence_and_reason_by_hand():
     assert confidence(torch.tensor([0, 5, 20, -1]), 20).tolist()[:3] == [0, 0.25, 1] and torch.isnan(confidence(torch.tensor([-1, 3]), 0)).all()
+    assert reason(Verdict.BENIGN, False, False, False, -1, -1, 9).endswith("it was not purified")
     told = [reason(Verdict.BENIGN, False, False, False, 3, 3, 9), reason(Verdict.BENIGN, True, False, False, 8, 8, 9), reason(Verdict.POISONED, True, True, True, 1, 8, 9),
             reason(Verdict.SUSPICIOUS, True, True, True, 4, 5, 9), reason(Verdict.POISONED, False, True, False, -1, -1, 0)]
     assert told[0] == "kept: its class is no target label" and told[1] == "kept: 8 of 9 purified images are read as the given label"
