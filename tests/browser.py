@@ -1,9 +1,10 @@
 """A headless Chromium for tests, spoken to over a pipe in the DevTools protocol, so that no driver package is needed."""
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 import tempfile
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -19,14 +20,15 @@ class Browser:
 
     def __init__(self, width=1200, height=900, dark=False):
         self.profile, self.problems, self.number = tempfile.mkdtemp(), [], 0
-        read, self.out = os.pipe()
-        self.source, write = os.pipe()
+        (read, self.out), (self.source, write) = os.pipe(), os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", "--no-first-run",
                  "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={self.profile}", "about:blank"]
-        shell = f'exec "$0" "$@" 3<&{read} 4>&{write}'
-        self.process = subprocess.Popen(["sh", "-c", shell, find_browser(), *flags], pass_fds=(read, write), stderr=subprocess.DEVNULL)
-        os.close(read)
-        os.close(write)
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (read, write)]    # so that neither lies where the other must go
+        silent = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (1, 2)]
+        ends = [(os.POSIX_SPAWN_DUP2, end, place) for end, place in zip(high, (3, 4))]    # where the browser looks for its pipe
+        self.process = os.posix_spawn(find_browser(), [find_browser(), *flags], os.environ, file_actions=[*silent, *ends])
+        for end in (read, write, *high):
+            os.close(end)
         self.buffer, self.session = b"", None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -39,8 +41,8 @@ class Browser:
         return self
 
     def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
+        os.kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
         os.close(self.out)
         os.close(self.source)
         shutil.rmtree(self.profile, ignore_errors=True)

@@ -63,7 +63,7 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     counts = f"{changed['labels']:,} of {changed['of']:,} labels and {changed['images']:,} images were changed." if changed else ""
     if detected:
         words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
-        return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as {words}. {counts}"
+        return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}. {counts}"
     if detected is None:
         return counts or "Nothing is recorded about single samples."
     return f"No backdoor was found: no class stands out from the others. {counts}"
