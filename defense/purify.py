@@ -102,7 +102,7 @@ def clean(data: Any, labels: Any = None, *, config: DataElixirConfig, victim: Op
     dataelixir.check(config, dataset)
     with _kept(folder) as place:
         place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None})
-        result = defend(given, dataset, config, place, victim)
+        result = analyse(given, dataset, config, place, victim)
     table = result.decisions.table(given.labels, config.last_steps_m)
     changed = (result.decisions.column > 0) | (result.purified.labels != given.labels)
     return Cleaned(result.purified, changed, result.discrepancy.targets, table, result)
@@ -119,8 +119,8 @@ def digest(data: LabeledImages) -> str:
     return hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()[:16]
 
 
-def defend(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder, victim: Optional[Classifier],
-           paths: Optional[Sequence[str]] = None) -> Result:
+def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder, victim: Optional[Classifier],
+            paths: Optional[Sequence[str]] = None) -> Result:
     """Train the classifier where none is given, run DataElixir, and leave the files that summary and page are made of."""
     save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
     if victim is None:
@@ -200,7 +200,7 @@ def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset,
     if "report" in folder.finished():
         log.info("analysed before: nothing to compute")
     else:
-        defend(data, dataset, config, folder, victim, given.layout.paths)
+        analyse(data, dataset, config, folder, victim, given.layout.paths)
     if order.action != "report":
         log.info("the set is in %s", write_cleaned(folder, given.layout, outcome(folder, data.labels, order.action)))
     summary = summarise(given, data.labels, folder, order.action, data.images.shape[-1], config.random_seed)
