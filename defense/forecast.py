@@ -8,6 +8,7 @@ from typing import Callable
 import torch
 
 from defense.dataelixir import DataElixirConfig
+from defense.level import TOP
 from defense.purifier import Purifier
 from diffusion.denoiser import Denoiser
 from utils.data import Dataset, LabeledImages
@@ -34,6 +35,7 @@ def forecast(data: LabeledImages, denoiser: Denoiser, config: DataElixirConfig, 
     Args:
         own_victim: a classifier is trained first.
     """
+    config = replace(config, steps_T=min(TOP, denoiser.t_max)) if config.steps_T == "auto" else config   # the dearest that auto may find
     n, passes = len(data), Purifier(denoiser, config, 0, device).passes_per_image
     sample, model = data[:TRAINED], build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device)
     x = sample.images[:PURIFIED].to(device).float() / 127.5 - 1

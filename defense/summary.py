@@ -7,12 +7,12 @@ import torch
 
 from defense.folder import OutputFolder, outcome
 from defense.given import Given
+from defense.level import DESTROYED
 from defense.result import Result
 from utils.data import LabeledImages
 from utils.record import environment, peak_rss_bytes
 
 SCHEMA = 1
-DOUBTFUL = 0.5   # of the predictions; where fewer survive purification, the verdict is called doubtful
 
 
 def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def notes(given: Given, found: dict[str, Any], counts: dict[str, int], action: s
             "report": "This is an analysis only: no images were written."}[action]
     said = [done, "The truth about this set is not known here: these are verdicts, not measurements. "
                   f"{found['purified']:,} images were purified; the classifier reads {found['classifier_agrees']:.1%} of them as they are labelled."]
-    if found["prediction_survives"][-1] < DOUBTFUL:
-        said.append(f"The verdict is doubtful: only {found['prediction_survives'][-1]:.0%} of the predictions survive purification, "
-                    "so the noise level (steps_T) is too high or the denoiser is not one for such images.")
+    if found["prediction_survives"][0] < DESTROYED:
+        said.append(f"The verdict is doubtful: only {found['prediction_survives'][0]:.0%} of the predictions survive the first round, "
+                    "so the noise level is too high (steps_T: auto finds one) or the denoiser is not one for such images.")
     if resized(given, resolution):
         said.append(f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled back to the size of "
                     "their originals and are coarser than these; all others are untouched.")
