@@ -15,7 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal, Optional, Sequence
+from typing import Iterator, Literal, Optional, Sequence
 
 import numpy as np
 import torch
@@ -80,8 +80,8 @@ class Cleaned:
     result: Result
 
 
-def clean(data: Any, labels: Any = None, *, config: DataElixirConfig, victim: Optional[Classifier] = None,
-          classes: Optional[Sequence[str]] = None, folder: Optional[Path] = None) -> Cleaned:
+def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor | np.ndarray | Sequence[int] | None = None, *, config: DataElixirConfig,
+          victim: Optional[Classifier] = None, classes: Optional[Sequence[str]] = None, folder: Optional[Path] = None) -> Cleaned:
     """Clean a set that is in memory.
 
     Args:
@@ -91,7 +91,7 @@ def clean(data: Any, labels: Any = None, *, config: DataElixirConfig, victim: Op
         config: keys of DataElixir; `config.ddpm` names the denoiser, which must be for images of this size.
         victim: a classifier trained on the set, in eval mode; by default one is trained.
         classes: K names.
-        folder: where the run's files stay, so that it can be continued; by default they are deleted.
+        folder: where the run's files stay, so that it can be continued; by default they are deleted (and `result.examples` with them).
 
     Raises:
         UserError: shapes or labels that do not fit, no such denoiser, or whatever stops a training.
@@ -173,14 +173,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     given = open_given(order.data)
     if order.out:
         refuse_overlap(given.path, Path(order.out).expanduser())
-    denoiser = fitting_denoiser(given, config, order.resize)
+    denoiser = fitting_denoiser(given, config.resolved(), order.resize)
     data = given.layout.read(denoiser.resolution)
     dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, DATASETS.get(given.dataset, DATASETS["imagefolder"]))
     victim = given_victim(resolve_path(order.victim, "victim"), dataset, config) if order.victim else None
     log.info("%s: %s, %d images of %d classes, %s", given.path, given.layout.kind, len(data), dataset.num_classes,
              ", ".join(f"{h}x{w}" for h, w in given.layout.sizes[:3]) + (" and others" if len(given.layout.sizes) > 3 else ""))
     if order.dry_run:
-        log.info("\n".join(forecast(data, denoiser, config, dataset, pick_device(config.device), victim is None)))
+        log.info("\n".join(forecast(data, denoiser, config.resolved(), dataset, pick_device(config.device), victim is None)))
         return
     run(order, given, data, dataset, config, victim)
 
