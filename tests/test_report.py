@@ -101,6 +101,13 @@ def test_every_tile_lies_where_the_page_looks_for_it(count, tiles):
             assert np.array_equal(sheet[top: top + 8, left: left + 8].transpose(2, 0, 1), images[sample, which])
 
 
+def test_columns_are_numbers_where_they_can_be(tmp_path):
+    (tmp_path / "decisions.csv").write_text("index,path,score,flag,new_kind\n0,0,0.5,1,a\n1,1,,0,b\n")
+    table = Source(tmp_path).decisions
+    assert table["index"].dtype == table["flag"].dtype == np.int64 and np.isnan(table["score"][1]) and table["score"][0] == 0.5
+    assert table["path"].tolist() == ["0", "1"] and table["new_kind"].tolist() == ["a", "b"]
+
+
 def test_transitions_and_classes_by_hand(tmp_path):
     source = Source(write_record(tmp_path / "r", changed=6))
     moves = report.transitions(source.decisions)

@@ -106,7 +106,11 @@ class _Nothing:
 
 
 def _numbers(cells: Sequence[str]) -> np.ndarray:
-    values = np.array([float(cell) if cell else np.nan for cell in cells])
+    """int64, float64 where cells are empty or have a point, or the words as they are where one is no number."""
+    try:
+        values = np.array([float(cell) if cell else np.nan for cell in cells])
+    except ValueError:
+        return np.array(cells)
     return values if any("." in cell or not cell for cell in cells) else values.astype(np.int64)
 
 
