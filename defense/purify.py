@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense import dataelixir
+from defense import crew, dataelixir
 from defense.dataelixir import DataElixirConfig
 from defense.evidence import write_evidence
 from defense.folder import OWN_KEY, OutputFolder, outcome, refuse_overlap, write_cleaned, write_decisions
@@ -166,6 +166,13 @@ def given_victim(file: Path, dataset: Dataset, config: DataElixirConfig) -> Clas
 @command_line
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Clean the set that the command line names."""
+    with crew.led() as leading:
+        if leading:
+            lead(argv)
+
+
+def lead(argv: Optional[Sequence[str]]) -> None:
+    """Read the set, find the denoiser, and say what it would cost or do it."""
     order, config = parse_config(argv_with_switches(argv), CleanConfig, DataElixirConfig, description=__doc__)
     if not order.data or not (order.out or order.dry_run):
         raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
