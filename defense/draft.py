@@ -56,10 +56,10 @@ class Draft:
         return self.verdict == Verdict.SUSPICIOUS
 
     def decisions(self, votes: Tensor, is_target_class: Tensor) -> Decisions:
-        """The table of what was decided, with the votes int64 (N, 1+nm) behind it."""
-        count = lambda labels: (votes[:, 1:] == labels[:, None]).sum(1)
+        """The table of what was decided, with the votes int64 (N, 1+nm) behind it (negative: the sample was not purified)."""
+        count = lambda labels: torch.where(votes[:, 0] < 0, -1, (votes[:, 1:] == labels[:, None]).sum(1))
         return Decisions(self.verdict, self.labels, is_target_class[self.given], count(self.given), count(self.labels),
-                         self.pixel, self.feature, self.column)
+                         self.pixel, self.feature, self.column, votes.shape[1] - 1)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ class Decisions:
         verdict: int64 (N,) of Verdict.
         new_labels: int64 (N,).
         is_target: bool (N,), the given label is a detected target label.
-        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label.
+        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label; -1 where a sample was not purified.
         pixel, feature: float64 (N,), distances of the chosen image from the original; nan where the original stayed.
         column: int64 (N,), the chosen image among the intermediaries; 0 = the original.
+        intermediaries: of each sample, n m; 0 where the method has none.
     """
 
     verdict: Tensor
@@ -34,9 +35,11 @@ class Decisions:
     pixel: Tensor
     feature: Tensor
     column: Tensor
+    intermediaries: int = 0
 
     def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
         """Columns of decisions.csv; round counts from 1, step is the noise level left (0 = none), -1 = the original."""
+        from defense.evidence import confidence, reasons
         from defense.verdict import Verdict
 
         moved = self.column > 0
@@ -47,7 +50,8 @@ class Decisions:
                 "verdict": names[self.verdict.numpy()], "target_class": self.is_target.int().numpy(),
                 "votes_old": self.votes_old.numpy(), "votes_new": self.votes_new.numpy(),
                 "pixel_distance": self.pixel.numpy(), "feature_distance": self.feature.numpy(),
-                "round": round_.numpy(), "step": step.numpy()}
+                "round": round_.numpy(), "step": step.numpy(), "confidence": confidence(self.votes_new, self.intermediaries).numpy(),
+                "reason": reasons(self.verdict, self.is_target, self.new_labels != labels, moved, self.votes_old, self.votes_new, self.intermediaries)}
 
 
 @dataclass(frozen=True)

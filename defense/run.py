@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from defense import crew
+from defense.evidence import write_evidence
 from defense.result import Result
 from utils import figures
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, nearest, parse_config, peek
@@ -22,6 +23,7 @@ from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
 from utils.metrics import EpochLog, Truth, accuracy, defense_effectiveness, detection, relabelling, survival
 from utils.models import Classifier, build_classifier, load_weights
 from utils.record import Record, environment, load_arrays, peak_rss_bytes, replacing, save_arrays, start_logging, write_json
+from utils.report import write_page
 from utils.training import pick_device
 
 log = logging.getLogger("dataelixir")
@@ -99,8 +101,10 @@ def run_defense(module: ModuleType, case: Case, config: Any, record: Record) -> 
     with record.stage("report"):
         write_product(result, case, config, record)
         write_figures(result, case, config, record)
+        write_evidence(result, case.data.labels, case.dataset.classes, config.last_steps_m, record)
     report = build_report(module.__name__.rsplit(".")[-1], result, case, config, record)
     write_json(record / "report.json", report)
+    write_page(record.path)
     module.clean_up(config, record)
     log.info(summary(report, record.path))
     return report

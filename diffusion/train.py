@@ -16,13 +16,16 @@ from diffusion.quality import denoising_error, sample_sheet
 from diffusion.sampler import Schedule
 from diffusion.training import DenoiserConfig, Training
 from utils.compiled import Compiled
-from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config
-from utils.data import Dataset, LabeledImages, load_dataset
+from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config, resolve_path
+from utils.data import DATASETS, Dataset, LabeledImages, load_dataset, stratified_split
+from utils.layouts import open_layout
 from utils.record import Record, environment, load_arrays, start_logging, write_json
 from utils.training import has_bfloat16, pick_device
 
 log = logging.getLogger("dataelixir")
-RUNTIME_KEYS = ("out", "dataset_path", "device", "save_every", "compile", "on_bad_image")  # may differ when a training goes on
+RUNTIME_KEYS = ("out", "dataset_path", "data", "device", "save_every", "compile", "on_bad_image")  # may differ when a training goes on
+OWN = "own"  # what a set given by --data is called
+SPLIT_OFF = 0.1  # of such a set
 HELD_OUT = 512  # test images that the error is measured on
 SHOWN = 10
 COMPILING_PAYS = 1e5  # 10^9 operations of a whole training
@@ -36,6 +39,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         KeyboardInterrupt: After Ctrl-C; the same command goes on.
     """
     data, config = parse_config(argv, DataConfig, DenoiserConfig, description=__doc__)
+    if config.data and config.result_file:
+        raise UserError("data, result_file: give one of the two")
     data = recorded_data(data, config.result_file)
     out = Path(config.out)
     if (out / "denoiser.json").exists() and not (out / "checkpoint.pt").exists():
@@ -52,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def train(data: DataConfig, config: DenoiserConfig) -> None:
     """The stages of a run: data, training, saving, measuring."""
-    dataset, device = load_dataset(data), pick_device(config.device)
+    dataset, device = load_own(config.data, data.image_size) if config.data else load_dataset(data), pick_device(config.device)
     images = training_images(dataset, config.result_file)
     amp = config.amp and (device.type != "cpu" or has_bfloat16())
     training = Training(config, images, dataset.info.flip, identity(data, config, images), device, amp)
@@ -74,6 +79,14 @@ def worth_compiling(config: DenoiserConfig, denoiser: Denoiser) -> bool:
     if config.compile != "auto":
         return config.compile == "on"
     return (config.minutes or float("inf")) > 10 and 3 * denoiser.gflops() * config.batch_size * config.steps > COMPILING_PAYS
+
+
+def load_own(path: str, size: int) -> Dataset:
+    """The set at `path`, with a tenth of each class as test set."""
+    layout = open_layout(resolve_path(path, "data"))
+    given = layout.read(size)
+    train, test = (given[torch.from_numpy(part)] for part in stratified_split(given.labels, SPLIT_OFF))
+    return Dataset(train, test, layout.classes, OWN, DATASETS["imagefolder"])
 
 
 def recorded_data(data: DataConfig, result_file: Optional[str]) -> DataConfig:
@@ -106,7 +119,7 @@ def parameters(training: Training) -> int:
 def command(data: DataConfig, config: DenoiserConfig) -> str:
     """The command line of a run, naming the data set and the keys that differ from the defaults."""
     default = as_flat_dict(DataConfig(), DenoiserConfig(out=""))
-    given = {key: value for key, value in as_flat_dict(data, config).items() if value != default[key] or key == "dataset"}
+    given = {key: value for key, value in as_flat_dict(data, config).items() if value != default[key] or key == ("data" if config.data else "dataset")}
     words = [word for key, value in given.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
     return "python diffusion/train.py " + shlex.join(words)
 
@@ -114,10 +127,10 @@ def command(data: DataConfig, config: DenoiserConfig) -> str:
 def save(training: Training, data: DataConfig, config: DenoiserConfig) -> None:
     """Write the averaged weights, with what one needs to know about them beside them."""
     denoiser = training.averaged()
-    elsewhere = replace(data, dataset_path=DataConfig.dataset_path), replace(config, out="DIR", device=DenoiserConfig.device)
+    elsewhere = replace(data, dataset_path=DataConfig.dataset_path), replace(config, out="DIR", data=config.data and "DATA", device=DenoiserConfig.device)
     denoiser.metadata = {
         "command": command(*elsewhere),
-        "dataset": data.dataset,
+        "dataset": OWN if config.data else data.dataset,
         "images": len(training.images),
         "steps": training.steps,
         "minutes": round(training.seconds / 60, 2),

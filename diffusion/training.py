@@ -39,6 +39,7 @@ class DenoiserConfig:
     Args:
         out: folder to write the denoiser to; an interrupted training goes on from the checkpoint in it.
         result_file: name of a record whose (poisoned) training set is used instead of the clean one.
+        data: a set of your own instead: folder of class folders, .npz file or CIFAR folder, resized to image_size; a tenth is held out to measure on.
         ddpm_T: noise levels to learn, 0 ... T-1 of the 1000-step schedule; 1000 = all.
         channels: width of the network at each resolution, from the full one down, e.g. 64,128.
         layers_per_block: residual blocks at each resolution.
@@ -60,6 +61,7 @@ class DenoiserConfig:
 
     out: str
     result_file: Optional[str] = None
+    data: Optional[str] = None
     ddpm_T: PositiveInt = 150
     channels: Channels = "64,128"
     layers_per_block: PositiveInt = 2

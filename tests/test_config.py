@@ -21,7 +21,7 @@ from utils import config as module
 from utils.config import DataConfig, TrainConfig, UserError, as_flat_dict, command_line, parse_config, peek, resolve_path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "config").glob("*/*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "config").glob("*/*.yaml") if path.parent.name != "purify")
 ATTACKS = sorted(p.stem for p in (ROOT / "attack").glob("*.py") if "\n    main(" in p.read_text())
 PUBLISHED = """amp: true\ndevice: cuda\nattack_label_trans: all2one\nattack_target: 0\nclient_optimizer: sgd\ndataset: cifar10
 dataset_path: ../data\nfrequency_save: 0\nbatch_size: 128\nlr: 0.01\nlr_scheduler: CosineAnnealingLR\nmodel: preactresnet18

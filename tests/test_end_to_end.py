@@ -30,8 +30,8 @@ SIDE, CLASSES, TRAIN, TEST = 16, 4, 15, 6    # pixels, classes, images of each
 KEYS = {"attack": "badnet", "attack_target": 1, "pratio": 0.2, "dataset": "imagefolder", "image_size": SIDE, "model": "preactresnet_small", "epochs": 2,
         "batch_size": 16, "lr": 0.05, "amp": False, "device": "cpu", "random_seed": 5, "steps_T": 8, "rounds_n": 2, "last_steps_m": 3,
         "purify_batch_size": 4, "conform": True, "ft_epochs": 1, "threshold_tau": 2}
-FILES = ["asr_test.npz", "benign.safetensors", "benign_stage1.safetensors", "config.yaml", "curves.png", "decisions.csv", "discrepancy.png", "log.txt",
-         "metrics.csv", "poisoned.npz", "purified.npz", "report.json", "stages.json", "trigger.png", "truth.npz", "victim.safetensors", "votes.npz"]
+FILES = ["asr_test.npz", "benign.safetensors", "benign_stage1.safetensors", "classes.json", "config.yaml", "curves.png", "decisions.csv", "discrepancy.png", "log.txt",
+         "metrics.csv", "poisoned.npz", "purified.npz", "report.html", "report.json", "stages.json", "trigger.png", "truth.npz", "victim.safetensors", "votes.npz"]
 STAGES = ["poison", "victim", "purify", "stage1", "finetune", "report"]
 
 
@@ -106,7 +106,7 @@ def arrays(folder, file):
 
 def test_a_run_leaves_every_file_and_nothing_half_done(full):
     folder, out = full
-    assert sorted(path.name for path in folder.iterdir() if path.name != "purified.png") == FILES
+    assert sorted(path.name for path in folder.iterdir() if path.name not in ("purified.png", "examples.npz")) == FILES
     assert list(json.loads((folder / "stages.json").read_text())) == STAGES
     assert str(folder) in out and "target labels" in (folder / "log.txt").read_text() and "prediction survives round 1" in (folder / "log.txt").read_text()
     kept = yaml.safe_load((folder / "config.yaml").read_text())
@@ -138,7 +138,7 @@ def test_the_report_can_be_recomputed_from_the_files(full):
     assert report["detection"]["tpr"] == pytest.approx(changed[poison].mean()) and report["detection"]["fpr"] == pytest.approx(changed[~poison].mean())
     assert report["relabel"]["label_accuracy"] == pytest.approx((purified["labels"] == original).mean())
     table = list(csv.DictReader(open(folder / "decisions.csv")))
-    columns = "index given_label new_label verdict target_class votes_old votes_new pixel_distance feature_distance round step".split()
+    columns = "index given_label new_label verdict target_class votes_old votes_new pixel_distance feature_distance round step confidence reason".split()
     assert list(table[0]) == columns and [int(row["index"]) for row in table] == list(range(CLASSES * TRAIN))
     assert [int(row["new_label"]) for row in table] == purified["labels"].tolist() and [int(row["given_label"]) for row in table] == poisoned["labels"].tolist()
     asr = arrays(folder, "asr_test.npz")

@@ -1,0 +1,108 @@
+"""How often a clean set is accused, and how much poison it takes to be found; writes benchmarks/results/false_alarm_<name>.json and .md.
+
+    python benchmarks/false_alarm.py --yaml_path ../config/badnet/digits.yaml [--seeds 0 1 2 3 4] [--pratios 0 0.01 0.05 0.1]
+
+Words after `--` go to the attack script (another data set: `-- --dataset imagefolder --dataset_path DIR --ddpm DENOISER`; give
+--name then). Each run is a process of its own in record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made
+again. Share 0 is the unpoisoned set. The rules are compared on the same votes; where target labels come first, most samples
+have none, so `-- --target_first false` is what the other rules are to be judged by.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.verdict import filter_candidates
+from utils.record import Record, load_arrays
+from utils.source import Source
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+RULES = {"default": TargetRule(), "two-sided, as published": PUBLISHED_RULE,
+         "one-sided, no prior, no floor": TargetRule(evidence_prior=0.0, mad_floor=0.0), "threshold 3": TargetRule(threshold=3.0)}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--attack", default="badnet", help="attack/<name>.py")
+    parser.add_argument("--yaml_path", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--pratios", type=float, nargs="+", default=[0, 0.01, 0.05, 0.1])
+    parser.add_argument("--name", help="of the results; by default from attack and config")
+    parser.add_argument("extra", nargs="*", help="after --: flags for the attack script")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, name: str, pratio: float, seed: int) -> dict[str, Any]:
+    """One set poisoned at that share with that seed, defended: what was flagged and what changed."""
+    record = Record(f"false_alarm_{name}_{pratio:g}_{seed}")
+    command = [sys.executable, str(ROOT / "attack" / f"{args.attack}.py"), "--yaml_path", args.yaml_path, "--save_folder_name", record.name,
+               "--random_seed", str(seed), "--pratio", str(pratio), *args.extra]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return {"pratio": pratio, "seed": seed, **measured(record)}
+
+
+def measured(record: Record) -> dict[str, Any]:
+    """What a finished record says: classes flagged by the run and by every rule on its votes, labels changed, TPR and FPR."""
+    source = Source(record.path)
+    report, table = source.report, source.decisions
+    votes, labels = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"]
+    purified = votes[:, 0] >= 0
+    votes, labels, samples = votes[purified], labels[purified], len(labels)
+    candidates, classes = filter_candidates(votes, source.config["threshold_tau"]), len(source.classes["names"])
+    rules = {rule: list(target_labels(votes, candidates, labels, classes, RULES[rule]).targets) for rule in RULES}
+    poisoned = int(load_arrays(record / "truth.npz")["poison"].sum())
+    return {"samples": samples, "purified": len(votes), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
+            "detected": report["target_labels"]["detected"], "rules": rules,
+            "labels_changed": float((table["given_label"] != table["new_label"]).mean()), "victim_asr": report["victim"]["asr"],
+            "tpr": report["detection"]["tpr"], "fpr": report["detection"]["fpr"], "seconds": sum(report["cost"]["seconds"].values())}
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what the runs did at each share of poison, and what each rule would have flagged."""
+    by_share = {share: [row for row in rows if row["pratio"] == share] for share in sorted({row["pratio"] for row in rows})}
+    mean = lambda own, key: sum(row[key] for row in own) / len(own) if all(row[key] is not None for row in own) else None
+    show = lambda value: "n/a" if value is None else f"{value:.4f}"
+    lines = ["| poison | runs | poisoned samples | target found | a clean class accused | labels changed, mean (most) | TPR | FPR |", "|---" * 8 + "|"]
+    for share, own in by_share.items():
+        found, accused = _found(own, "detected"), sum(bool(set(row["detected"]) - set(row["true"])) for row in own)
+        most = max(row["labels_changed"] for row in own)
+        lines.append(f"| {share:.0%} | {len(own)} | {own[0]['poisoned']} | {found} | {accused} of {len(own)} | "
+                     f"{mean(own, 'labels_changed'):.4f} ({most:.4f}) | {show(mean(own, 'tpr'))} | {show(mean(own, 'fpr'))} |")
+    lines += ["", "On the same votes, target found / runs that accuse a clean class:", "", "| rule | " + " | ".join(f"{share:.0%}" for share in by_share) + " |",
+              "|---" * (len(by_share) + 1) + "|"]
+    for rule in RULES:
+        cells = [f"{_found([row | {'by': row['rules'][rule]} for row in own], 'by')} / "
+                 f"{sum(bool(set(row['rules'][rule]) - set(row['true'])) for row in own)} of {len(own)}" for own in by_share.values()]
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _found(rows: list[dict[str, Any]], key: str) -> str:
+    return "-" if not rows[0]["true"] else f"{sum(set(row['true']) <= set(row[key]) for row in rows)} of {len(rows)}"
+
+
+def main() -> None:
+    """Run what is missing; the results are written after every run."""
+    args, rows = arguments(), []
+    name = args.name or f"{args.attack}_{Path(args.yaml_path).stem}"
+    RESULTS.mkdir(exist_ok=True)
+    for seed in args.seeds:
+        for pratio in args.pratios:
+            rows.append(run(args, name, pratio, seed))
+            (RESULTS / f"false_alarm_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+            heading = (f"False alarms and power: {args.attack}, {args.yaml_path}{' ' + ' '.join(args.extra) if args.extra else ''}, "
+                       f"{rows[0]['samples']} samples, {os.cpu_count()} CPU cores, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of stages in all")
+            (RESULTS / f"false_alarm_{name}.md").write_text(f"{heading}\n\n{tables(rows)}\n")
+    print(tables(rows))
+
+
+if __name__ == "__main__":
+    main()

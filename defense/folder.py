@@ -1,0 +1,96 @@
+"""The output folder of defense/purify.py: a record that lies where the user wants it, with the cleaned set beside its files."""
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config import UserError
+from utils.data import LabeledImages
+from utils.layouts import Layout, Outcome
+from utils.record import Record, load_arrays, replacing
+from utils.source import Source
+
+OWN_KEY = "data_sha256"   # in the config.yaml of every folder that this program made
+CLEANED = "cleaned"
+
+
+class OutputFolder(Record):
+    """A record outside record/.
+
+    Args:
+        path: made if it is not there.
+    """
+
+    def __init__(self, path: Path):
+        self.name, self.path = path.name, path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Take the folder, or go on with the run that it holds.
+
+        Raises:
+            UserError: it holds something else, or the run of another config or another set.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            others = [path.name for path in self.path.iterdir()]
+            if others and OWN_KEY not in (self.config() if "config.yaml" in others else {}):
+                raise UserError(f"out: {self.path} is not empty and holds no run of this command; name a new or an empty folder")
+        try:
+            super().claim(config)
+        except UserError as error:
+            raise UserError(str(error).replace("save_folder_name", "out")) from None
+
+
+def refuse_overlap(given: Path, out: Path) -> None:
+    """The input is never written to: raises UserError where one folder lies in the other, or `out` is a file."""
+    a, b = given.resolve(), out.resolve()
+    if a == b or b.is_relative_to(a) or a.is_relative_to(b):
+        raise UserError(f"out: {out} and the data at {given} lie in each other; name a folder apart from the data")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out: {out} is a file; name a new or an empty folder")
+
+
+def write_decisions(file: Path, columns: dict[str, Any]) -> None:
+    """decisions.csv: a row for each sample; nan becomes an empty cell."""
+    shown = lambda value: "" if value != value else f"{value:.6f}"
+    cells = [[shown(v) for v in c] if isinstance(c, np.ndarray) and c.dtype.kind == "f" else list(c) for c in columns.values()]
+    with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows(zip(*cells))
+
+
+def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
+    """What a finished analysis and an action ("relabel", "drop") make of each sample.
+
+    Args:
+        given: int64 (N,), the labels as given.
+    """
+    purified, table = LabeledImages(**load_arrays(folder / "purified.npz")), Source(folder.path).decisions
+    replaced, relabelled = torch.from_numpy(table["round"] != -1), purified.labels != given
+    none = torch.zeros_like(replaced)
+    if action == "drop":
+        return Outcome(given, purified.images, none, replaced | relabelled)
+    return Outcome(purified.labels, purified.images, replaced, none)
+
+
+def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> Path:
+    """cleaned/: the set in its own layout, all of it or nothing; takes the place of what another action left there."""
+    target, temporary = folder / CLEANED, folder / f".{CLEANED}.{os.getpid()}"
+    temporary.mkdir()
+    try:
+        layout.write(temporary, result)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

@@ -1,0 +1,221 @@
+"""Clean a set of labelled images of your own: python defense/purify.py --data DIR --out DIR --ddpm DENOISER
+
+DIR is a folder of class folders, a .npz file, a folder of CIFAR's python files, or the name of a record. A classifier is
+trained on the set (or given by --victim), DataElixir decides, and OUT gets cleaned/ (the set in its own layout),
+decisions.csv, summary.json and report.html. The input is only read. Without anything found, nothing is changed.
+
+From Python, on tensors or arrays: `from defense import purify; purify.clean(images, labels, config=...)`.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, Literal, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense import crew, dataelixir
+from defense.dataelixir import DataElixirConfig
+from defense.evidence import write_evidence
+from defense.folder import OWN_KEY, OutputFolder, outcome, refuse_overlap, write_cleaned, write_decisions
+from defense.forecast import forecast
+from defense.given import Given, as_labeled, fitting_denoiser, open_given
+from defense.result import Result
+from defense.summary import findings, summarise
+from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
+from utils.data import DATASETS, Dataset, LabeledImages
+from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.record import save_arrays, start_logging, write_json
+from utils.report import write_page
+from utils.training import Trainer, pick_device
+
+log = logging.getLogger("dataelixir")
+SWITCHES = ("--dry_run", "--resize")
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """Which set is cleaned, and what becomes of it.
+
+    Args:
+        data: folder of class folders, .npz file, folder of CIFAR's python files, or name of a record.
+        out: new folder for the cleaned set, the decisions and the page; a run that was interrupted goes on in its own.
+        victim: a classifier (.safetensors of this program, of the kind that `model` names) instead of one trained on the set.
+        action: relabel (purified images under their new labels), drop (leave the changed samples out) or report (write no images).
+        resize: analyse images of other sizes at the denoiser's; only purified ones are affected, they are scaled back.
+        dry_run: count, measure a small batch and say what the run would cost, without writing anything.
+    """
+
+    data: str = ""
+    out: str = ""
+    victim: Optional[str] = None
+    action: Literal["relabel", "drop", "report"] = "relabel"
+    resize: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `clean` gives back; N samples in the order given.
+
+    Attributes:
+        data: images uint8 (N, 3, H, W) and labels int64 (N,) after cleaning.
+        changed: bool (N,), label or image differs from what was given.
+        target_labels: the classes that a backdoor points to; empty = none found, nothing changed.
+        decisions: columns of decisions.csv, each (N,).
+        result: everything the defence gives back, the benign model (`result.model`) among it.
+    """
+
+    data: LabeledImages
+    changed: Tensor
+    target_labels: tuple[int, ...]
+    decisions: dict[str, np.ndarray]
+    result: Result
+
+
+def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor | np.ndarray | Sequence[int] | None = None, *, config: DataElixirConfig,
+          victim: Optional[Classifier] = None, classes: Optional[Sequence[str]] = None, folder: Optional[Path] = None) -> Cleaned:
+    """Clean a set that is in memory.
+
+    Args:
+        data: images uint8 (N, 3, H, W) or (N, H, W, 3), or floats in [0, 1] of these shapes (rounded to 256 levels), as a
+            tensor or an array; or a torch Dataset of (image, label) pairs with images of these kinds or PIL's.
+        labels: integers (N,), 0..K-1; None where `data` is a Dataset.
+        config: keys of DataElixir; `config.ddpm` names the denoiser, which must be for images of this size.
+        victim: a classifier trained on the set, in eval mode; by default one is trained.
+        classes: K names.
+        folder: where the run's files stay, so that it can be continued; by default they are deleted (and `result.examples` with them).
+
+    Raises:
+        UserError: shapes or labels that do not fit, no such denoiser, or whatever stops a training.
+    """
+    given = as_labeled(data, labels)
+    names = tuple(classes or map(str, range(int(given.labels.max()) + 1)))
+    dataset = Dataset(given, given[:0], names, "", DATASETS["imagefolder"])
+    dataelixir.check(config, dataset)
+    with _kept(folder) as place:
+        place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None})
+        result = analyse(given, dataset, config, place, victim)
+    table = result.decisions.table(given.labels, config.last_steps_m)
+    changed = (result.decisions.column > 0) | (result.purified.labels != given.labels)
+    return Cleaned(result.purified, changed, result.discrepancy.targets, table, result)
+
+
+@contextlib.contextmanager
+def _kept(folder: Optional[Path]) -> Iterator[OutputFolder]:
+    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as path:
+        yield OutputFolder(Path(path))
+
+
+def digest(data: LabeledImages) -> str:
+    """A hash of images and labels, by which a run knows its set again."""
+    return hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()[:16]
+
+
+def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder, victim: Optional[Classifier],
+            paths: Optional[Sequence[str]] = None) -> Result:
+    """Train the classifier where none is given, run DataElixir, and leave the files that summary and page are made of."""
+    save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
+    if victim is None:
+        with folder.stage("victim"):
+            victim = trained_victim(data, dataset, config, folder)
+    result = dataelixir.defend(data, victim, config, dataset, folder)
+    with folder.stage("report") as found:
+        save_arrays(folder / "purified.npz", images=result.purified.images, labels=result.purified.labels)
+        save_arrays(folder / "votes.npz", votes=result.votes.to(torch.int16))
+        names, columns = np.array(dataset.classes), result.decisions.table(data.labels, config.last_steps_m)
+        named = {f"{age}_class": names[columns[f"{age}_label"]] for age in ("given", "new")}
+        write_decisions(folder / "decisions.csv", ({"path": paths} if paths else {}) | columns | named)
+        write_evidence(result, data.labels, dataset.classes, config.last_steps_m, folder)
+        found |= findings(result, data, config.last_steps_m, str(victim.device))
+    return result
+
+
+def trained_victim(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder) -> Classifier:
+    """The classifier of the folder, or one trained now on all of the set."""
+    victim = build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, "victim")).to(pick_device(config.device))
+    file = folder / "victim.safetensors"
+    if file.exists():
+        return load_weights(victim, file).eval()
+    Trainer(victim, config, "victim", dataset.info.flip, folder / "victim.checkpoint.pt").fit(data)
+    save_classifier(victim, file)
+    return victim
+
+
+def given_victim(file: Path, dataset: Dataset, config: DataElixirConfig) -> Classifier:
+    """The classifier in a file, checked against the set.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    victim = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "victim"))
+    try:
+        return load_weights(victim, file).to(pick_device(config.device)).eval()
+    except UserError:
+        raise UserError(f"victim: {file} is no {config.model} for {dataset.num_classes} classes saved as .safetensors; "
+                        "give the --model that it is, or leave --victim out to have one trained") from None
+
+
+@command_line
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Clean the set that the command line names."""
+    with crew.led() as leading:
+        if leading:
+            lead(argv)
+
+
+def lead(argv: Optional[Sequence[str]]) -> None:
+    """Read the set, find the denoiser, and say what it would cost or do it."""
+    order, config = parse_config(argv_with_switches(argv), CleanConfig, DataElixirConfig, description=__doc__)
+    if not order.data or not (order.out or order.dry_run):
+        raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
+    start_logging(None)
+    given = open_given(order.data)
+    if order.out:
+        refuse_overlap(given.path, Path(order.out).expanduser())
+    denoiser = fitting_denoiser(given, config.resolved(), order.resize)
+    data = given.layout.read(denoiser.resolution)
+    dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, DATASETS.get(given.dataset, DATASETS["imagefolder"]))
+    victim = given_victim(resolve_path(order.victim, "victim"), dataset, config) if order.victim else None
+    log.info("%s: %s, %d images of %d classes, %s", given.path, given.layout.kind, len(data), dataset.num_classes,
+             ", ".join(f"{h}x{w}" for h, w in given.layout.sizes[:3]) + (" and others" if len(given.layout.sizes) > 3 else ""))
+    if order.dry_run:
+        log.info("\n".join(forecast(data, denoiser, config.resolved(), dataset, pick_device(config.device), victim is None)))
+        return
+    run(order, given, data, dataset, config, victim)
+
+
+def argv_with_switches(argv: Optional[Sequence[str]]) -> list[str]:
+    """The words with `true` behind each switch that stands alone."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    alone = lambda k: words[k] in SWITCHES and (k + 1 == len(words) or words[k + 1].startswith("--"))
+    return [part for k, word in enumerate(words) for part in ([word, "true"] if alone(k) else [word])]
+
+
+def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset, config: DataElixirConfig, victim: Optional[Classifier]) -> None:
+    """Analyse what is not analysed yet, carry the action out, and write summary and page."""
+    folder = OutputFolder(Path(order.out).expanduser())
+    folder.claim(as_flat_dict(config) | {"data": str(given.path), OWN_KEY: digest(data), "victim": order.victim, "resize": order.resize})
+    start_logging(folder / "log.txt")
+    if "report" in folder.finished():
+        log.info("analysed before: nothing to compute")
+    else:
+        analyse(data, dataset, config, folder, victim, given.layout.paths)
+    if order.action != "report":
+        log.info("the set is in %s", write_cleaned(folder, given.layout, outcome(folder, data.labels, order.action)))
+    summary = summarise(given, data.labels, folder, order.action, data.images.shape[-1], config.random_seed)
+    write_json(folder / "summary.json", summary)
+    dataelixir.clean_up(config, folder)
+    log.info("%s", "\n".join(summary["notes"]))
+    log.info("%s: target labels %s; the page is %s", summary["status"], summary["target_labels"]["names"] or "none", write_page(folder.path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Sets in the layouts that people keep: read whole, written back with nothing touched that was not to be."""
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.toys import random_images
+from utils.cifar import ArrayPickler, load_arrays
+from utils.config import UserError
+from utils.layouts import Outcome, free_name, open_layout
+
+N, SIDE = 6, 32
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def unchanged(layout, size):
+    """The outcome that changes nothing; its images are noise, which nobody may look at."""
+    n = len(layout.labels)
+    return Outcome(layout.labels, random_images(n, 3, size, size, seed=9), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+
+
+def with_changes(layout, size, labels, replaced=(), dropped=()):
+    """An outcome with new labels {sample: label}, and samples whose image is replaced or that are left out."""
+    result = unchanged(layout, size)
+    new = layout.labels.clone()
+    new[list(labels)] = torch.tensor(list(labels.values()), dtype=torch.int64)
+    result.replaced[list(replaced)], result.dropped[list(dropped)] = True, True
+    return Outcome(new, result.images, result.replaced, result.dropped)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """cat/1.png, cat/2.jpg, cat/deep/3.png, dog/1.png (grey), dog/2.png, an empty class, and files that are no images."""
+    root, pixels = tmp_path / "set", random_images(5, 12, 12, 3).numpy()
+    for k, name in enumerate(("cat/1.png", "cat/2.jpg", "cat/deep/3.png", "dog/1.png", "dog/2.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels[k])
+        (image.convert("L") if name == "dog/1.png" else image).save(root / name)
+    (root / "eel").mkdir()
+    (root / "labels.csv").write_text("cat/1.png,0\n")
+    return root
+
+
+def test_a_folder_is_read_and_copied_byte_for_byte(folder, tmp_path):
+    before, layout = contents(folder), open_layout(folder)
+    assert layout.classes == ("cat", "dog", "eel") and layout.labels.tolist() == [0, 0, 0, 1, 1] and layout.sizes == [(12, 12)]
+    assert np.array_equal(layout.images(12)[4], np.asarray(Image.open(folder / "dog/2.png")).transpose(2, 0, 1)) and layout.left_out == ["labels.csv"]
+    layout.write(tmp_path / "out", unchanged(layout, 12))
+    assert contents(tmp_path / "out") == {name: data for name, data in before.items() if name != "labels.csv"} and contents(folder) == before
+    assert (tmp_path / "out" / "eel").is_dir()
+
+
+def test_changed_samples_move_to_their_class_as_lossless_pictures_and_never_over_another(folder, tmp_path):
+    before, layout = contents(folder), open_layout(folder)
+    result = with_changes(layout, 12, {0: 1, 1: 1, 2: 1}, replaced=(0, 1, 3))
+    layout.write(tmp_path / "out", result)
+    found = contents(tmp_path / "out")
+    assert sorted(found) == ["dog/1-2.png", "dog/1.png", "dog/2-2.png", "dog/2.png", "dog/deep/3.png"]
+    assert found["dog/2.png"] == before["dog/2.png"] and found["dog/deep/3.png"] == before["cat/deep/3.png"]    # relabelled only: a copy
+    read = lambda name: np.asarray(Image.open(tmp_path / "out" / name))
+    assert np.array_equal(read("dog/1-2.png"), result.images[0].permute(1, 2, 0)) and np.array_equal(read("dog/2-2.png"), result.images[1].permute(1, 2, 0))
+    assert read("dog/1.png").shape == (12, 12) and contents(folder) == before    # who stays keeps the name, and grey stays grey
+
+
+def test_dropped_samples_are_left_out_and_sizes_are_kept(folder, tmp_path):
+    layout = open_layout(folder)
+    assert layout.images(8).shape == (5, 3, 8, 8)
+    layout.write(tmp_path / "out", with_changes(layout, 8, {}, replaced=[4], dropped=[0, 2]))
+    assert sorted(contents(tmp_path / "out")) == ["cat/2.jpg", "dog/1.png", "dog/2.png"]
+    assert Image.open(tmp_path / "out" / "dog/2.png").size == (12, 12)
+
+
+def test_free_names_never_meet():
+    taken = {"a/1.png", "a/1-2.png"}
+    names = [free_name(Path(name), taken) for name in ("a/1.png", "A/1.PNG", "a/2.png", "a/2.png")]
+    assert names == ["a/1-3.png", "A/1-4.PNG", "a/2.png", "a/2-2.png"]
+
+
+@pytest.mark.parametrize("shape", [(N, 3, 8, 8), (N, 8, 8, 3), (N, 8, 8), (N, 8, 8, 1), (N, 1, 8, 8)])
+@pytest.mark.parametrize("values", [[0, 1, 2, 0, 1, 2], [-5, 3000, 7, -5, 3000, 7]])
+def test_arrays_keep_axes_label_values_and_everything_else(tmp_path, shape, values):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=pixels, labels=np.array(values, np.int32), notes=np.arange(3))
+    layout = open_layout(tmp_path / "set.npz")
+    assert layout.images(8).shape == (N, 3, 8, 8) and [layout.classes[k] for k in layout.labels] == [str(v) for v in values]
+    (tmp_path / "out").mkdir()
+    layout.write(tmp_path / "out", with_changes(layout, 8, {1: int(layout.labels[0])}, replaced=[1], dropped=[5]))
+    with np.load(tmp_path / "out" / "set.npz") as found:
+        assert found["labels"].tolist() == [values[0], values[0], *values[2:5]] and found["labels"].dtype == np.int32 and found["notes"].tolist() == [0, 1, 2]
+        assert found["images"].shape == (5, *shape[1:]) and np.array_equal(found["images"][[0, 2, 3, 4]], pixels[[0, 2, 3, 4]])
+        assert not np.array_equal(found["images"][1], pixels[1])
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Two small batches, in python 2's form, a test batch and the names."""
+    root, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    root.mkdir()
+    for k in (1, 2):
+        batch = {b"batch_label": b"part", b"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), b"labels": [0, 1, 2, 1],
+                 b"filenames": [b"%d.png" % i for i in range(4)]}
+        with open(root / f"data_batch_{k}", "wb") as file:
+            ArrayPickler(file, 2).dump(batch)
+    (root / "test_batch").write_bytes(b"left alone")
+    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": ["plane", "car", "bird"]}, protocol=2))
+    return root
+
+
+def test_cifar_is_read_and_only_the_changed_batch_is_written_anew(cifar, tmp_path):
+    before, layout, out = contents(cifar), open_layout(cifar), tmp_path / "out"
+    assert layout.classes == ("plane", "car", "bird") and layout.labels.tolist() == [0, 1, 2, 1] * 2 and layout.paths[5] == "data_batch_2#1"
+    out.mkdir()
+    result = with_changes(layout, SIDE, {5: 2}, replaced=[5], dropped=[7])
+    layout.write(out, result)
+    found = contents(out)
+    assert {name for name in before if found[name] != before[name]} == {"data_batch_2"} and contents(cifar) == before
+    for encoding, key in (("bytes", str.encode), ("latin1", str)):    # as CIFAR's page reads it, and as torchvision does
+        old, new = (pickle.loads(files["data_batch_2"], encoding=encoding) for files in (before, found))
+        assert new[key("labels")] == [0, 2, 2] and new[key("filenames")] == old[key("filenames")][:3] and new[key("batch_label")] == key("part")
+        assert np.array_equal(new[key("data")][[0, 2]], old[key("data")][[0, 2]])
+        assert np.array_equal(new[key("data")][1].reshape(3, SIDE, SIDE), result.images[5])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_arrays_pickled_by_any_python_are_read(tmp_path, protocol):
+    (tmp_path / "batch").write_bytes(pickle.dumps({b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol))
+    assert load_arrays(tmp_path / "batch")[b"data"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+class Evil:
+    def __init__(self, call, *args):
+        self.made = call, args
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("make", [
+    lambda mark: pickle.dumps({"data": Evil(os.system, f"touch {mark}")}),
+    lambda mark: pickle.dumps(Evil(eval, f"open({str(mark)!r}, 'w')")),
+    lambda mark: b"cposix\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.",
+    lambda mark: b"cnumpy\nload\n(S'" + str(mark).encode() + b"'\ntR.",
+    lambda mark: b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
+    lambda mark: b"not a pickle",
+])
+def test_a_pickle_that_names_anything_else_is_refused_and_not_run(tmp_path, make):
+    (tmp_path / "batch").write_bytes(make(tmp_path / "mark"))
+    with pytest.raises(UserError, match="batch is not read"):
+        load_arrays(tmp_path / "batch")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_is_no_set_is_told(tmp_path):
+    (tmp_path / "only" / "cat").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "only" / "cat" / "a.png")
+    for part in ("train", "test"):
+        (tmp_path / "split" / part / "cat").mkdir(parents=True)
+    np.savez(tmp_path / "x.npz", pictures=np.zeros(3))
+    np.savez(tmp_path / "y.npz", images=np.zeros((3, 4, 4, 3)), labels=np.zeros(3))
+    for name, told in (("only", "of 1 class; two or more"), ("split", "give the part to be cleaned"), ("x.npz", "expected the arrays images and labels"),
+                       ("y.npz", "must be uint8"), ("none", "is no folder of class folders")):
+        with pytest.raises(UserError, match=told):
+            open_layout(tmp_path / name)
+    (tmp_path / "only" / "dog").mkdir()
+    (tmp_path / "only" / "dog" / "b.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="b.png: not an image"):
+        open_layout(tmp_path / "only")
