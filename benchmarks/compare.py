@@ -93,7 +93,7 @@ def finished(record: Record, spec: Spec, seed: int) -> Optional[dict[str, Any]]:
 
 
 def removed_by(record: Record, spec: Spec, seed: int) -> int:
-    """How many samples a finished run dropped, or, where it drops none, relabelled.
+    """How many samples a finished run dropped.
 
     Raises:
         UserError: it has not run.

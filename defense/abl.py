@@ -1,8 +1,8 @@
 """Anti-backdoor learning: Li et al., "Anti-Backdoor Learning: Training Clean Models on Poisoned Data", NeurIPS 2021,
 https://arxiv.org/abs/2110.11571
 
-Poison is learned faster than clean data. So a fresh model is trained with a loss that is kept from falling below gamma,
-and the samples with the lowest cross-entropy are isolated (Section 3.3). The model is then trained normally on the rest,
+Poison is learned faster than clean data. So a fresh model is trained with a loss that is kept from falling below gamma
+(by flooding, the simpler one of the two ways that the paper compares), and the samples with the lowest cross-entropy are isolated (Section 3.3). The model is then trained normally on the rest,
 and at last away from the isolated samples, by gradient ascent (Section 3.4).
 
 The victim's epochs are divided as in the paper, 20 % and 60 %; the ascent has 20 epochs over the isolated few.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Literal, Optional
+from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +39,14 @@ class Config(BaselineConfig):
     """Anti-backdoor learning.
 
     Args:
-        isolation_loss: flooding (|L - gamma| + gamma of the batch's mean loss L) or lga (each sample's loss times the sign of its distance from gamma).
-        gamma: loss below which the isolation phase does not go.
+        gamma: mean loss of a batch below which the isolation phase does not go.
         isolation_epochs: epochs of the isolation phase; null = a fifth of epochs.
-        isolated_share: share of the training set that is isolated.
+        isolated_share: share of the training set that is isolated (two samples or more).
         tuning_epochs: epochs of normal training on the rest; null = three fifths of epochs.
         unlearn_epochs: epochs of gradient ascent on the isolated samples.
         unlearn_lr: learning rate of the ascent; null = a hundredth of lr.
     """
 
-    isolation_loss: Literal["flooding", "lga"] = "flooding"
     gamma: PositiveFloat = 0.5
     isolation_epochs: Optional[PositiveInt] = None
     isolated_share: OpenFraction = 0.01
@@ -65,11 +63,6 @@ class Config(BaselineConfig):
 def flooding(gamma: float) -> BatchLoss:
     """The batch's mean loss, mirrored at gamma."""
     return lambda losses: (losses.mean() - gamma).abs() + gamma
-
-
-def local_gradient_ascent(gamma: float) -> BatchLoss:
-    """Each loss, with its sign turned below gamma."""
-    return lambda losses: (torch.sign(losses.detach() - gamma) * losses).mean()
 
 
 def ascent(losses: Tensor) -> Tensor:
@@ -112,8 +105,7 @@ def isolate(data: LabeledImages, recipe: Recipe) -> tuple[Classifier, Tensor]:
     """A model trained with a bounded loss, and every sample's cross-entropy (N,) under it."""
     config, dataset = recipe.config, recipe.dataset
     model = build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, "isolation")).to(recipe.device)
-    bounded = {"flooding": flooding, "lga": local_gradient_ascent}[config.isolation_loss](config.gamma)
-    train_plainly(model, data, recipe, "isolation", config.shares()[0], config.lr, bounded)
+    train_plainly(model, data, recipe, "isolation", config.shares()[0], config.lr, flooding(config.gamma))
     return model, cross_entropies(model, data)
 
 
@@ -124,7 +116,7 @@ def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dat
     with record.stage("isolation"):
         model, losses = isolate(data, recipe)
     isolated = torch.zeros(len(data), dtype=torch.bool)
-    isolated[losses.argsort(stable=True)[: max(1, round(config.isolated_share * len(data)))]] = True
+    isolated[losses.argsort(stable=True)[: max(2, round(config.isolated_share * len(data)))]] = True
     tuned = recipe.train("tuning", data[~isolated], model, epochs=config.shares()[1])
     with record.stage("unlearning"):
         train_plainly(tuned, data[isolated], recipe, "unlearning", config.unlearn_epochs, config.unlearn_lr or config.lr / 100, ascent)

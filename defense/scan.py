@@ -35,6 +35,7 @@ from utils.training import Observer
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (CLEAN_IMAGES,)
 ITERATIONS, TOLERANCE = 100, 1e-5
+FLOOR = 1e-6    # of the features' mean variance: what does not vary within classes of clean images has no scale of its own
 MAD_TO_SIGMA = 1.4826
 
 
@@ -74,8 +75,9 @@ def shared_variation(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     groups = [features[labels == label] for label in np.unique(labels)]
     means = np.stack([group.mean(0) for group in groups])
     residuals = np.concatenate([group - mean for group, mean in zip(groups, means)])
-    shrinkage = ledoit_wolf_shrinkage(residuals, assume_centered=True)
-    shrunk = lambda covariance: shrunk_covariance(covariance, shrinkage)
+    floor = (FLOOR * features.var(0).mean() + 1e-12) * np.eye(features.shape[1])
+    shrinkage = ledoit_wolf_shrinkage(residuals, assume_centered=True) if residuals.any() else 1.0
+    shrunk = lambda covariance: shrunk_covariance(covariance, shrinkage) + floor
     between, within = means.T @ means / len(means), shrunk(residuals.T @ residuals / len(residuals))
     for _ in range(ITERATIONS):
         new_between, new_within = np.zeros_like(between), np.zeros_like(within)
