@@ -7,7 +7,7 @@ https://arxiv.org/abs/2405.18627 (on training sets, one round). Of a dirty-label
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from defense.baseline import BaselineConfig, Recipe
 from defense.knowledge import DENOISER
-from defense.purifier import PurifyConfig, Purifier, open_denoiser
+from defense.level import settled_level
+from defense.purifier import PurifyConfig, Purifier, open_denoiser, worth_compiling
 from defense.result import Result
-from defense.store import IntermediaryStore
+from defense.store import Block, IntermediaryStore
+from utils.compiled import Compiled
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier
 from utils.record import Record
@@ -46,19 +48,26 @@ def clean_up(config: Config, record: Record) -> None:
 def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record) -> tuple[LabeledImages, int]:
     """The set with every image purified, block by block, and the denoiser passes that this costs.
 
-    The log says how often the victim reads the purified image as it read the original, which tells whether denoiser and
-    noise level match.
+    Blocks hold the victim's votes on each image before and after, which tell whether denoiser and noise level match.
     """
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
-    purifier = Purifier(denoiser, config, config.random_seed, victim.device, config.amp)
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
+    purifier = Purifier(denoiser, replace(config, steps_T=level), config.random_seed, victim.device, config.amp)
+    if worth_compiling(config, denoiser, purifier.passes_per_image * len(data), victim.device):
+        purifier.denoiser = Compiled(denoiser)
+    log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, purifier.passes_per_image)
     store, every = IntermediaryStore(record / "purify"), torch.arange(len(data))
-    for start, stop in tqdm(list(store.missing(len(data), config.purify_batch_size)), "purify", unit="block", leave=False, disable=None):
-        images = purifier.intermediaries(data.images[start:stop], every[start:stop])[:, [0, -1]]
-        store.write(start, predict(victim, images.flatten(0, 1)).view(-1, 2), every[start:stop], images)
-    votes = store.votes()
+    for index in tqdm(store.missing(every).split(config.purify_batch_size), "purify", unit="block", leave=False, disable=None):
+        if len(index):
+            images = purifier.intermediaries(data.images[index], index)[:, [0, -1]]
+            votes = predict(victim, images.flatten(0, 1)).view(-1, 2)
+            store.write(Block(index, votes, index, images, purifier.passes_per_image * len(index)))
+    votes = store.votes(len(data))
     log.info("prediction survives purification: %.3f", (votes[:, 0] == votes[:, 1]).double().mean())
-    images = torch.cat([images[:, 1] for _, images in store.fetch(every)])
-    return LabeledImages(images, data.labels), purifier.passes_per_image * len(data)
+    images = torch.empty_like(data.images)
+    for index, both in store.fetch(every):
+        images[index] = both[:, 1]
+    return LabeledImages(images, data.labels), store.passes
 
 
 def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
