@@ -155,6 +155,15 @@ def test_the_shared_variation_is_recovered():
     assert np.abs(within - mix @ mix.T).max() < 0.12 * np.trace(mix @ mix.T) / 5
 
 
+def test_the_shared_variation_is_recovered_from_two_samples_a_class():
+    """Without the posterior covariance of the class means, half of the variation would be taken for theirs."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(600), 2)
+    features = (rng.normal(size=(600, 4)) * 0.7)[labels] + rng.normal(size=(len(labels), 4))
+    within = scan.shared_variation(features - features.mean(0), labels)
+    assert np.diag(within) == pytest.approx(1, abs=0.12)
+
+
 def test_the_gain_is_that_of_two_groups_over_one():
     points = np.array([[0.0, 0], [0, 2], [10, 0], [10, 2]])
     split = scan.split_class(points, np.array([[0.0, 1], [0, 1]]), seed=0)

@@ -150,6 +150,14 @@ def test_suspicion_is_over_all_thresholds_and_leaves_cover_samples_out():
     assert perfect == {"auroc": 1, "auprc": 1, "tpr_at_fpr1": 1}
 
 
+@pytest.mark.parametrize(("above", "tpr"), [(0, 0.8), (1, 0.8), (2, 0.8), (3, 0.3)])
+def test_tpr_at_one_percent_of_false_alarms(above, tpr):
+    """Of 200 clean samples two may be flagged: `above` lie above five of ten poisoned ones, three of which lie above all."""
+    score = torch.cat([torch.full((3,), 9.0), torch.full((5,), 5.0), torch.full((2,), -1.0), torch.full((above,), 7.0), torch.zeros(200 - above)])
+    poison = torch.arange(210) < 10
+    assert suspicion(score, Truth(torch.zeros(210, dtype=torch.int64), poison, ~poison & poison, [0]))["tpr_at_fpr1"] == pytest.approx(tpr)
+
+
 @pytest.mark.parametrize(("score", "truth"), [(None, TRUTH), (torch.ones(10), TRUTH), (torch.arange(10.0), NO_POISON)])
 def test_what_ranks_nothing_has_no_suspicion(score, truth):
     assert suspicion(score, truth) == {"auroc": None, "auprc": None, "tpr_at_fpr1": None}
