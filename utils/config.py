@@ -142,14 +142,11 @@ class _YamlPath(ActionConfigFile):
     def __call__(self, parser, cfg, value, option_string=None):
         path, known = resolve_path(value, "--yaml_path"), [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML]
         content = read_yaml(path, [*known, *parser.passed_over])
-        kept = {key: content[key] for key in content if key in known}
-        if kept:
+        if kept := {key: content[key] for key in content if key in known}:
             super().__call__(parser, cfg, str(path) if kept == content else yaml.safe_dump(kept), option_string)
 
 
 class _Parser(ArgumentParser):
-    passed_over: frozenset[str] = frozenset()   # keys that may stand in a YAML file and mean nothing here
-
     def error(self, message, ex=None):
         """Every complaint of the parser becomes one UserError; unknown flags get the nearest known one."""
         lines = [line.strip() for line in str(message).splitlines() if line.strip()]
