@@ -22,12 +22,13 @@ from torch import Tensor
 from defense.crew import Crew, own_device
 from defense.denoising import warn_if_noise
 from defense.draft import Draft, Selector
+from defense.knowledge import DENOISER
 from defense.level import settled_level, warn_if_destroyed
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised, worth_compiling
 from defense.result import Result
 from defense.rounds import Rounds
-from defense.store import IntermediaryStore
+from defense.store import UNKNOWN, IntermediaryStore
 from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
 from diffusion.denoiser import Denoiser
@@ -39,6 +40,7 @@ from utils.record import Record
 from utils.training import Observer, Trainer
 
 log = logging.getLogger("dataelixir")
+KNOWLEDGE = (DENOISER,)
 PUBLISHED = dict(noise_index="T", quantise="truncate", index0="requantised", ssim="volume", outliers="two_sided",
                  evidence_prior=0.0, mad_floor=0.0, original_eligible=True, relabel_source="raw", sampler="ancestral",
                  reverse_steps=None, amp=False, compile="off", target_first=False, end_early=None)
@@ -207,7 +209,11 @@ def _trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Datas
 def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes: Tensor, found: Discrepancy, passes: int,
             selector: Selector) -> Result:
     purified = LabeledImages(draft.images, draft.labels)
-    return Result(purified, draft.decisions(votes, found.is_target), model, stage1, found, votes, passes, selector.examples)
+    cast = votes[:, 1:] != UNKNOWN
+    left = (cast & (votes[:, 1:] != draft.given[:, None])).sum(1).double() / cast.sum(1).clamp(min=1)   # 0 where nothing was purified
+    return Result(model, purified, flagged=draft.labels != draft.given, score=left, targets=found.targets,
+                  decisions=draft.decisions(votes, found.is_target), stage1=stage1, discrepancy=found, votes=votes,
+                  unet_passes=passes, examples=selector.examples)
 
 
 def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, config: DataElixirConfig) -> None:

@@ -66,6 +66,8 @@ def write_evidence(result, labels: Tensor, classes: Sequence[str], last_steps_m:
         last_steps_m: intermediaries of a round; the last of each round is kept.
     """
     write_json(record / "classes.json", {"names": list(classes), **_seen(result.discrepancy)})
+    if result.decisions is None:
+        return
     changed = ((result.decisions.column > 0) | (result.decisions.new_labels != labels)).nonzero().flatten()
     picked = changed[torch.linspace(0, len(changed) - 1, min(EXAMPLES, len(changed))).long()] if len(changed) else changed
     examples = result.examples(picked)

@@ -64,24 +64,53 @@ class Example:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a defence.
+    """The outcome of a defence; None where a method has no such thing.
 
     Attributes:
-        purified: the sanitized training set, N samples.
-        decisions: how each sample was treated.
-        model: the benign model.
-        stage1: the benign model before fine-tuning; None where there was no such stage.
-        discrepancy: target-label detection.
+        model: the benign model, in eval mode.
+        purified: the sanitized training set, N samples in the order received; None where only a model is given.
+        keep: bool (N,), the samples of `purified` that are given out; None = all.
+        flagged: bool (N,), samples taken for poisoned; None where the method does not judge samples.
+        score: float64 (N,), finite, suspicion of each sample: the higher, the more suspicious.
+        targets: the classes taken for target labels, ascending.
+        decisions: how each sample was treated, where that is more than kept or dropped.
+        stage1: the benign model before fine-tuning.
+        discrepancy: DataElixir's target-label detection.
         votes: int64 (N, 1+nm), the victim's labels of originals (column 0) and intermediaries.
         unet_passes: denoiser passes spent, over all images.
         examples: a few purified samples, drawn when the report wants them.
     """
 
-    purified: LabeledImages
-    decisions: Decisions
     model: Classifier
-    stage1: Optional[Classifier]
-    discrepancy: Discrepancy
-    votes: Tensor
-    unet_passes: int
-    examples: Callable[[int], list[Example]]
+    purified: Optional[LabeledImages] = None
+    keep: Optional[Tensor] = None
+    flagged: Optional[Tensor] = None
+    score: Optional[Tensor] = None
+    targets: Optional[tuple[int, ...]] = None
+    decisions: Optional[Decisions] = None
+    stage1: Optional[Classifier] = None
+    discrepancy: Optional[Discrepancy] = None
+    votes: Optional[Tensor] = None
+    unet_passes: int = 0
+    examples: Callable[[Tensor], list[Example]] = lambda _: []
+
+    def __post_init__(self):
+        for mask in (self.keep, self.flagged):
+            assert mask is None or mask.dtype == torch.bool and mask.ndim == 1, mask
+        assert self.score is None or self.score.dtype == torch.float64 and self.score.isfinite().all(), self.score
+
+    @property
+    def given_out(self) -> Tensor:
+        """bool (N,): the samples of `purified` that are in the sanitized set."""
+        return torch.ones_like(self.purified.labels, dtype=torch.bool) if self.keep is None else self.keep
+
+    def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
+        """Columns of decisions.csv, a row for each of N samples; `labels` are the given ones."""
+        if self.decisions:
+            return self.decisions.table(labels, last_steps_m)
+        columns = {"index": np.arange(len(labels)), "given_label": labels.numpy()}
+        if self.purified:
+            columns |= {"new_label": self.purified.labels.numpy(), "kept": self.given_out.int().numpy()}
+        if self.flagged is not None:
+            columns["flagged"] = self.flagged.int().numpy()
+        return columns | ({} if self.score is None else {"suspicion": self.score.numpy()})

@@ -225,7 +225,7 @@ def test_the_defence_has_no_way_to_the_truth():
     assert list(inspect.signature(defend).parameters) == ["data", "victim", "config", "dataset", "record", "observer"]
     hidden = {"Truth", "truth", "poison", "original_labels", "poison_indicator", "load_case", "Case", "attack"}
     for file in Path(dataelixir.__file__).parent.glob("*.py"):
-        if file.name == "run.py":    # measures, and hands `data` alone to the defence
+        if file.name in ("run.py", "report.py", "knowledge.py") or file.name.startswith("oracle_"):    # these measure, or declare it
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         names = {getattr(node, key) for node in ast.walk(tree) for key in ("id", "attr", "arg", "name", "module") if isinstance(getattr(node, key, None), str)}

@@ -6,7 +6,7 @@ import torch
 
 from tests.toys import PatchReader, flat_images, with_corner
 from utils.data import LabeledImages, TriggeredImages
-from utils.metrics import EpochLog, Truth, accuracy, defense_effectiveness, detection, relabelling, share, survival
+from utils.metrics import EpochLog, Truth, accuracy, defense_effectiveness, detection, relabelling, share, survival, suspicion
 from utils.training import Epoch
 
 # samples 0..3 poisoned (target 0), 4 and 5 cover, 6..9 clean
@@ -131,3 +131,38 @@ def test_without_triggered_images_the_log_leaves_the_cell_empty(tmp_path):
     log = log_of(tmp_path, triggered_set([]))
     assert log(Epoch("victim", 1, 1, 1, PatchReader())) == {"C-Acc": 1}
     assert log.rows()[0]["asr"] == log.rows()[0]["r_acc"] == ""
+
+
+def brute_force_auroc(score, poison):
+    """The share of (poisoned, other) pairs that the score puts in order, ties counting half."""
+    pairs = score[poison][:, None] - score[~poison][None, :]
+    return ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean().item()
+
+
+def test_suspicion_is_over_all_thresholds_and_leaves_cover_samples_out():
+    score = torch.tensor([9.0, 8, 3, 1, 99, -99, 7, 2, 2, 1])
+    counted = ~TRUTH.cover
+    measured = suspicion(score, TRUTH)
+    assert measured["auroc"] == pytest.approx(brute_force_auroc(score[counted], TRUTH.poison[counted]))
+    assert measured["auprc"] == pytest.approx((1 + 1 + 3 / 4 + 4 / 8) / 4) and measured["tpr_at_fpr1"] == 0.5
+    assert suspicion(-score, TRUTH)["auroc"] == pytest.approx(1 - measured["auroc"])
+    perfect = suspicion(TRUTH.poison.double(), TRUTH)
+    assert perfect == {"auroc": 1, "auprc": 1, "tpr_at_fpr1": 1}
+
+
+@pytest.mark.parametrize(("above", "tpr"), [(0, 0.8), (1, 0.8), (2, 0.8), (3, 0.3)])
+def test_tpr_at_one_percent_of_false_alarms(above, tpr):
+    """Of 200 clean samples two may be flagged: `above` lie above five of ten poisoned ones, three of which lie above all."""
+    score = torch.cat([torch.full((3,), 9.0), torch.full((5,), 5.0), torch.full((2,), -1.0), torch.full((above,), 7.0), torch.zeros(200 - above)])
+    poison = torch.arange(210) < 10
+    assert suspicion(score, Truth(torch.zeros(210, dtype=torch.int64), poison, ~poison & poison, [0]))["tpr_at_fpr1"] == pytest.approx(tpr)
+
+
+@pytest.mark.parametrize(("score", "truth"), [(None, TRUTH), (torch.ones(10), TRUTH), (torch.arange(10.0), NO_POISON)])
+def test_what_ranks_nothing_has_no_suspicion(score, truth):
+    assert suspicion(score, truth) == {"auroc": None, "auprc": None, "tpr_at_fpr1": None}
+
+
+def test_the_truth_about_some_samples():
+    part = TRUTH[flags(0, 4, 9)]
+    assert part.poison.tolist() == [True, False, False] and part.cover.tolist() == [False, True, False] and part.original_labels.tolist() == [1, 1, 3]

@@ -162,9 +162,10 @@ class _YamlPath(ActionConfigFile):
     """`--yaml_path`: a config file, looked for as given and then relative to attack/."""
 
     def __call__(self, parser, cfg, value, option_string=None):
-        path = resolve_path(value, "--yaml_path")
-        if read_yaml(path, [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML]):
-            super().__call__(parser, cfg, str(path), option_string)
+        path, known = resolve_path(value, "--yaml_path"), [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML]
+        content = read_yaml(path, [*known, *parser.passed_over])
+        if kept := {key: content[key] for key in content if key in known}:
+            super().__call__(parser, cfg, str(path) if kept == content else yaml.safe_dump(kept), option_string)
 
 
 class _Parser(ArgumentParser):
@@ -182,7 +183,8 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
 
     Args:
         argv: the command line without the program name; None means sys.argv[1:].
-        classes: frozen dataclasses whose fields (together without repetition) are the flags.
+        classes: frozen dataclasses whose fields (together without repetition) are the flags. Keys in a class's
+            PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for others.
         description: first lines of --help.
         defaults: values that replace the classes' own; keys that no class has are passed over.
 
@@ -191,6 +193,7 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
         SystemExit: after --help and --print_config, with code 0.
     """
     parser = _Parser(description=description, exit_on_error=True, allow_abbrev=False)
+    parser.passed_over = frozenset().union(*(getattr(cls, "PASSED_OVER", ()) for cls in classes))
     parser.add_argument("--yaml_path", action=_YamlPath, help="YAML file with any of the keys below; flags win over it")
     for cls in classes:
         parser.add_class_arguments(cls)

@@ -73,6 +73,19 @@ def discrepancy_chart(path: Path, metric: np.ndarray, threshold: float | None, f
     _save(figure, path)
 
 
+def suspicion_chart(path: Path, score: np.ndarray, poison: np.ndarray, flagged: np.ndarray) -> None:
+    """How the suspicion (N,) of poisoned and of other samples is distributed, by rank, and how many of each were flagged."""
+    figure, axes = _subplots(1, 1, (5, 3.2))
+    axis, rank = axes[0, 0], score.argsort(kind="stable").argsort(kind="stable") / max(1, len(score) - 1)
+    for mask, colour, name in ((~poison, MUTED, "other"), (poison, ACCENT, "poisoned")):
+        label = f"{name}: {int((flagged & mask).sum())} of {int(mask.sum())} flagged"
+        axis.hist(rank[mask], np.linspace(0, 1, 41), color=colour, alpha=0.7, density=True, label=label)
+    axis.set(xlabel="rank by suspicion (1 = most suspicious)", ylabel="density")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def training_curves(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """C-Acc and ASR over the epochs of every training stage, side by side."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))

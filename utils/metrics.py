@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from utils.data import LabeledImages, TriggeredImages
@@ -34,6 +35,10 @@ class Truth:
     poison: Tensor
     cover: Tensor
     targets: list[int]
+
+    def __getitem__(self, which: Tensor) -> "Truth":
+        """The truth about the samples that a mask names."""
+        return Truth(self.original_labels[which], self.poison[which], self.cover[which], self.targets)
 
 
 def share(mask: Tensor) -> float | None:
@@ -60,6 +65,26 @@ def detection(flagged: Tensor, truth: Truth) -> dict[str, float | None]:
     tpr, precision = share(flagged[truth.poison]), hits / counted if counted else None
     f1 = 2 * precision * tpr / (precision + tpr) if tpr and precision else (0.0 if tpr is not None else None)
     return {"tpr": tpr, "fpr": share(flagged[benign]), "precision": precision, "f1": f1}
+
+
+def suspicion(score: Optional[Tensor], truth: Truth) -> dict[str, float | None]:
+    """{auroc, auprc, tpr_at_fpr1} of a score, whatever its threshold; all None where there is no score to rank by.
+
+    Args:
+        score: float (N,), higher = more suspicious; None, or a constant, ranks nothing.
+
+    Returns:
+        Areas under the ROC and the precision-recall curve (average precision), and the largest TPR that a threshold
+        reaches at an FPR of 1 % or less. Cover samples count in nothing.
+    """
+    counted = ~truth.cover
+    poison = truth.poison[counted]
+    if score is None or poison.all() or not poison.any() or bool((score == score[0]).all()):
+        return {"auroc": None, "auprc": None, "tpr_at_fpr1": None}
+    poison, score = poison.numpy(), score[counted].numpy()
+    fpr, tpr, _ = roc_curve(poison, score, drop_intermediate=False)
+    return {"auroc": float(roc_auc_score(poison, score)), "auprc": float(average_precision_score(poison, score)),
+            "tpr_at_fpr1": float(tpr[fpr <= 0.01].max())}
 
 
 def relabelling(given: Tensor, new: Tensor, truth: Truth) -> dict[str, float | None]:

@@ -1,0 +1,208 @@
+"""One table of case x defence from the reports of many runs: as CSV, as Markdown, and as a page with heat maps."""
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, Callable, Optional, Sequence
+
+import numpy as np
+
+from utils.record import RUNTIME_KEYS, replacing
+
+BEFORE = ("poison", "victim")   # stages that are no part of a defence
+NOT_THE_CASE = ("random_seed", "save_folder_name", "defense", "stop_after", "export", "environment", *RUNTIME_KEYS)
+PAGE = Path(__file__).with_suffix(".html")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One defence of one record: the record's name and keys, the defence as it was asked for, the seed, and report.json."""
+
+    record: str
+    config: dict[str, Any]
+    defense: str
+    seed: int
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of the table: its name, how it is found in a report, and its digits."""
+
+    name: str
+    read: Callable[[dict[str, Any]], Optional[float]]
+    digits: int = 4
+
+
+def at(*path: str) -> Callable[[dict[str, Any]], Optional[float]]:
+    """The number at a path of keys; None where there is none."""
+
+    def read(report: dict[str, Any]) -> Optional[float]:
+        for key in path:
+            report = (report or {}).get(key)
+        return report
+
+    return read
+
+
+def own_seconds(report: dict[str, Any]) -> float:
+    """What the defence took, without the making of poison and victim."""
+    return sum(seconds for stage, seconds in report["cost"]["seconds"].items() if stage not in BEFORE)
+
+
+COLUMNS = (
+    Column("C-Acc", at("benign", "c_acc")), Column("ASR", at("benign", "asr")), Column("R-Acc", at("benign", "r_acc")), Column("DER", at("der")),
+    Column("TPR", at("detection", "tpr")), Column("FPR", at("detection", "fpr")), Column("relabel acc.", at("relabel", "accuracy_on_poison")),
+    Column("label acc.", at("relabel", "label_accuracy")), Column("AUROC", at("suspicion", "auroc")), Column("AUPRC", at("suspicion", "auprc")),
+    Column("TPR at 1% FPR", at("suspicion", "tpr_at_fpr1")), Column("removed", at("removed"), 0), Column("epochs", at("training_epochs"), 0),
+    Column("seconds", own_seconds, 0),
+)
+DRAWN = (("C-Acc", "YlGnBu"), ("ASR", "YlGnBu_r"), ("R-Acc", "YlGnBu"), ("DER", "YlGnBu"))   # darker is better
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number over n runs: mean and, from two runs on, sample standard deviation; None where it is undefined."""
+
+    mean: Optional[float]
+    deviation: Optional[float]
+
+    @classmethod
+    def of(cls, values: Sequence[Optional[float]]) -> "Cell":
+        known = [value for value in values if value is not None]
+        return cls(statistics.mean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None)
+
+    def show(self, digits: int) -> str:
+        if self.mean is None:
+            return "n/a"
+        return f"{self.mean:.{digits}f}" + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """All runs of one defence on one case."""
+
+    case: str
+    defense: str
+    runs: int
+    knowledge: str
+    cells: dict[str, Cell]
+
+
+def case_names(runs: Sequence[Run]) -> dict[str, str]:
+    """{record: name of its case}. Records that differ in nothing but their seed share a case."""
+    keys = {run.record: run.config for run in runs}
+    short = {record: f"{c.get('attack') or '?'} {c.get('pratio', math.nan):g}, {c.get('dataset', '?')}" for record, c in keys.items()}
+    essence = {record: repr(sorted((k, repr(v)) for k, v in c.items() if k not in NOT_THE_CASE)) for record, c in keys.items()}
+    kinds = Counter(name for name, _ in {(short[record], essence[record]) for record in keys})
+    first = {essence[record]: record for record in reversed(list(keys))}
+    return {record: short[record] if kinds[short[record]] == 1 else f"{short[record]} ({first[essence[record]]})" for record in keys}
+
+
+def lines(runs: Sequence[Run]) -> list[Line]:
+    """A line for each case and defence, in the order of their first runs; the victim of each case comes first."""
+    cases, found = case_names(runs), []
+    for case in dict.fromkeys(cases[run.record] for run in runs):
+        of_case = [run for run in runs if cases[run.record] == case]
+        for defense in dict.fromkeys(run.defense for run in of_case):
+            own = [run.report for run in of_case if run.defense == defense]
+            knowledge = ", ".join(dict.fromkeys(word for report in own for word in report["knowledge"])) or "-"
+            found.append(Line(case, defense, len(own), knowledge, {c.name: Cell.of([c.read(report) for report in own]) for c in COLUMNS}))
+    return found
+
+
+def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
+    """What a reader must know beside the numbers."""
+    cases, told = case_names(runs), []
+    for case in dict.fromkeys(cases.values()):
+        own = {run.record: run for run in runs if cases[run.record] == case}
+        seeds = {(run.record, run.seed) for run in runs if cases[run.record] == case}
+        victims = [run.report["victim"] for run in own.values()]
+        clean, n = victims[0]["n_clean"], victims[0]["n_triggered"]
+        mean = lambda key: Cell.of([victim[key] for victim in victims]).show(4)
+        failed = any(run.report["status"] == "attack-failed" for run in own.values())
+        told.append(f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; victim C-Acc {mean('c_acc')}, ASR {mean('asr')}; "
+                    f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: {98 / math.sqrt(clean):.1f} and "
+                    f"{98 / math.sqrt(max(1, n)):.1f} points)." + (" The attack failed here: what a defence reaches means little." if failed else ""))
+    devices = dict.fromkeys(f"{run.report['cost']['device']}, {run.report['versions'].get('threads')} thread(s)" for run in runs)
+    told.append("Mean ± sample standard deviation over runs; one run has none. TPR and FPR are over training samples. "
+                f"The last epoch of every training counts. Device: {'; '.join(devices)}.")
+    return told + ([f"Absent: {'; '.join(absent)}."] if absent else [])
+
+
+def write_results(stem: Path, runs: Sequence[Run], absent: Sequence[str]) -> None:
+    """STEM.csv, STEM_runs.csv, STEM.md and STEM.html."""
+    table, told = lines(runs), notes(runs, absent)
+    spread = [[f"{c.name} mean", f"{c.name} sd"] for c in COLUMNS]
+    _write_csv(stem.with_name(f"{stem.name}.csv"), ["case", "defense", "runs", "knowledge", *sum(spread, [])],
+               [[line.case, line.defense, line.runs, line.knowledge, *(_plain(v) for c in line.cells.values() for v in (c.mean, c.deviation))] for line in table])
+    _write_csv(stem.with_name(f"{stem.name}_runs.csv"), ["record", "defense", "seed", "status", "knowledge", *(c.name for c in COLUMNS)],
+               [[run.record, run.defense, run.seed, run.report["status"], ", ".join(run.report["knowledge"]),
+                 *(_plain(c.read(run.report)) for c in COLUMNS)] for run in runs])
+    heads = ["case", "defense", "runs", *(c.name for c in COLUMNS), "knowledge"]
+    cells = [[line.case, line.defense, str(line.runs), *(line.cells[c.name].show(c.digits) for c in COLUMNS), line.knowledge] for line in table]
+    rows = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *cells)]
+    _write_text(stem.with_name(f"{stem.name}.md"), "\n\n".join(told) + "\n\n" + "\n".join(rows) + "\n")
+    _write_text(stem.with_name(f"{stem.name}.html"), page(stem.name, told, heads, cells, heat_maps(table)))
+
+
+def _plain(value: Optional[float]) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _write_csv(path: Path, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([heads, *rows])
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def page(name: str, told: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]], picture: bytes) -> str:
+    """A page that needs no other file."""
+    row = lambda words, tag: "".join(f"<{tag}>{html.escape(word)}</{tag}>" for word in words)
+    starts = [i == 0 or cells[i - 1][0] != line[0] for i, line in enumerate(cells)]
+    rows = "\n".join(f"<tr{' class=first' if first else ''}>{row(line, 'td')}</tr>" for first, line in zip(starts, cells))
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(f"Defences compared: {name}"), notes="\n".join(f"<p>{html.escape(note)}</p>" for note in told),
+        picture=base64.b64encode(picture).decode(), heads=row(heads, "th"), rows=rows)
+
+
+def heat_maps(table: Sequence[Line]) -> bytes:
+    """PNG: a map for each of DRAWN, defences down, cases across, the mean written into each cell; blank where there is none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases, defenses = (list(dict.fromkeys(getattr(line, key) for line in table)) for key in ("case", "defense"))
+    width = max(1.6, 0.75 * len(cases) + 0.4)
+    figure, axes = plt.subplots(1, len(DRAWN), figsize=(width * len(DRAWN) + 2.6, 0.34 * len(defenses) + 1.9), sharey=True)
+    for axis, (name, colours) in zip(axes, DRAWN):
+        values = np.full((len(defenses), len(cases)), np.nan)
+        for line in table:
+            mean = line.cells[name].mean
+            values[defenses.index(line.defense), cases.index(line.case)] = np.nan if mean is None else mean
+        axis.imshow(values, cmap=colours, vmin=0.5 if name == "DER" else 0, vmax=1, aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            dark = (1 - value if colours.endswith("_r") else (value - 0.5) * 2 if name == "DER" else value) > 0.6
+            axis.text(x, y, "" if np.isnan(value) else f"{100 * value:.1f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        axis.set_xticks(range(len(cases)), cases, rotation=35, ha="right", fontsize=7)
+        axis.set_yticks(range(len(defenses)), defenses, fontsize=8)
+        axis.set_title(f"{name}, % ({'lower' if name == 'ASR' else 'higher'} is better)", fontsize=8)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    with io.BytesIO() as out:
+        figure.savefig(out, format="png", dpi=140, bbox_inches="tight")
+        plt.close(figure)
+        return out.getvalue()

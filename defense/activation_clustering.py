@@ -1,0 +1,89 @@
+"""Activation clustering: Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering",
+SafeAI 2019, https://arxiv.org/abs/1811.03728
+
+Poisoned and clean samples of one class reach it by different features. So the features of each class (by given label)
+are reduced to ten dimensions and split in two by k-means, and the smaller cluster is poison where it is clearly the
+smaller one (Section 3.3, relative size). All samples of a class are clustered at once.
+
+A target class that is half poison splits into equal clusters, and the rule then flags nothing, by construction: at 10 %
+of all samples that is the usual case. The sizes are logged.
+"""
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+import torch
+from jsonargparse.typing import OpenUnitInterval as OpenFraction
+from jsonargparse.typing import PositiveInt
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+
+from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, numpy_seed, victim_features
+from defense.baseline import nothing_to_check as check
+from defense.baseline import nothing_to_clean_up as clean_up
+from defense.result import Result
+from utils.data import Dataset, LabeledImages
+from utils.models import Classifier
+from utils.record import Record
+from utils.training import Observer
+
+log = logging.getLogger("dataelixir")
+KNOWLEDGE = ()
+
+
+@dataclass(frozen=True)
+class Config(BaselineConfig):
+    """Activation clustering.
+
+    Args:
+        components: dimensions that each class's features are reduced to.
+        size_threshold: a class's smaller cluster is flagged if it holds less than this share of the class.
+    """
+
+    components: PositiveInt = 10
+    size_threshold: OpenFraction = 0.35
+
+
+def split(features: np.ndarray, components: int, seed: int) -> np.ndarray:
+    """The cluster, 0 or 1, of each of n >= 2 samples (n, D) of one class."""
+    reduced = PCA(min(components, *features.shape), svd_solver="full").fit_transform(features)
+    return KMeans(2, n_init=10, random_state=seed).fit_predict(reduced)
+
+
+def inspect(features: np.ndarray, labels: np.ndarray, config: Config) -> Findings:
+    """Cluster each class and flag the small clusters; the score is the share of the class that lies in the other cluster.
+
+    Args:
+        features: float (N, D).
+        labels: int (N,), given labels.
+    """
+    score, targets = np.zeros(len(labels)), []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        if len(own) < 2 or np.ptp(features[own], axis=0).max() == 0:
+            continue
+        cluster = split(features[own], config.components, numpy_seed(config.random_seed, "activation_clustering", int(label)))
+        share = cluster.mean()
+        score[own] = np.where(cluster == 1, 1 - share, share)
+        small = score[own].max() > 1 - config.size_threshold
+        targets += [int(label)] if small else []
+        log.info("class %d: clusters of %d and %d%s", label, len(own) - cluster.sum(), cluster.sum(), "  <- flagged" if small else "")
+    flagged = torch.from_numpy(score > 1 - config.size_threshold)
+    return Findings(flagged, torch.from_numpy(score), tuple(targets))
+
+
+def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
+           observer: Optional[Observer] = None) -> Result:
+    """Remove small clusters, and train on the rest."""
+    with record.stage("inspect"):
+        found = inspect(victim_features(victim, data), data.labels.numpy(), config)
+    return drop_and_retrain(found, data, victim, Recipe(config, dataset, victim.device, record, observer))
+
+
+if __name__ == "__main__":
+    from defense.run import main
+
+    main("activation_clustering")

@@ -1,0 +1,88 @@
+"""Spectral signatures: Tran, Li, Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018,
+https://arxiv.org/abs/1811.00636
+
+In the class that the poison is labelled as, two groups with different means make a direction of large variance. So in
+each class (by given label) the features are centred, and a sample's score is the square of its coordinate along the top
+right singular vector (Algorithm 1). The highest scores are removed from every class, 1.5 times as many as there is
+poison; that number has to be told.
+
+Where poison is half of a class or more, both groups lie equally far from the mean and the score cannot tell them apart,
+and at 10 % of all samples the budget is half of every class: the method was made for rarer poison.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+from jsonargparse.typing import OpenUnitInterval as OpenFraction
+
+from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, victim_features
+from defense.baseline import nothing_to_check as check
+from defense.baseline import nothing_to_clean_up as clean_up
+from defense.knowledge import POISON_RATE, told_poison_rate
+from defense.result import Result
+from utils.data import Dataset, LabeledImages
+from utils.models import Classifier
+from utils.record import Record
+from utils.training import Observer
+
+KNOWLEDGE = (POISON_RATE,)
+MARGIN = 1.5    # of the poison, as published
+
+
+@dataclass(frozen=True)
+class Config(BaselineConfig):
+    """Spectral signatures.
+
+    Args:
+        budget: what is removed from each class: 1.5 times the number of poisoned samples in all, at most half of the class (rate; is told the poison rate), or class_share of it (share; is told nothing).
+        class_share: share of every class that is removed under budget share.
+    """
+
+    budget: Literal["rate", "share"] = "rate"
+    class_share: OpenFraction = 0.15
+
+    @property
+    def knowledge(self) -> tuple[str, ...]:
+        return KNOWLEDGE if self.budget == "rate" else ()
+
+
+def spectral_scores(features: np.ndarray) -> np.ndarray:
+    """Squared coordinates (n,) of one class's features (n, D), centred, along their top right singular vector."""
+    centred = features - features.mean(0)
+    return (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
+
+
+def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: Optional[float], class_share: float) -> Findings:
+    """Score every sample within its class and flag the highest scores of each class.
+
+    Args:
+        features: float (N, D).
+        labels: int (N,), given labels.
+        poison_rate: of all samples, in [0, 1]; None = take class_share of each class.
+        class_share: in (0, 1).
+    """
+    score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        score[own] = spectral_scores(features[own])
+        budget = int(class_share * len(own)) if poison_rate is None else min(int(MARGIN * poison_rate * len(labels)), len(own) // 2)
+        flagged[own[np.argsort(-score[own], kind="stable")[:budget]]] = True
+    return Findings(torch.from_numpy(flagged), torch.from_numpy(score))
+
+
+def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
+           observer: Optional[Observer] = None) -> Result:
+    """Remove what stands out along each class's top direction, and train on the rest."""
+    rate = told_poison_rate(record) if config.budget == "rate" else None
+    with record.stage("inspect"):
+        found = inspect(victim_features(victim, data), data.labels.numpy(), rate, config.class_share)
+    return drop_and_retrain(found, data, victim, Recipe(config, dataset, victim.device, record, observer))
+
+
+if __name__ == "__main__":
+    from defense.run import main
+
+    main("spectral")

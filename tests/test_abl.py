@@ -1,0 +1,98 @@
+"""Anti-backdoor learning: its losses by hand, that what is learned first is isolated, and that it is unlearned."""
+import pytest
+import torch
+
+from defense import abl
+from defense.abl import Config, ascent, cross_entropies, flooding, isolate, train_plainly
+from defense.baseline import Recipe
+from tests.toys import CLASSES, INFO, random_images, toy_dataset, with_corner
+from utils import record as record_module
+from utils.config import UserError
+from utils.data import LabeledImages
+from utils.record import Record
+
+KEYS = dict(model="preactresnet_small", epochs=20, batch_size=32, lr=0.05, device="cpu", amp=False, random_seed=2)
+DATASET = toy_dataset()
+
+
+@pytest.fixture(autouse=True)
+def records(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_module, "RECORDS", tmp_path)
+
+
+def hard_set_with_easy_poison(poison=24, others=136):
+    """Noise with labels that mean nothing, and among it the trigger with one label: only that can be learned quickly."""
+    images, labels = random_images(poison + others, 3, 8, 8, seed=1), torch.randint(0, CLASSES, (poison + others,), generator=torch.Generator().manual_seed(1))
+    poisoned = torch.randperm(poison + others, generator=torch.Generator().manual_seed(2)) < poison
+    images[poisoned], labels[poisoned] = with_corner(images[poisoned]), 0
+    return LabeledImages(images, labels), poisoned
+
+
+def recipe(observer=None, **keys):
+    return Recipe(Config(**KEYS | keys), DATASET, torch.device("cpu"), Record("toy"), observer)
+
+
+def test_the_losses_by_hand():
+    losses = torch.tensor([0.1, 0.9, 2.0], requires_grad=True)
+    assert flooding(0.5)(losses).item() == pytest.approx(1.0) and flooding(1.5)(losses).item() == pytest.approx(2.0)
+    flooding(1.5)(losses).backward()
+    assert losses.grad.tolist() == pytest.approx([-1 / 3] * 3)    # below gamma, the loss is driven up
+    assert ascent(losses).item() == pytest.approx(-1.0)
+
+
+def test_what_is_learned_first_is_isolated():
+    data, poisoned = hard_set_with_easy_poison()
+    _, losses = isolate(data, recipe(isolation_epochs=6))
+    lowest = losses.argsort()[:16]
+    assert poisoned[lowest].double().mean() > 0.9
+
+
+def test_ascent_unlearns():
+    data, poisoned = hard_set_with_easy_poison()
+    model, before = isolate(data, recipe(isolation_epochs=8, lr=0.01))
+    train_plainly(model, data[poisoned], recipe(), "unlearning", 10, 0.01, ascent)
+    assert before[poisoned].mean() < 0.5 and cross_entropies(model, data)[poisoned].mean() > before[poisoned].mean() + 1
+
+
+def test_the_three_phases_and_what_they_see(monkeypatch):
+    data, poisoned = hard_set_with_easy_poison()
+    config, stages, sizes = Config(**KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=2, unlearn_epochs=3), [], []
+    plainly = abl.train_plainly
+    monkeypatch.setattr(abl, "train_plainly", lambda model, data, *words: sizes.append((words[1], len(data), words[3])) or plainly(model, data, *words))
+    result = abl.defend(data, _Victim(), config, DATASET, Record("toy"), lambda epoch: stages.append(epoch.stage) or {})
+    assert stages == ["isolation"] * 6 + ["tuning"] * 2 + ["unlearning"] * 3 and result.purified is None
+    assert sizes == [("isolation", 160, 0.05), ("unlearning", 16, 0.0005)]
+    assert int(result.flagged.sum()) == 16 and (result.flagged & poisoned).sum() >= 14 and result.score[result.flagged].min() >= result.score[~result.flagged].max()
+
+
+class _Victim:
+    device = torch.device("cpu")
+
+
+def test_a_fifth_and_three_fifths_of_the_victims_epochs():
+    assert Config(epochs=100).shares() == (20, 60) and Config(epochs=2).shares() == (1, 1) and Config(epochs=10, tuning_epochs=1).shares() == (2, 1)
+
+
+def test_the_plain_training_neither_crops_nor_mirrors(monkeypatch):
+    seen = []
+    data = LabeledImages(random_images(8, 3, 8, 8), torch.arange(8) % CLASSES)
+
+    class Spy(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(CLASSES))
+
+        def forward(self, x):
+            seen.extend((x * 255).round().byte())
+            return self.w.expand(len(x), -1)
+
+    train_plainly(Spy(), data, recipe(batch_size=4), "isolation", 1, 0.1, ascent)
+    assert sorted(x.numpy().tobytes() for x in seen) == sorted(x.numpy().tobytes() for x in data.images) and INFO.flip is False
+
+
+def test_a_loss_that_is_no_number_is_told():
+    data, _ = hard_set_with_easy_poison()
+    with pytest.raises(UserError, match="isolation: the loss became"):
+        isolate(data, recipe(lr=1e30, isolation_epochs=3))

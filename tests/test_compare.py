@@ -1,0 +1,148 @@
+"""The comparison: what is run and what is not run again, and tables that can be recomputed by hand."""
+import csv
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from benchmarks import compare
+from benchmarks.comparison import Cell, Run, case_names, lines, notes, write_results
+from utils import record as record_module
+from utils.config import UserError
+from utils.record import Record
+
+CONFIG = {"attack": "badnet", "pratio": 0.1, "dataset": "toy", "random_seed": 4, "epochs": 3, "device": "cpu"}
+
+
+def report(defense="spectral", asr=0.25, removed=7, **changes):
+    model = lambda asr: {"c_acc": 0.9, "asr": asr, "r_acc": 0.5, "n_clean": 100, "n_triggered": 90}
+    return {"defense": defense, "status": "ok", "victim": model(1.0), "benign": model(asr), "der": 0.75, "detection": {"tpr": 0.5, "fpr": 0.1},
+            "relabel": {"accuracy_on_poison": None, "label_accuracy": 0.95}, "suspicion": {"auroc": None}, "knowledge": ["poison rate"],
+            "training_epochs": 3, "removed": removed, "cost": {"seconds": {"poison": 100, "victim": 50, "inspect": 2, "benign": 5}, "device": "cpu"},
+            "versions": {"threads": 1}} | changes
+
+
+def run_of(record="a", defense="spectral", seed=4, config=CONFIG, **changes):
+    return Run(record, config, defense, seed, report(defense, **changes))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Two records below a temporary folder, and runs that write a report instead of defending; returns the commands that were run."""
+    monkeypatch.setattr(record_module, "RECORDS", tmp_path / "record")
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    for name, seed in (("a", 4), ("b", 5)):
+        (Record(name) / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"random_seed": seed}))
+    commands = []
+
+    def defended(words, env):
+        commands.append(words)
+        name = words[1].rsplit("/", 1)[-1][:-3]
+        folder = Record(words[words.index("--result_file") + 1]) / "defense" / words[words.index("--run_name") + 1]
+        if name != "scan":
+            folder.mkdir(parents=True)
+            (folder / "report.json").write_text(json.dumps(report(name, removed=0 if name == "none" else 7)))
+        return subprocess.CompletedProcess(words, 0 if name != "scan" else 2)
+
+    monkeypatch.setattr(compare.subprocess, "run", defended)
+    return commands
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+    compare.main()
+
+
+def test_a_defence_is_read_from_its_words():
+    spec = compare.Spec.parse("spectral:budget=share,class_share=0.2")
+    assert (spec.name, spec.keys, spec.alike) == ("spectral", {"budget": "share", "class_share": "0.2"}, None)
+    assert spec.folder(4) == "spectral-budget-share-class_share-0.2-seed4"
+    alike = compare.Spec.parse("random_remove@spectral:budget=share")
+    assert (alike.name, alike.keys, alike.alike.name, alike.alike.keys) == ("random_remove", {}, "spectral", {"budget": "share"})
+    assert {compare.Spec.parse(text).text for text in compare.DEFENSES} == set(compare.DEFENSES)
+    for wrong in ("spectrl", "spectral:", "spectral:budget", "none@spectral", "../spectral", "random_remove@nothing"):
+        with pytest.raises(UserError, match="defenses: '"):
+            compare.Spec.parse(wrong)
+
+
+def test_what_is_missing_is_run_once(world, monkeypatch, capsys):
+    words = ["--records", "a", "b", "--defenses", "none", "spectral:budget=share", "random_remove@spectral:budget=share", "--seeds", "2", "--name", "t"]
+    call(monkeypatch, *words)
+    assert len(world) == 2 * 3 * 2
+    seeds = [word[word.index("--random_seed") + 1] for word in world]
+    assert seeds == ["4", "5"] * 3 + ["5", "6"] * 3    # counted from the record's own
+    assert [w[w.index("--budget") + 1] for w in world if "--budget" in w] == ["share"] * 4
+    assert [w[w.index("--remove_count") + 1] for w in world if "--remove_count" in w] == ["7"] * 4
+    call(monkeypatch, *words)
+    assert len(world) == 12 and "| badnet 0.1, toy | none | 4 |" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named(world, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "--records", "a", "--defenses", "scan", "random_remove@scan", "none", "--name", "t")
+    assert stopped.value.code == 2 and "2 runs are absent" in capsys.readouterr().err
+    text = (tmp_path / "results" / "t.md").read_text()
+    assert "| none | 1 |" in text and "Absent: a: scan, seed 4; a: random_remove@scan, seed 4." in text
+
+
+def test_only_finished_runs_nothing(world, monkeypatch):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--records", "a", "--defenses", "none", "--only_finished")
+    assert not world
+
+
+def test_a_record_that_is_not_there_is_named(world, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--records", "c")
+    assert "there is no" in capsys.readouterr().err and not world
+
+
+def test_the_records_own_defence_counts_for_its_own_seed_and_keys(world):
+    record, of = Record("a"), lambda text, seed: compare.finished(Record("a"), compare.Spec.parse(text), seed)
+    (record / "report.json").write_text(json.dumps(report("dataelixir")))
+    assert of("dataelixir", 4) and of("dataelixir", 5) is None and of("dataelixir:steps_T=9", 4) is None and of("none", 4) is None
+    old = report("dataelixir")
+    del old["training_epochs"]
+    (record / "report.json").write_text(json.dumps(old))
+    assert of("dataelixir", 4) is None    # written before reports said what this table needs
+
+
+def test_records_that_differ_in_their_seed_alone_are_one_case():
+    runs = [run_of("a"), run_of("b", config=CONFIG | {"random_seed": 9, "device": "cuda"}), run_of("c", config=CONFIG | {"pratio": 0.01})]
+    assert list(case_names(runs).values()) == ["badnet 0.1, toy", "badnet 0.1, toy", "badnet 0.01, toy"]
+    other = case_names([*runs, run_of("d", config=CONFIG | {"epochs": 9})])
+    assert other["a"] == other["b"] == "badnet 0.1, toy (a)" and other["d"] == "badnet 0.1, toy (d)"
+
+
+@pytest.mark.parametrize(("values", "shown"), [([0.5], "0.500"), ([0.5, None], "0.500"), ([None], "n/a"), ([], "n/a"), ([0.1, 0.2, 0.3], "0.200 ± 0.100")])
+def test_cells(values, shown):
+    assert Cell.of(values).show(3) == shown
+
+
+def test_means_and_deviations_by_hand():
+    table = lines([run_of(asr=0.1), run_of(seed=5, asr=0.3), run_of(defense="none", asr=1.0, knowledge=[])])
+    assert [(line.defense, line.runs, line.knowledge) for line in table] == [("spectral", 2, "poison rate"), ("none", 1, "-")]
+    cells = table[0].cells
+    assert cells["ASR"].mean == pytest.approx(0.2) and cells["ASR"].deviation == pytest.approx(0.02**0.5)
+    assert cells["seconds"].mean == 7 and cells["relabel acc."].mean is None and cells["TPR at 1% FPR"].mean is None
+
+
+def test_the_files(tmp_path):
+    write_results(tmp_path / "t", [run_of(asr=0.1), run_of(seed=5, asr=0.3), run_of(defense="<b>", knowledge=[])], [])
+    table, every = (list(csv.DictReader(open(tmp_path / name))) for name in ("t.csv", "t_runs.csv"))
+    assert [row["runs"] for row in table] == ["2", "1"] and float(table[0]["ASR mean"]) == pytest.approx(0.2) and table[1]["ASR sd"] == ""
+    assert [row["ASR"] for row in every] == ["0.1", "0.3", "0.25"] and [row["seed"] for row in every] == ["4", "5", "4"]
+    assert "| badnet 0.1, toy | spectral | 2 | 0.9000 ± 0.0000 | 0.2000 ± 0.1414 |" in (tmp_path / "t.md").read_text()
+    page = (tmp_path / "t.html").read_text()
+    assert "<td>&lt;b&gt;</td>" in page and "<td>0.2000 ± 0.1414</td>" in page and "$" not in page
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,iVBOR)', page) == []
+
+
+def test_the_notes_say_how_much_the_numbers_weigh():
+    told = notes([run_of(), run_of("b", seed=5)], ["c: none, seed 1"])
+    assert "2 record(s), 2 run(s)" in told[0] and "9.8 and 10.3 points" in told[0] and "failed" not in told[0]
+    assert "last epoch" in told[1] and told[-1] == "Absent: c: none, seed 1."
+    assert "The attack failed here" in notes([run_of(status="attack-failed")], [])[0]
