@@ -31,8 +31,8 @@ class Sheets:
 
 
 def is_changed(table: dict[str, np.ndarray]) -> np.ndarray:
-    """bool (N,): rows of decisions.csv whose label or image changed."""
-    return (table["given_label"] != table["new_label"]) | (table.get("round", -1) != -1)
+    """bool (N,): rows of decisions.csv whose label or image changed, or whose sample was removed."""
+    return (table["given_label"] != table["new_label"]) | (table.get("round", -1) != -1) | (table.get("kept", 1) == 0)
 
 
 def changed_rows(table: dict[str, np.ndarray]) -> np.ndarray:

@@ -42,7 +42,7 @@ def content(source: Source) -> dict[str, Any]:
     """Everything that the template shows of one run."""
     table = source.decisions
     changed = {"labels": int((table["given_label"] != table["new_label"]).sum()), "images": int((table["round"] != -1).sum()),
-               "samples": int(gallery.is_changed(table).sum()), "of": len(table["index"])} if table else {}
+               "removed": int((table["kept"] == 0).sum()), "samples": int(gallery.is_changed(table).sum()), "of": len(table["index"])} if table else {}
     verdicts = dict(zip(*(part.tolist() for part in np.unique(table["verdict"], return_counts=True)))) if table else {}
     return {"title": source.folder.name, "report": source.report, "names": source.classes["names"], "config": source.config, "models": MODELS,
             "verdict": verdict(source, changed), "changed": changed, "verdicts": verdicts, "gallery": pictures(source),
@@ -52,15 +52,18 @@ def content(source: Source) -> dict[str, Any]:
 def pictures(source: Source) -> Optional[gallery.Gallery]:
     """The gallery, None where the record does not hold all that it takes."""
     table, given, new = source.decisions, source.arrays("poisoned.npz"), source.arrays("purified.npz")
-    if not (table and given and new and len(given["images"]) == len(new["images"]) == len(table["index"])):
+    if not (table and given and new and len(given["images"]) == len(table["index"])):
         return None
-    return gallery.build(table, given["images"], new["images"], source.arrays("examples.npz"), source.arrays("truth.npz"))
+    chosen = given["images"].copy()    # of samples that were removed, the image as it was given
+    chosen[new.get("index", np.arange(len(chosen)))] = new["images"]
+    return gallery.build(table, given["images"], chosen, source.arrays("examples.npz"), source.arrays("truth.npz"))
 
 
 def verdict(source: Source, changed: dict[str, int]) -> str:
     """The outcome in a sentence or two."""
     names, detected = source.classes["names"], dig(source.report, ("target_labels", "detected"))
     counts = f"{changed['labels']:,} of {changed['of']:,} labels and {changed['images']:,} images were changed." if changed else ""
+    counts += f" {changed['removed']:,} samples were removed." if changed and changed["removed"] else ""
     if detected:
         words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
         return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}. {counts}"

@@ -73,10 +73,14 @@ class Source:
 
     @cached_property
     def decisions(self) -> dict[str, np.ndarray]:
-        """Columns of decisions.csv: words, int64, or float64 with nan where a cell is empty."""
+        """Columns of decisions.csv: words, int64, or float64 with nan where a cell is empty.
+
+        What a defence does not tell is filled in: labels that stay, no round, and KEPT, FLAGGED or REMOVED for a verdict.
+        """
         rows = self.rows("decisions.csv")
         column = lambda key: [row[key] for row in rows]
-        return {key: np.array(column(key)) if key in WORDS else _numbers(column(key)) for key in (rows[0] if rows else ())}
+        table = {key: np.array(column(key)) if key in WORDS else _numbers(column(key)) for key in (rows[0] if rows else ())}
+        return _completed(table) if "given_label" in table else table
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -91,6 +95,13 @@ class Source:
         kept = self.json("classes.json")
         labels = [self.decisions[key].max(initial=0) for key in ("given_label", "new_label") if key in self.decisions]
         return kept if kept.get("names") else {"names": [str(k) for k in range(int(max(labels, default=-1)) + 1)]}
+
+
+def _completed(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    given = table["given_label"]
+    kept, flagged = (table.get(key, np.full_like(given, default)) for key, default in (("kept", 1), ("flagged", 0)))
+    verdict = np.where(kept == 0, "REMOVED", np.where(flagged == 1, "FLAGGED", "KEPT"))
+    return {"new_label": given, "round": np.full_like(given, -1), "kept": kept, "verdict": verdict} | table
 
 
 class _Nothing:
