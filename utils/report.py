@@ -63,7 +63,7 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     """The outcome in a sentence or two."""
     names, detected = source.classes["names"], dig(source.report, ("target_labels", "detected"))
     counts = f"{changed['labels']:,} of {changed['of']:,} labels and {changed['images']:,} images were changed." if changed else ""
-    counts += f" {changed['removed']:,} samples were removed." if changed and changed["removed"] else ""
+    counts += f" {changed['removed']:,} samples were removed." if changed.get("removed") else ""
     if detected:
         words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
         return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}. {counts}"
