@@ -204,8 +204,8 @@ def report(rows: list[dict]) -> None:
     same, repeats = sum(not row["differs_in"] for row in rows), [row["repeated"] for row in rows]
     by_signal = ", ".join(f"{count('signal', each.name)} {each.name}" for each in SIGNALS)
     heading = (f"{len(kills)} kills ({by_signal}) of {len(rows)} records, one in each stage at a "
-               f"random moment: {same} of {len(rows)} records ended with the same bytes as an undisturbed run. Blocks made twice: "
-               f"{sum(r['blocks'] for r in repeats)}, epochs made twice: {sum(r['epochs'] for r in repeats)}.")
+               f"random moment: {same} of {len(rows)} records ended with the same bytes as an undisturbed run. Blocks written twice: "
+               f"{sum(r['blocks'] for r in repeats)}, checkpoints written twice: {sum(r['epochs'] for r in repeats)}.")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "kills.json").write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "kills.md").write_text(heading + "\n\n" + "\n".join(lines) + "\n")
