@@ -47,8 +47,8 @@ import sys, time
 from utils.command import command_line
 @command_line
 def main():
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("ending", flush=True)

@@ -12,6 +12,7 @@ from utils import decoding
 from utils.config import DataConfig, UserError
 from utils.data import load_dataset, log
 from utils.decoding import BadImage, open_image
+from utils.figures import image_grid
 
 SIDE = 8
 
@@ -208,3 +209,9 @@ def test_whatever_a_reader_of_images_raises_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda _: (_ for _ in ()).throw(SyntaxError("broken chunk")))
     with pytest.raises(BadImage, match="broken chunk"):
         open_image(tmp_path / "a.png")
+
+
+def test_class_names_are_no_formulas(tmp_path):
+    for name in ("$\\frac{", "$", "日本"):
+        image_grid(tmp_path / "a.png", [(name, [random_images(3, 4, 4)])], [name])
+        assert open_image(tmp_path / "a.png").size[0] > 50

@@ -24,6 +24,7 @@ def _subplots(rows: int, columns: int, size: tuple[float, float]):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False    # a class may be called $\\frac{
     import matplotlib.pyplot as plt
 
     return plt.subplots(rows, columns, figsize=size, squeeze=False)
