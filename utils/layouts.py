@@ -19,7 +19,6 @@ from torch import Tensor
 from utils.config import UserError
 from utils.data import LabeledImages
 from utils.decoding import class_folders, files_by_class, resize_all
-from utils.record import save_arrays
 
 PAIRS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("data", "labels"))   # names of the two arrays in a .npz
 PLAIN = 1000   # labels 0..K-1 below this are class numbers as they stand; any others are numbered in ascending order
@@ -225,7 +224,7 @@ class ArrayFile(Layout):
         changed = (outcome.labels != self.labels).numpy()
         given.reshape(-1)[changed] = self.values[outcome.labels.numpy()[changed]]
         kept = ~outcome.dropped.numpy()
-        save_arrays(folder / self.file.name, **{**self.arrays, self.keys[0]: pixels[kept], self.keys[1]: given[kept]})
+        np.savez(folder / self.file.name, **{**self.arrays, self.keys[0]: pixels[kept], self.keys[1]: given[kept]})
 
     def _hwc_channels(self, shape: Sequence[int]) -> int:
         return {"grey": 1, "last": shape[-1], "first": shape[1]}[self._axes(shape)]
