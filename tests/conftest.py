@@ -1,4 +1,5 @@
 """One thread: the networks of the tests are so small that several only wait for each other. Fits are kept for the session."""
+import signal
 import pytest
 import torch
 
@@ -20,3 +21,6 @@ def world(tmp_path_factory):
     made = World(tmp_path_factory.mktemp("world"))
     made.seconds = warm_up(made)
     return made
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # in the background of a shell; programs under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
