@@ -132,7 +132,7 @@ def peak_memory(size: int) -> int:
     code = f"""
 import re, tempfile, torch
 from pathlib import Path
-from benchmarks.purify import *
+from benchmarks.purify import CPU, DATASETS, IntermediaryStore, LabeledImages, PurifyConfig, Purifier, Purification, Rounds, TargetRule, build_classifier
 images = torch.randint(0, 256, ({size}, 3, 32, 32), dtype=torch.uint8)
 victim = build_classifier("preactresnet_small", 10, DATASETS["digits"], (0, "bench")).eval()
 victim.head.weight.data.zero_()

@@ -1,5 +1,6 @@
 """One thread: the networks of the tests are so small that several only wait for each other. Fits are kept for the session."""
 import signal
+
 import pytest
 import torch
 

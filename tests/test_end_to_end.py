@@ -106,7 +106,7 @@ def arrays(folder, file):
 
 def test_a_run_leaves_every_file_and_nothing_half_done(full):
     folder, out = full
-    assert sorted(path.name for path in folder.iterdir() if path.name not in ("purified.png", "examples.npz")) == FILES
+    assert sorted(path.name for path in folder.iterdir() if path.name not in ("purified.png", "examples.npz", ".lock", "checksums.txt")) == FILES
     assert list(json.loads((folder / "stages.json").read_text())) == STAGES
     assert str(folder) in out and "target labels" in (folder / "log.txt").read_text() and "prediction survives round 1" in (folder / "log.txt").read_text()
     kept = yaml.safe_load((folder / "config.yaml").read_text())
@@ -154,7 +154,7 @@ def test_metrics_csv_has_every_epoch_and_ends_as_the_report_does(full):
 
 
 def test_the_same_command_from_attack_recomputes_nothing(world, full):
-    changing = ("log.txt", "config.yaml")
+    changing = ("log.txt", "config.yaml", "checksums.txt", ".lock")
     before, times = contents(full[0], changing), {p.name: p.stat().st_mtime_ns for p in full[0].iterdir() if p.name not in changing}
     code, out, err = finish(start(world, "badnet.py", *badnet(world, "full"), folder=ROOT / "attack"))
     assert code == 0 and "status" in out and "Traceback" not in err
@@ -204,10 +204,10 @@ def refused(capsys, *words):
 
 
 def test_another_config_is_refused_by_name(world, full, capsys):
-    before = contents(full[0])
+    before = contents(full[0], (".lock",))
     told = refused(capsys, *badnet(world, "full", "--epochs", 9, "--pratio", 0.1))
     assert "belongs to another config" in told and "epochs: 2 there, 9 now" in told and "pratio: 0.2 there, 0.1 now" in told and full[0].name in told
-    assert contents(full[0]) == before
+    assert contents(full[0], (".lock",)) == before
 
 
 @pytest.mark.parametrize(("words", "expected"), [

@@ -91,7 +91,7 @@ def test_a_bad_fit_is_refused_with_figures_and_advice_and_leaves_nothing():
 
 
 def test_an_interrupted_write_leaves_nothing(monkeypatch):
-    monkeypatch.setattr("utils.record.np.savez", lambda path, **arrays: (path.write_bytes(b"half"), 1 / 0))
+    monkeypatch.setattr("utils.files.np.savez", lambda path, **arrays: (path.write_bytes(b"half"), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         cached("toy", fit_context(), {}, counting())
     assert not list(fitting.FITTED.iterdir())
