@@ -1,8 +1,9 @@
-"""How well every attack works: poison, train the victim, measure; writes benchmarks/results/attacks_<config>.json and .md.
+"""How well every attack works: poison, train the victim, measure; writes benchmarks/results/attacks_<name>.json and .md.
 
-    python benchmarks/attacks.py --config gtsrb_small --dataset_path DIR [--attacks badnet sig ...] [--seeds 0]
+    python benchmarks/attacks.py --config gtsrb_small --dataset_path DIR [--attacks badnet sig ...] [--seeds 0] [--name NAME] [-- FLAGS]
 
-Each victim is a process of its own in record/bench_<attack>_<config>_<seed>/; what is there already is not made again. The
+Each victim is a process of its own in record/bench_<attack>_<name>_<seed>/, by default named after the config; what is there
+already is not made again. Words after `--` go to the attack scripts. The
 row "clean" is BadNets with no poison at all: its ASR is what a clean model gives the triggered images by chance.
 """
 from __future__ import annotations
@@ -36,16 +37,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dataset_path", default="../data")
     parser.add_argument("--attacks", nargs="+", default=[NO_ATTACK, *known])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    return parser.parse_args()
+    parser.add_argument("--name", help="of the results; by default the config")
+    parser.add_argument("extra", nargs="*", help="after --: flags for the attack scripts")
+    args = parser.parse_args()
+    args.name = args.name or args.config
+    return args
 
 
 def train_victim(args: argparse.Namespace, attack: str, seed: int) -> Record:
     """The record of one attack and seed, with its victim trained."""
     script = "badnet" if attack == NO_ATTACK else attack
-    record = Record(f"bench_{attack}_{args.config}_{seed}")
+    record = Record(f"bench_{attack}_{args.name}_{seed}")
     command = [sys.executable, str(ROOT / "attack" / f"{script}.py"), "--yaml_path", f"../config/{script}/{args.config}.yaml",
                "--dataset_path", args.dataset_path, "--save_folder_name", record.name, "--random_seed", str(seed),
-               "--stop_after", "victim", *(["--pratio", "0"] if attack == NO_ATTACK else [])]
+               "--stop_after", "victim", *args.extra, *(["--pratio", "0"] if attack == NO_ATTACK else [])]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return record
 
@@ -85,9 +90,9 @@ def main() -> None:
     for attack in args.attacks:
         for seed in args.seeds:
             rows.append(measure(args, attack, train_victim(args, attack, seed)))
-        (RESULTS / f"attacks_{args.config}.json").write_text(json.dumps(rows, indent=1) + "\n")
-        heading = f"Victims of every attack, config {args.config}, n = {rows[0]['n_triggered']} triggered test images, {os.cpu_count()} CPU cores"
-        (RESULTS / f"attacks_{args.config}.md").write_text(f"{heading}\n\n{table(rows)}\n")
+        (RESULTS / f"attacks_{args.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        heading = f"Victims of every attack, config {' '.join([args.config, *args.extra])}, n = {rows[0]['n_triggered']} triggered test images, {os.cpu_count()} CPU cores"
+        (RESULTS / f"attacks_{args.name}.md").write_text(f"{heading}\n\n{table(rows)}\n")
     print(table(rows))
 
 

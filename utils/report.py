@@ -73,11 +73,12 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
 
 
 def class_rows(source: Source) -> list[dict[str, Any]]:
-    """One row for each class: samples, samples that moved, discrepancy, score, whether it is a detected target label."""
+    """One row for each class: samples, how many were purified, samples that moved, discrepancy, score, whether it is a detected target label."""
     kept, given = source.classes, source.decisions.get("given_label", np.zeros(0, np.int64))
     detected = dig(source.report, ("target_labels", "detected")) or []
     at = lambda key, k: kept[key][k] if kept.get(key) else None
-    return [{"name": name, "samples": int((given == k).sum()), "flagged": k in detected,
+    purified = source.decisions.get("votes_old", np.zeros_like(given)) >= 0
+    return [{"name": name, "samples": int((given == k).sum()), "purified": int(((given == k) & purified).sum()), "flagged": k in detected,
              **{key: at(key, k) for key in ("evidence", "discrepancy", "score")}} for k, name in enumerate(kept["names"])]
 
 
