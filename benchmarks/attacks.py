@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
+from benchmarks.runs import ROOT, run_script, write_results
 from utils.config import DataConfig
 from utils.data import load_dataset
 from utils.record import Record, load_arrays
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
 NO_ATTACK = "clean"
 GATES = {"sig": 0.8, "lc": 0.8}   # ASR aimed at; the dirty-label attacks at 0.9
 
@@ -48,10 +43,9 @@ def train_victim(args: argparse.Namespace, attack: str, seed: int) -> Record:
     """The record of one attack and seed, with its victim trained."""
     script = "badnet" if attack == NO_ATTACK else attack
     record = Record(f"bench_{attack}_{args.name}_{seed}")
-    command = [sys.executable, str(ROOT / "attack" / f"{script}.py"), "--yaml_path", f"../config/{script}/{args.config}.yaml",
-               "--dataset_path", args.dataset_path, "--save_folder_name", record.name, "--random_seed", str(seed),
-               "--stop_after", "victim", *args.extra, *(["--pratio", "0"] if attack == NO_ATTACK else [])]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run_script(f"attack/{script}.py", "--yaml_path", f"../config/{script}/{args.config}.yaml", "--dataset_path", args.dataset_path,
+               "--save_folder_name", record.name, "--random_seed", str(seed), "--stop_after", "victim", *args.extra,
+               *(["--pratio", "0"] if attack == NO_ATTACK else []))
     return record
 
 
@@ -86,13 +80,11 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Train what is missing, measure all, write the table."""
     args, rows = arguments(), []
-    RESULTS.mkdir(exist_ok=True)
     for attack in args.attacks:
         for seed in args.seeds:
             rows.append(measure(args, attack, train_victim(args, attack, seed)))
-        (RESULTS / f"attacks_{args.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
         heading = f"Victims of every attack, config {' '.join([args.config, *args.extra])}, n = {rows[0]['n_triggered']} triggered test images, {os.cpu_count()} CPU cores"
-        (RESULTS / f"attacks_{args.name}.md").write_text(f"{heading}\n\n{table(rows)}\n")
+        write_results(f"attacks_{args.name}", rows, f"{heading}\n\n{table(rows)}")
     print(table(rows))
 
 

@@ -10,20 +10,16 @@ have none, so `-- --target_first false` is what the other rules are to be judged
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import run_script, write_results
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
 from defense.verdict import filter_candidates
 from utils.record import Record, load_arrays
 from utils.source import Source
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
 RULES = {"default": TargetRule(), "two-sided, as published": PUBLISHED_RULE,
          "one-sided, no prior, no floor": TargetRule(evidence_prior=0.0, mad_floor=0.0), "threshold 3": TargetRule(threshold=3.0)}
 
@@ -43,9 +39,8 @@ def arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace, name: str, pratio: float, seed: int) -> dict[str, Any]:
     """One set poisoned at that share with that seed, defended: what was flagged and what changed."""
     record = Record(f"false_alarm_{name}_{pratio:g}_{seed}")
-    command = [sys.executable, str(ROOT / "attack" / f"{args.attack}.py"), "--yaml_path", args.yaml_path, "--save_folder_name", record.name,
-               "--random_seed", str(seed), "--pratio", str(pratio), *args.extra]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run_script(f"attack/{args.attack}.py", "--yaml_path", args.yaml_path, "--save_folder_name", record.name, "--random_seed", str(seed),
+               "--pratio", str(pratio), *args.extra)
     return {"pratio": pratio, "seed": seed, **measured(record)}
 
 
@@ -93,14 +88,12 @@ def main() -> None:
     """Run what is missing; the results are written after every run."""
     args, rows = arguments(), []
     name = args.name or f"{args.attack}_{Path(args.yaml_path).stem}"
-    RESULTS.mkdir(exist_ok=True)
     for seed in args.seeds:
         for pratio in args.pratios:
             rows.append(run(args, name, pratio, seed))
-            (RESULTS / f"false_alarm_{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
             heading = (f"False alarms and power: {args.attack}, {args.yaml_path}{' ' + ' '.join(args.extra) if args.extra else ''}, "
                        f"{rows[0]['samples']} samples, {os.cpu_count()} CPU cores, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of stages in all")
-            (RESULTS / f"false_alarm_{name}.md").write_text(f"{heading}\n\n{tables(rows)}\n")
+            write_results(f"false_alarm_{name}", rows, f"{heading}\n\n{tables(rows)}")
     print(tables(rows))
 
 

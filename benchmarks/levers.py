@@ -11,12 +11,9 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks.runs import ROOT, run_script, write_results
+
 ALL = {"reverse_steps": "null", "target_first": "false", "end_early": "null"}
 SETTINGS = {
     "exact": {},
@@ -44,8 +41,7 @@ def run(record: str, setting: str, extra: list[str]) -> dict:
     """The report of one record under one setting."""
     name = "lever_" + setting.replace(" ", "_").replace(",", "")
     flags = [word for key, value in (ALL | SETTINGS[setting]).items() if value is not None for word in (f"--{key}", value)]
-    command = [sys.executable, str(ROOT / "defense" / "dataelixir.py"), "--result_file", record, "--run_name", name, *flags, *extra]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run_script("defense/dataelixir.py", "--result_file", record, "--run_name", name, *flags, *extra)
     report = json.loads((ROOT / "record" / record / "defense" / name / "report.json").read_text(encoding="utf-8"))
     return {"record": record, "setting": setting, "images": sum_images(record)} | report
 
@@ -77,13 +73,11 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     """Run what is missing, write the table after every setting."""
     args, rows = arguments(), []
-    RESULTS.mkdir(exist_ok=True)
     for setting in args.settings:
         for record in args.records:
             rows.append(run(record, setting, args.extra))
-        (RESULTS / f"levers_{args.name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         heading = f"Ways of sparing denoiser passes, {args.name}: {len(args.records)} records, mean and range; {os.cpu_count()} CPU cores"
-        (RESULTS / f"levers_{args.name}.md").write_text(f"{heading}\n\n{table(rows)}\n", encoding="utf-8")
+        write_results(f"levers_{args.name}", rows, f"{heading}\n\n{table(rows)}")
     print(table(rows))
 
 

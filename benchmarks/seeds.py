@@ -13,12 +13,10 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks.runs import ROOT, run_script, write_results
+
 COLUMNS = {
     "victim C-Acc": ("victim", "c_acc"), "victim ASR": ("victim", "asr"), "C-Acc": ("benign", "c_acc"), "ASR": ("benign", "asr"),
     "R-Acc": ("benign", "r_acc"), "TPR": ("detection", "tpr"), "FPR": ("detection", "fpr"),
@@ -40,9 +38,7 @@ def arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace, name: str, seed: int) -> dict:
     """One seed: its report."""
     record = f"bench_{name}_{seed}"
-    command = [sys.executable, str(ROOT / "attack" / f"{args.attack}.py"), "--yaml_path", args.yaml_path,
-               "--save_folder_name", record, "--random_seed", str(seed), *args.extra]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run_script(f"attack/{args.attack}.py", "--yaml_path", args.yaml_path, "--save_folder_name", record, "--random_seed", str(seed), *args.extra)
     return {"seed": seed, **read(ROOT / "record" / record)}
 
 
@@ -89,9 +85,7 @@ def main() -> None:
     minutes = sum(sum(r.get("cost", {}).get("seconds", {}).values()) for r in reports) / 60
     heading = (f"{args.attack}, {args.yaml_path}{' ' + ' '.join(args.extra) if args.extra else ''}: {len(reports)} seeds, "
                f"{os.cpu_count()} CPU cores ({platform.machine()}), {minutes:.1f} minutes of stages in all")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(reports, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(f"{heading}\n\n{table(reports)}\n")
+    write_results(name, reports, f"{heading}\n\n{table(reports)}")
     print(f"{heading}\n\n{table(reports)}")
 
 

@@ -1,7 +1,6 @@
 """What the baseline defences share: the victim's recipe applied to another set, and what follows from suspected samples."""
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Optional
@@ -11,15 +10,15 @@ import torch
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from torch import Tensor
 
-from defense.dataelixir import DataElixirConfig
+from defense.dataelixir import DataElixirConfig, trained
 from defense.knowledge import CLEAN_IMAGES
 from defense.result import Result
 from utils.config import TrainConfig, UserError
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.models import Classifier, save_classifier
 from utils.randomness import key_seed
 from utils.record import Record
-from utils.training import Observer, Trainer, extract_features
+from utils.training import Observer, extract_features
 
 log = logging.getLogger("dataelixir")
 
@@ -85,14 +84,8 @@ class Recipe:
         if len(data) < 2:
             raise UserError(f"{stage}: {len(data)} training samples are left; loosen what this defence removes")
         config = replace(self.config, **changes)
-        model = copy.deepcopy(start) if start else build_classifier(config.model, self.dataset.num_classes, self.dataset.info, (config.random_seed, stage))
-        model, file = model.to(self.device), self.record / f"{stage}.safetensors"
         with self.record.stage(stage):
-            if file.exists():
-                return load_weights(model, file).eval()
-            Trainer(model, config, stage, self.dataset.info.flip, self.record / f"{stage}.checkpoint.pt").fit(data, self.observer)
-            save_classifier(model, file)
-        return model
+            return trained(stage, data, config, self.dataset, self.device, self.record, self.observer, start)
 
 
 @dataclass(frozen=True)

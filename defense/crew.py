@@ -57,7 +57,7 @@ def serve() -> None:
     while (message := _told()) is not None:
         kind, content = message
         if kind == "work":
-            work = content[0].prepared()
+            work = content.prepared()
             continue
         _share(work, *content)
     dist.destroy_process_group()
@@ -84,7 +84,7 @@ class Crew:
         self.halving = Halving("purify_batch_size")
         if size() > 1:
             _join()
-            _told(("work", [recipe]))
+            _told(("work", recipe))
 
     def blocks(self, parts: Sequence[Tensor], ends: Any) -> Iterator[Block]:
         """The blocks of these index tensors, in their order.

@@ -25,14 +25,13 @@ from defense.draft import Draft, Selector
 from defense.knowledge import DENOISER
 from defense.level import settled_level, warn_if_destroyed
 from defense.purification import Purification
-from defense.purifier import PurifyConfig, Purifier, open_denoiser, requantised, worth_compiling
+from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
 from defense.result import Result
 from defense.rounds import Rounds
 from defense.store import UNKNOWN, IntermediaryStore
 from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
 from diffusion.denoiser import Denoiser
-from utils.compiled import Compiled
 from utils.config import Fraction, OpenFraction, TrainConfig
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
@@ -123,7 +122,7 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         UserError: see `check`, and whatever stops a training.
     """
     config = config.resolved()
-    train = partial(_trained, config=config, dataset=dataset, device=victim.device, record=record, observer=observer)
+    train = partial(trained, config=config, dataset=dataset, device=victim.device, record=record, observer=observer)
     with record.stage("purify"):
         purification, found = purify(data, victim, config, dataset, record)
         votes, store = purification.votes(), purification.store
@@ -164,7 +163,8 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
     else:
         found = purification.everything(config.end_early, config.sample_first)
-    warn_if_destroyed(purification.votes()[purification.votes()[:, 0] >= 0], level, config.last_steps_m)
+    votes = purification.votes()
+    warn_if_destroyed(votes[votes[:, 0] != UNKNOWN], level, config.last_steps_m)
     return purification, found
 
 
@@ -180,11 +180,8 @@ class Recipe:
     def prepared(self) -> Rounds:
         """Networks on this process's device, compiled where that pays."""
         config, device = self.config, own_device(self.victim.device)
-        victim, denoiser = self.victim.to(device), self.denoiser.to(device)
-        purifier = Purifier(denoiser, config, config.random_seed, device, config.amp)
-        if worth_compiling(config, denoiser, purifier.passes_per_image * len(self.data), device):
-            purifier.denoiser = Compiled(denoiser)
-        return Rounds(self.data, victim, purifier, config.threshold_tau)
+        purifier = purifier_for(self.denoiser, config, len(self.data), config.random_seed, device, config.amp)
+        return Rounds(self.data, self.victim.to(device), purifier, config.threshold_tau)
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:
@@ -194,7 +191,7 @@ def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy
     return draft
 
 
-def _trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, record: Record,
+def trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, record: Record,
              observer: Optional[Observer], start: Optional[Classifier] = None) -> Classifier:
     """The model of that name from the record, or trained now, from scratch or from a copy of `start`."""
     model = copy.deepcopy(start) if start else build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, name))

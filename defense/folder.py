@@ -2,20 +2,18 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from utils.config import UserError
 from utils.data import LabeledImages
 from utils.layouts import Layout, Outcome
-from utils.record import Record, load_arrays, replacing
+from utils.record import Record, load_arrays
 from utils.source import Source
 
 OWN_KEY = "data_sha256"   # in the config.yaml of every folder that this program made
@@ -56,16 +54,6 @@ def refuse_overlap(given: Path, out: Path) -> None:
         raise UserError(f"out: {out} and the data at {given} lie in each other; name a folder apart from the data")
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; name a new or an empty folder")
-
-
-def write_decisions(file: Path, columns: dict[str, Any]) -> None:
-    """decisions.csv: a row for each sample; nan becomes an empty cell."""
-    shown = lambda value: "" if value != value else f"{value:.6f}"
-    cells = [[shown(v) for v in c] if isinstance(c, np.ndarray) and c.dtype.kind == "f" else list(c) for c in columns.values()]
-    with replacing(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        writer.writerow(columns)
-        writer.writerows(zip(*cells))
 
 
 def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:

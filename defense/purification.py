@@ -54,8 +54,10 @@ class Purification:
 
     def found(self, rows: Tensor) -> Discrepancy:
         """Target labels as far as the samples `rows` (B,), purified before, show them."""
-        votes = self.votes()[rows]
-        return target_labels(votes, filter_candidates(votes, self.rounds.tau), self.data.labels[rows], self.num_classes, self.rule)
+        return self._found(self.votes()[rows], self.data.labels[rows])
+
+    def _found(self, votes: Tensor, labels: Tensor) -> Discrepancy:
+        return target_labels(votes, filter_candidates(votes, self.rounds.tau), labels, self.num_classes, self.rule)
 
     def everything(self, doubt: Optional[float], first: int) -> Discrepancy:
         """Purify every sample; where rounds may end early, `first` samples of each class come first and are given all."""
@@ -99,7 +101,8 @@ class Purification:
         while True:
             rows = stratified(labels, sizes, seed)
             self.run(rows, name="sample")
-            votes, found = self.votes()[rows], self.found(rows)
+            votes = self.votes()[rows]
+            found = self._found(votes, labels[rows])
             open_ = undecided(votes, filter_candidates(votes, self.rounds.tau), labels[rows], sizes >= counts, found, self.rule, error, seed)
             log.info("sample: %d of %d images purified, target labels %s, undecided classes %s", len(rows), len(labels),
                      list(found.targets) or "none", open_.nonzero().flatten().tolist() or "none")

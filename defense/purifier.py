@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusion.denoiser import CARDS, Denoiser, DenoiserError, load_denoiser
 from diffusion.sampler import Sampler, subset_steps
+from utils.compiled import Compiled
 from utils.config import UserError, candidate_paths
 from utils.randomness import keyed_generator
 from utils.training import autocast
@@ -96,6 +97,14 @@ def worth_compiling(config: PurifyConfig, denoiser: Denoiser, passes: int, devic
     if config.compile == "auto":
         return isinstance(denoiser, Denoiser) and passes * denoiser.gflops() > COMPILING_PAYS.get(device.type, float("inf"))
     return config.compile == "on"
+
+
+def purifier_for(denoiser: Denoiser, config: PurifyConfig, images: int, seed: int, device: torch.device, amp: bool) -> "Purifier":
+    """A purifier for that many images, its denoiser on the device and compiled where that pays."""
+    purifier = Purifier(denoiser.to(device), config, seed, device, amp)
+    if worth_compiling(config, denoiser, purifier.passes_per_image * images, device):
+        purifier.denoiser = Compiled(denoiser)
+    return purifier
 
 
 class KeyedNoise:

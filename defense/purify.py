@@ -24,13 +24,14 @@ from torch import Tensor
 from defense import crew, dataelixir
 from defense.dataelixir import DataElixirConfig
 from defense.evidence import write_evidence
-from defense.folder import OWN_KEY, OutputFolder, outcome, refuse_overlap, write_cleaned, write_decisions
+from defense.folder import OWN_KEY, OutputFolder, outcome, refuse_overlap, write_cleaned
 from defense.forecast import forecast
 from defense.given import Given, as_labeled, fitting_denoiser, open_given
 from defense.result import Result
 from defense.summary import findings, summarise
 from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.data import DATASETS, Dataset, LabeledImages
+from utils.files import write_table
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
 from utils.record import save_arrays, start_logging, write_json
 from utils.report import write_page
@@ -132,7 +133,7 @@ def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, fol
         save_arrays(folder / "votes.npz", votes=result.votes.to(torch.int16))
         names, columns = np.array(dataset.classes), result.decisions.table(data.labels, config.last_steps_m)
         named = {f"{age}_class": names[columns[f"{age}_label"]] for age in ("given", "new")}
-        write_decisions(folder / "decisions.csv", ({"path": paths} if paths else {}) | columns | named)
+        write_table(folder / "decisions.csv", ({"path": paths} if paths else {}) | columns | named)
         write_evidence(result, data.labels, dataset.classes, config.last_steps_m, folder)
         found |= findings(result, data, config.last_steps_m, str(victim.device))
     return result

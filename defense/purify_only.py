@@ -16,10 +16,9 @@ from tqdm import tqdm
 from defense.baseline import BaselineConfig, Recipe
 from defense.knowledge import DENOISER
 from defense.level import settled_level
-from defense.purifier import PurifyConfig, Purifier, open_denoiser, worth_compiling
+from defense.purifier import PurifyConfig, open_denoiser, purifier_for
 from defense.result import Result
 from defense.store import Block, IntermediaryStore
-from utils.compiled import Compiled
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier
 from utils.record import Record
@@ -52,9 +51,7 @@ def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: D
     """
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
-    purifier = Purifier(denoiser, replace(config, steps_T=level), config.random_seed, victim.device, config.amp)
-    if worth_compiling(config, denoiser, purifier.passes_per_image * len(data), victim.device):
-        purifier.denoiser = Compiled(denoiser)
+    purifier = purifier_for(denoiser, replace(config, steps_T=level), len(data), config.random_seed, victim.device, config.amp)
     log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, purifier.passes_per_image)
     store, every = IntermediaryStore(record / "purify"), torch.arange(len(data))
     for index in tqdm(store.missing(every).split(config.purify_batch_size), "purify", unit="block", leave=False, disable=None):

@@ -1,7 +1,6 @@
 """What a defence leaves behind: the product, the decisions, figures, and report.json, which alone looks at the truth."""
 from __future__ import annotations
 
-import csv
 import json
 import logging
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ import torch
 from defense.result import Result
 from utils import figures
 from utils.data import Dataset, LabeledImages, TriggeredImages
+from utils.files import write_table
 from utils.metrics import EpochLog, Truth, accuracy, defense_effectiveness, detection, relabelling, suspicion, survival
 from utils.models import Classifier
-from utils.record import Record, environment, peak_rss_bytes, replacing, save_arrays
+from utils.record import Record, environment, peak_rss_bytes, save_arrays
 
 log = logging.getLogger("dataelixir")
 SCHEMA = 1
@@ -53,17 +53,7 @@ def write_product(result: Result, case: Case, config: Any, record: Record) -> No
         save_arrays(record / "purified.npz", images=product.images, labels=product.labels, **kept)
     if result.votes is not None:
         save_arrays(record / "votes.npz", votes=result.votes.to(torch.int16))
-    columns = result.table(case.data.labels, getattr(config, "last_steps_m", 1))
-    with replacing(record / "decisions.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        writer.writerow(columns)
-        writer.writerows(zip(*(_cells(column) for column in columns.values())))
-
-
-def _cells(column: np.ndarray) -> list[Any]:
-    if column.dtype.kind == "f":
-        return ["" if np.isnan(value) else f"{value:.6f}" for value in column]
-    return column.tolist()
+    write_table(record / "decisions.csv", result.table(case.data.labels, getattr(config, "last_steps_m", 1)))
 
 
 def write_figures(result: Result, case: Case, config: Any, record: Record) -> None:

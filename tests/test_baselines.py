@@ -8,8 +8,9 @@ import torch
 from attack.badnet import BadNet
 from attack.poison import PoisonConfig
 from attack.run import RunConfig
-from defense import baseline, purify_only
+from defense import dataelixir, purify_only
 from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain
+from defense.purifier import Purifier
 from defense.run import find_defense, save_case
 from tests.test_knowledge import DEFENSES
 from tests.toys import CORNER, FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
@@ -47,7 +48,7 @@ def world(tmp_path, monkeypatch):
 
 @pytest.fixture
 def spy(monkeypatch):
-    monkeypatch.setattr(baseline, "Trainer", SpyTrainer)
+    monkeypatch.setattr(dataelixir, "Trainer", SpyTrainer)
 
 
 def config_of(name, **changes):
@@ -178,7 +179,7 @@ def test_purification_alone_cleans_images_and_leaves_labels(spy):
 
 def test_purification_alone_is_the_last_state_of_dataelixirs(spy):
     config = config_of("purify_only")
-    states = purify_only.Purifier(FlatDenoiser(), config, 1, torch.device("cpu")).intermediaries(POISONED.images, torch.arange(N))
+    states = Purifier(FlatDenoiser(), config, 1, torch.device("cpu")).intermediaries(POISONED.images, torch.arange(N))
     assert torch.equal(run("purify_only").purified.images, states[:, -1])
 
 

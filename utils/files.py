@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 from pathlib import Path
@@ -62,6 +63,20 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON, complete or not at all; NaN and infinity become null."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> None:
+    """Write a .csv with named columns of equal length, complete or not at all; floats of an array have six digits, nan is an empty cell."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows(zip(*(_cells(np.asarray(column)) for column in columns.values())))
+
+
+def _cells(column: np.ndarray) -> list[Any]:
+    if column.dtype.kind == "f":
+        return ["" if np.isnan(value) else f"{value:.6f}" for value in column]
+    return column.tolist()
 
 
 def _finite(value: Any) -> Any:

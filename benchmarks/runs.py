@@ -1,0 +1,23 @@
+"""What the benchmarks share: scripts of the project as processes of their own, and results as a pair of files."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def run_script(script: str, *words: str) -> None:
+    """Run a script of the project, such as "attack/badnet.py", with these words; raises CalledProcessError where it fails."""
+    subprocess.run([sys.executable, str(ROOT / script), *words], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def write_results(name: str, rows: object, text: str) -> None:
+    """results/<name>.json and .md."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
