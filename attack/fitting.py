@@ -24,10 +24,11 @@ from utils import models, training
 from utils.config import UserError, as_flat_dict
 from utils.data import LabeledImages
 from utils.decoding import CACHE
+from utils.devices import pick_device
 from utils.models import Classifier, build_classifier
 from utils.randomness import key_seed, keyed_generator
 from utils.record import load_arrays, save_arrays
-from utils.training import Trainer, pick_device, predict
+from utils.training import Trainer, predict
 
 log = logging.getLogger("dataelixir")
 FITTED = CACHE / "fitted"
@@ -112,7 +113,7 @@ def surrogate(context: FitContext, images: int, epochs: int, eps: float = 0.0) -
         model, (fit, held_out) = build().to(device), fit_split(context, images)
         if eps:
             harden(model, eps, context.seed)
-        Trainer(model, config, "surrogate", dataset.info.flip).fit(fit)
+        Trainer(model, config, "surrogate", dataset.info.flip, together=not eps).fit(fit)   # a hardened model cannot be sent
         accuracy = (predict(model, held_out.images) == held_out.labels).double().mean().item()
         require("surrogate", accuracy >= min(0.5, 3 / dataset.num_classes), f"{accuracy:.3f} of {len(held_out)} held-out images are classified right",
                 "raise surrogate_epochs or fit_images, or change lr")

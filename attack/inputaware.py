@@ -20,10 +20,11 @@ from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, NonNegativeFloat, OpenFraction, PositiveInt, TrainConfig, UserError, as_flat_dict
 from utils.data import LabeledImages, to_unit
+from utils.devices import pick_device
 from utils.metrics import share
 from utils.models import Classifier, build_classifier
 from utils.randomness import key_seed, keyed_generator
-from utils.training import make_optimizer, pick_device, predict, random_crop_flip
+from utils.training import make_optimizer, predict, random_crop_flip
 
 MASK_SIZE = 0.032     # mean of the mask up to which its size costs nothing
 MASK_LIMIT = 0.06     # and from which on it is refused

@@ -11,15 +11,17 @@ import torch
 from attack.export import export_images
 from attack.poison import LabelMap, PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
 from attack.trigger import FitContext, Trigger
-from defense import crew
-from defense.run import Case, find_defense, load_case, run_defense, save_case, show_finished
+from defense.forecast import classifier_lines
+from defense.run import Case, defense_costs, find_defense, load_case, run_defense, save_case, show_finished
 from utils import figures
 from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
+from utils.devices import pick_device
 from utils.metrics import EpochLog, Truth
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.processes import led
 from utils.record import Record, start_logging
-from utils.training import Trainer, pick_device
+from utils.training import Trainer
 
 log = logging.getLogger("dataelixir")
 
@@ -33,18 +35,20 @@ class RunConfig:
         defense: name of a module of defense/ that gets the poisoned set.
         stop_after: end the run after this stage.
         export: new folder for the poisoned training set as images, with its labels and, apart, the truth.
+        dry_run: say what every stage would cost, from a little of it measured on the spot, and stop.
     """
 
     save_folder_name: Optional[str] = None
     defense: str = "dataelixir"
     stop_after: Literal["poison", "victim", "report"] = "report"
     export: Optional[str] = None
+    dry_run: bool = False
 
 
 @command_line
 def main(trigger_class: type[Trigger], argv: Optional[Sequence[str]] = None) -> None:
     """Run the attack of `trigger_class`, then the defence, as the command line says."""
-    with crew.led() as leading:
+    with led() as leading:
         if leading:
             lead(trigger_class, argv)
 
@@ -60,8 +64,11 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     labels_to = label_map(trigger, poison, dataset.num_classes)
     if run.stop_after == "report":
         module.check(config, dataset)
+    if run.dry_run:
+        log.info("\n".join(costs(run, trigger, config, dataset)))
+        return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
-    record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None), data_config, poison, config, trigger))
+    record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None, dry_run=False), data_config, poison, config, trigger))
     start_logging(record / "log.txt")
     data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, config, dataset)
     if run.export:
@@ -75,6 +82,16 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     if run.stop_after == "victim":
         return
     run_defense(module, Case(trigger.name, data, truth, triggered, dataset, victim), config, record)
+
+
+def costs(run: RunConfig, trigger: Trigger, config: TrainConfig, dataset: Dataset) -> list[str]:
+    """Lines that say what the stages of a run would cost."""
+    data, device, fits = dataset.train, pick_device(config.device), getattr(trigger, "fit_images", None)
+    lines = [f"poison: {len(data):,} images" + (f"; {trigger.name} is first fitted on {min(fits, len(data)):,} of them, which takes minutes and is not "
+                                                "measured here" if fits else "")]
+    if run.stop_after != "poison":
+        lines.append(classifier_lines("victim", data, config, dataset, device))
+    return lines + (defense_costs(run.defense, data, config, dataset) if run.stop_after == "report" else [])
 
 
 def poisoned_case(record: Record, trigger: Trigger, labels_to: LabelMap, poison: PoisonConfig, config: TrainConfig,

@@ -19,8 +19,8 @@ from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
 from utils.data import to_unit
+from utils.devices import pick_device
 from utils.randomness import keyed_generator
-from utils.training import pick_device
 
 BATCH = 16
 LIKE = 0.6    # correlation of two images' residuals up to which likeness costs nothing

@@ -30,7 +30,7 @@ from PIL import Image
 from attack.badnet import BadNet
 from attack.run import main as run_attack
 from diffusion.denoiser import Denoiser
-from diffusion.training import DenoiserConfig, build_unet
+from diffusion.network import DenoiserConfig, build_unet
 from utils import checksums, decoding, record
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -25,10 +25,11 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.result import Result
 from utils.config import UserError
 from utils.data import Dataset, LabeledImages, to_unit
+from utils.devices import autocast
 from utils.models import Classifier, build_classifier, save_classifier
 from utils.randomness import keyed_generator
 from utils.record import Record
-from utils.training import Epoch, Observer, autocast, batched, make_optimizer
+from utils.training import Epoch, Observer, batched, make_optimizer
 
 KNOWLEDGE = ()
 BatchLoss = Callable[[Tensor], Tensor]   # cross-entropies (B,) -> the number to minimise

@@ -19,11 +19,12 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from defense.crew import Crew, own_device
+from defense.crew import crew_for
 from defense.denoising import warn_if_noise
 from defense.draft import Draft, Selector
+from defense.forecast import purifying_bytes, purifying_pace, smallest
 from defense.knowledge import DENOISER
-from defense.level import settled_level, warn_if_destroyed
+from defense.level import self_agreement, settled_level, warn_if_destroyed
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
 from defense.result import Result
@@ -33,8 +34,10 @@ from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
 from diffusion.denoiser import Denoiser
 from utils.config import Fraction, OpenFraction, TrainConfig
+from utils.cost import clock
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.processes import own_device, size
 from utils.record import Record
 from utils.training import Observer, Trainer
 
@@ -155,14 +158,16 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
     warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
-    crew = Crew(Recipe(data, victim, denoiser, replace(config, steps_T=level)))
-    log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images", denoiser.name, level,
-             crew.work.purifier.passes_per_image, len(data))
-    purification = Purification(data, crew.work, IntermediaryStore(record / "purify"), config.target_rule, dataset.num_classes, crew.blocks)
-    if config.target_first:
-        found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
-    else:
-        found = purification.everything(config.end_early, config.sample_first)
+    with crew_for(Recipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
+        purifier, pace = crew.work.purifier, purifying_pace(crew.work.purifier, victim, data) / size()
+        log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images, %s to %s, memory about %.1f GB", denoiser.name, level,
+                 purifier.passes_per_image, len(data), clock(pace * smallest(data.labels, config)), clock(pace * len(data)),
+                 purifying_bytes(purifier.config, data) / 1e9)
+        purification = Purification(data, crew.work, IntermediaryStore(record / "purify"), config.target_rule, dataset.num_classes, crew.blocks, pace)
+        if config.target_first:
+            found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
+        else:
+            found = purification.everything(config.end_early, config.sample_first)
     votes = purification.votes()
     warn_if_destroyed(votes[votes[:, 0] != UNKNOWN], level, config.last_steps_m)
     return purification, found
@@ -220,20 +225,6 @@ def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Dra
         log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f%s", label, evidence, metric, score,
                  "  <- target label" if label in found.targets else "")
     log.info("verdicts: %s", ", ".join(f"{int((draft.verdict == v).sum())} {v.name}" for v in Verdict))
-
-
-def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int) -> list[str]:
-    """How often the victim still reads a purified image as it read the original: per round, and per given label.
-
-    Needs no truth. Low shares say that T, denoiser and classifier do not match; one class far below the others is
-    what a backdoor looks like.
-    """
-    known = votes[:, 0] >= 0
-    votes, labels = votes[known], labels[known]
-    same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double()
-    lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(same.mean(0)))]
-    shares = [f"{label}: {same[labels == label].mean(0)[-1]:.2f}" for label in labels.unique().tolist()]
-    return lines + ["prediction survives the last round, by given label: " + ", ".join(shares)]
 
 
 def clean_up(config: DataElixirConfig, record: Record) -> None:

@@ -1,71 +1,97 @@
-"""What a purification will cost, from a small batch measured on the spot: passes, minutes, memory and disk."""
+"""What a run will cost, from a small batch measured on the spot: passes, minutes, memory and disk."""
 from __future__ import annotations
 
-import time
 from dataclasses import replace
-from typing import Callable
+from typing import Any, Optional
 
 import torch
 
-from defense.dataelixir import DataElixirConfig
 from defense.level import TOP
-from defense.purifier import Purifier
+from defense.purifier import Purifier, PurifyConfig
 from diffusion.denoiser import Denoiser
+from utils.config import TrainConfig
+from utils.cost import clock, seconds
 from utils.data import Dataset, LabeledImages
-from utils.models import build_classifier
+from utils.models import Classifier, build_classifier
 from utils.record import peak_rss_bytes
-from utils.training import Trainer, autocast, predict
+from utils.training import Trainer, predict
 
-PURIFIED, TRAINED = 16, 512   # images that are measured on
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes the second time; the first one warms up."""
-    for _ in range(2):
-        started = time.monotonic()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return time.monotonic() - started
+PURIFIED, VOTED, TRAINED = 32, 512, 512   # images that are measured on
 
 
-def forecast(data: LabeledImages, denoiser: Denoiser, config: DataElixirConfig, dataset: Dataset, device: torch.device, own_victim: bool) -> list[str]:
-    """Lines that say what `defend` will cost on `data`; nothing is written.
+def purifying_pace(purifier: Purifier, victim: Classifier, data: LabeledImages) -> float:
+    """Seconds that an image takes which is given all rounds, measured on one denoiser pass and one vote of a few images."""
+    some = data[:VOTED].images
+    x = purifier.start(some[:PURIFIED])
+    t = torch.full((len(x),), purifier.config.steps_T - 1, device=x.device)
+    with torch.inference_mode():
+        one_pass = seconds(lambda: purifier.predict_noise(x, t)) / len(x)
+    one_vote = seconds(lambda: predict(victim, some, purifier.amp)) / len(some)
+    return purifier.passes_per_image * one_pass + images_each(purifier.config) * one_vote
+
+
+def training_pace(model: Classifier, config: TrainConfig, data: LabeledImages, flip: bool) -> float:
+    """Seconds for an image and an epoch, measured on an epoch of a few images; `model` is trained by it."""
+    sample = data[:TRAINED].to(model.device)
+    trainer = Trainer(model, replace(config, frequency_save=0), "forecast", flip, together=False)
+    return seconds(lambda: trainer.one_epoch(sample, 0)) / len(sample)
+
+
+def images_each(config: PurifyConfig) -> int:
+    """The original and its intermediaries."""
+    return 1 + config.rounds_n * config.last_steps_m
+
+
+def purifying_bytes(config: PurifyConfig, data: LabeledImages) -> int:
+    """Memory about: what this process has held so far, the set once more, a block of intermediaries three times."""
+    return peak_rss_bytes() + data.images[0].numel() * 3 * (len(data) + config.purify_batch_size * images_each(config))
+
+
+def classifier_lines(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, epochs: Optional[int] = None) -> str:
+    """A line that says what training a classifier takes."""
+    model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device)
+    epochs = epochs or config.epochs
+    span = training_pace(model, config, data, dataset.info.flip) * len(data) * epochs
+    return f"{name}: {config.model}, {epochs} epochs of {len(data):,} images, about {clock(span)} on {device}"
+
+
+def purifying_lines(data: LabeledImages, denoiser: Denoiser, config: Any, dataset: Dataset, device: torch.device) -> list[str]:
+    """Lines that say what purifying takes.
 
     Args:
-        own_victim: a classifier is trained first.
+        config: keys of DataElixir, or of another defence that purifies.
     """
     config = replace(config, steps_T=min(TOP, denoiser.t_max)) if config.steps_T == "auto" else config   # the dearest that auto may find
-    n, passes = len(data), Purifier(denoiser, config, 0, device).passes_per_image
-    sample, model = data[:TRAINED], build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device)
-    x = sample.images[:PURIFIED].to(device).float() / 127.5 - 1
-    t = torch.full((len(x),), config.steps_T - 1, device=device)
-    denoiser = denoiser.to(device)
-    with torch.inference_mode(), autocast(device, config.amp):
-        one_pass = seconds(lambda: denoiser(x, t)) / len(x)
-    one_vote = seconds(lambda: predict(model.eval(), sample.images)) / len(sample)
-    once = lambda: Trainer(model, replace(config, epochs=1, frequency_save=0), "forecast", dataset.info.flip).fit(sample)
-    one_step = seconds(once) / len(sample)
-    images = 1 + config.rounds_n * config.last_steps_m
-    training, purifying = one_step * n * config.epochs, passes * one_pass + images * one_vote
-    again = training + one_step * n * (config.ft_epochs or config.epochs)
-    picture, least = sample.images[0].numel(), smallest(data.labels, config)
+    purifier = Purifier(denoiser.to(device), config, 0, device, config.amp)
+    model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device).eval()
+    n, pace, passes, least = len(data), purifying_pace(purifier, model, data), purifier.passes_per_image, smallest(data.labels, config)
+    images, picture = images_each(config), data.images[0].numel()
+    count, span = f"{n * passes:,} passes", clock(n * pace)
+    if least < n:
+        count, span = f"from {least * passes:,} passes (a sample shows that nothing stands out) to {n * passes:,} (all)", f"{clock(least * pace)} to {span}"
     return [
-        f"{n:,} images of {dataset.num_classes} classes, {passes} denoiser passes for each that is purified with {denoiser.name}: "
-        f"from {least * passes:,} passes (a sample shows that nothing stands out) to {n * passes:,} (all)",
-        f"time on {device}: {'classifier ' + clock(training) + ', ' if own_victim else ''}purification {clock(least * purifying)} to "
-        f"{clock(n * purifying)}, and if a backdoor is found the benign model {clock(again)}",
-        f"memory about {(peak_rss_bytes() + 3 * n * picture + 3 * config.purify_batch_size * images * picture) / 1e9:.1f} GB"
-        f"{' beside that of the GPU' if device.type == 'cuda' else f', more where the denoiser needs much for a batch of {config.purify_batch_size}'}",
+        f"purify: {n:,} images of {dataset.num_classes} classes, {passes} denoiser passes for each that is purified with {denoiser.name}: {count}",
+        f"purify: time {span} on {device}, memory about {purifying_bytes(config, data) / 1e9:.1f} GB"
+        f"{' beside that of the GPU' if device.type == 'cuda' else f', more where the denoiser needs much for a batch of {config.purify_batch_size}'}, "
         f"disk at most {n * (images + 4) * picture / 1e9:.2f} GB while it runs",
     ]
 
 
-def smallest(labels: torch.Tensor, config: DataElixirConfig) -> int:
+def defense_lines(name: str, data: LabeledImages, denoiser: Optional[Denoiser], config: Any, dataset: Dataset, device: torch.device) -> list[str]:
+    """Lines that say what the defence `name` takes.
+
+    Args:
+        denoiser: the one it purifies with, if it does.
+    """
+    lines = purifying_lines(data, denoiser, config, dataset, device) if denoiser else []
+    tuning = getattr(config, "ft_epochs", None) or config.epochs if hasattr(config, "ft_epochs") else 0
+    if name == "none":
+        return ["none: nothing"]
+    if name == "dataelixir":
+        return lines + [classifier_lines("stage1 and finetune, if a backdoor is found", data, config, dataset, device, config.epochs + tuning)]
+    return lines + [classifier_lines(f"{name}: at most", data, config, dataset, device, config.epochs + tuning)]
+
+
+def smallest(labels: torch.Tensor, config: Any) -> int:
     """The images that are purified at least."""
-    return int(labels.bincount().clamp(max=config.sample_first).sum()) if config.target_first else len(labels)
-
-
-def clock(span: float) -> str:
-    """Seconds in words: 45 s, 12 min, 3.4 h."""
-    return f"{span:.0f} s" if span < 100 else f"{span / 60:.0f} min" if span < 6000 else f"{span / 3600:.1f} h"
+    return int(labels.bincount().clamp(max=config.sample_first).sum()) if getattr(config, "target_first", False) else len(labels)

@@ -75,3 +75,17 @@ def warn_if_destroyed(votes: Tensor, level: int, last_steps_m: int) -> None:
     if share < DESTROYED:
         log.warning("steps_T: only %.2f of the predictions survive one round at T = %d: the classifier cannot read what this denoiser makes, "
                     "and the result means little; take a lower steps_T, steps_T: auto, or a better denoiser", share, level)
+
+
+def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int) -> list[str]:
+    """How often the victim still reads a purified image as it read the original: per round, and per given label.
+
+    Needs no truth. Low shares say that T, denoiser and classifier do not match; one class far below the others is
+    what a backdoor looks like.
+    """
+    known = votes[:, 0] >= 0
+    votes, labels = votes[known], labels[known]
+    same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double()
+    lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(same.mean(0)))]
+    shares = [f"{label}: {same[labels == label].mean(0)[-1]:.2f}" for label in labels.unique().tolist()]
+    return lines + ["prediction survives the last round, by given label: " + ", ".join(shares)]

@@ -18,6 +18,7 @@ from defense.sampling import stratified, undecided
 from defense.store import Block, IntermediaryStore
 from defense.target_label import Discrepancy, TargetRule, target_labels
 from defense.verdict import Kind, filter_candidates
+from utils.cost import clock
 from utils.data import LabeledImages
 
 log = logging.getLogger("dataelixir")
@@ -34,17 +35,20 @@ class Purification:
         rule: how target labels are found.
         num_classes: K.
         deal: who makes the blocks; by default this process, one after the other.
+        pace: seconds that an image takes, as far as known, for the progress bar.
     """
 
     def __init__(self, data: LabeledImages, rounds: Rounds, store: IntermediaryStore, rule: TargetRule, num_classes: int,
-                 deal: Optional[Deal] = None):
+                 deal: Optional[Deal] = None, pace: Optional[float] = None):
         self.data, self.rounds, self.store, self.rule, self.num_classes = data, rounds, store, rule, num_classes
+        self.pace = pace
         self.deal = deal or (lambda parts, ends: (rounds(part, ends) for part in parts))
 
     def run(self, wanted: Tensor, ends: Optional[Ending] = None, name: str = "purify") -> None:
         """Purify those of the data set indices `wanted` (B,) that are not in the store yet."""
         missing = self.store.missing(wanted)
         parts = missing.split(self.rounds.purifier.config.purify_batch_size) if len(missing) else ()
+        name += f", about {clock(self.pace * len(missing))}" if self.pace else ""
         for block in tqdm(self.deal(parts, ends), name, total=len(parts), unit="block", leave=False, disable=None):
             self.store.write(block)
 

@@ -18,8 +18,8 @@ from diffusion.denoiser import CARDS, Denoiser, DenoiserError, load_denoiser
 from diffusion.sampler import Sampler, subset_steps
 from utils.compiled import Compiled
 from utils.config import UserError, candidate_paths
+from utils.devices import autocast
 from utils.randomness import keyed_generator
-from utils.training import autocast
 
 NOISE_BLOCK = 8    # samples that share a random stream: keyed by data set index, so batches of any size draw the same
 COMPILING_PAYS = {"cpu": 4e3, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
@@ -147,9 +147,10 @@ class Purifier:
     def __init__(self, denoiser, config: PurifyConfig, seed: int, device: torch.device, amp: bool = False):
         self.config, self.seed, self.device, self.amp = config, seed, device, amp
         self.denoiser, self.steps = denoiser, _steps(config)
-        self.sampler = Sampler(self._predict_noise, method=config.sampler)
+        self.sampler = Sampler(self.predict_noise, method=config.sampler)
 
-    def _predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
+        """The denoiser's answer, float32 (B, 3, H, W)."""
         with autocast(self.device, self.amp):
             return self.denoiser(x, t).float()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense import crew, dataelixir
+from defense import dataelixir
 from defense.dataelixir import DataElixirConfig
 from defense.evidence import write_evidence
 from defense.folder import OWN_KEY, OutputFolder, outcome, refuse_overlap, write_cleaned
-from defense.forecast import forecast
+from defense.forecast import classifier_lines, defense_lines
 from defense.given import Given, as_labeled, fitting_denoiser, open_given
 from defense.result import Result
 from defense.summary import findings, summarise
 from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.data import DATASETS, Dataset, LabeledImages
+from utils.devices import pick_device
 from utils.files import write_table
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.processes import led
 from utils.record import save_arrays, start_logging, write_json
 from utils.report import write_page
-from utils.training import Trainer, pick_device
+from utils.training import Trainer
 
 log = logging.getLogger("dataelixir")
-SWITCHES = ("--dry_run", "--resize")
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,14 @@ def given_victim(file: Path, dataset: Dataset, config: DataElixirConfig) -> Clas
 @command_line
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Clean the set that the command line names."""
-    with crew.led() as leading:
+    with led() as leading:
         if leading:
             lead(argv)
 
 
 def lead(argv: Optional[Sequence[str]]) -> None:
     """Read the set, find the denoiser, and say what it would cost or do it."""
-    order, config = parse_config(argv_with_switches(argv), CleanConfig, DataElixirConfig, description=__doc__)
+    order, config = parse_config(argv, CleanConfig, DataElixirConfig, description=__doc__)
     if not order.data or not (order.out or order.dry_run):
         raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
     start_logging(None)
@@ -188,16 +188,11 @@ def lead(argv: Optional[Sequence[str]]) -> None:
     log.info("%s: %s, %d images of %d classes, %s", given.path, given.layout.kind, len(data), dataset.num_classes,
              ", ".join(f"{h}x{w}" for h, w in given.layout.sizes[:3]) + (" and others" if len(given.layout.sizes) > 3 else ""))
     if order.dry_run:
-        log.info("\n".join(forecast(data, denoiser, config.resolved(), dataset, pick_device(config.device), victim is None)))
+        device = pick_device(config.device)
+        lines = [] if victim else [classifier_lines("victim", data, config, dataset, device)]
+        log.info("\n".join(lines + defense_lines("dataelixir", data, denoiser, config.resolved(), dataset, device)))
         return
     run(order, given, data, dataset, config, victim)
-
-
-def argv_with_switches(argv: Optional[Sequence[str]]) -> list[str]:
-    """The words with `true` behind each switch that stands alone."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    alone = lambda k: words[k] in SWITCHES and (k + 1 == len(words) or words[k + 1].startswith("--"))
-    return [part for k, word in enumerate(words) for part in ([word, "true"] if alone(k) else [word])]
 
 
 def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset, config: DataElixirConfig, victim: Optional[Classifier]) -> None:

@@ -11,16 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from defense.baseline import BaselineConfig, Recipe
+from defense.crew import crew_for
 from defense.knowledge import DENOISER
 from defense.level import settled_level
-from defense.purifier import PurifyConfig, open_denoiser, purifier_for
+from defense.purifier import PurifyConfig, Purifier, open_denoiser, purifier_for
 from defense.result import Result
 from defense.store import Block, IntermediaryStore
+from diffusion.denoiser import Denoiser
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier
+from utils.processes import own_device
 from utils.record import Record
 from utils.training import Observer, predict
 
@@ -44,21 +48,46 @@ def clean_up(config: Config, record: Record) -> None:
         IntermediaryStore(record / "purify").discard()
 
 
-def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record) -> tuple[LabeledImages, int]:
-    """The set with every image purified, block by block, and the denoiser passes that this costs.
+@dataclass(frozen=True)
+class Purified:
+    """Makes blocks of samples and their last states, with the victim's votes on both, which tell whether denoiser and noise level match."""
 
-    Blocks hold the victim's votes on each image before and after, which tell whether denoiser and noise level match.
-    """
+    data: LabeledImages
+    victim: Classifier
+    purifier: Purifier
+
+    def __call__(self, index: Tensor, _: None) -> Block:
+        images = self.purifier.intermediaries(self.data.images[index], index)[:, [0, -1]]
+        votes = predict(self.victim, images.flatten(0, 1)).view(-1, 2)
+        return Block(index, votes, index, images, self.purifier.passes_per_image * len(index))
+
+
+@dataclass(frozen=True)
+class PurifyRecipe:
+    """What every process of a run needs to purify."""
+
+    data: LabeledImages
+    victim: Classifier
+    denoiser: Denoiser
+    config: Config
+
+    def prepared(self) -> Purified:
+        """Networks on this process's device, compiled where that pays."""
+        device = own_device(self.victim.device)
+        purifier = purifier_for(self.denoiser, self.config, len(self.data), self.config.random_seed, device, self.config.amp)
+        return Purified(self.data, self.victim.to(device), purifier)
+
+
+def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record) -> tuple[LabeledImages, int]:
+    """The set with every image purified, block by block, and the denoiser passes that this costs."""
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
-    purifier = purifier_for(denoiser, replace(config, steps_T=level), len(data), config.random_seed, victim.device, config.amp)
-    log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, purifier.passes_per_image)
     store, every = IntermediaryStore(record / "purify"), torch.arange(len(data))
-    for index in tqdm(store.missing(every).split(config.purify_batch_size), "purify", unit="block", leave=False, disable=None):
-        if len(index):
-            images = purifier.intermediaries(data.images[index], index)[:, [0, -1]]
-            votes = predict(victim, images.flatten(0, 1)).view(-1, 2)
-            store.write(Block(index, votes, index, images, purifier.passes_per_image * len(index)))
+    parts = [part for part in store.missing(every).split(config.purify_batch_size) if len(part)]
+    with crew_for(PurifyRecipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
+        log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, crew.work.purifier.passes_per_image)
+        for block in tqdm(crew.blocks(parts, None), "purify", total=len(parts), unit="block", leave=False, disable=None):
+            store.write(block)
     votes = store.votes(len(data))
     log.info("prediction survives purification: %.3f", (votes[:, 0] == votes[:, 1]).double().mean())
     images = torch.empty_like(data.images)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from scipy.stats import beta
 from torch import Tensor
 
 from defense.purifier import KeyedNoise, Purifier
@@ -68,6 +67,8 @@ def _kind_so_far(votes: Tensor, tau: int) -> tuple[Tensor, Tensor]:
 
 def _upper_bound(hits: int, n: int) -> float:
     """Clopper and Pearson's one-sided bound on a share of which `hits` of n were seen."""
+    from scipy.stats import beta    # half a second that --help need not wait for
+
     return 1.0 if hits == n else float(beta.ppf(CONFIDENCE, hits + 1, n - hits))
 
 

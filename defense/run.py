@@ -10,16 +10,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
 
-from defense import crew
 from defense.evidence import write_evidence
+from defense.forecast import defense_lines
+from defense.purifier import PurifyConfig, open_denoiser
 from defense.report import Case, build_report, summary, write_figures, write_product
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, nearest, parse_config, peek
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
+from utils.devices import pick_device
 from utils.metrics import EpochLog, Truth
 from utils.models import build_classifier, load_weights
+from utils.processes import led
 from utils.record import Record, load_arrays, save_arrays, start_logging, write_json
 from utils.report import write_page
-from utils.training import pick_device
 
 log = logging.getLogger("dataelixir")
 
@@ -31,10 +33,12 @@ class AgainConfig:
     Args:
         result_file: name of the record, below record/.
         run_name: folder for the results below record/NAME/defense/; by default the defence's name and a hash of its keys.
+        dry_run: say what the defence would cost, from a little of it measured on the spot, and stop.
     """
 
     result_file: str = ""
     run_name: Optional[str] = None
+    dry_run: bool = False
 
 
 def find_defense(name: str) -> ModuleType:
@@ -101,7 +105,7 @@ def show_finished(record: Record) -> bool:
 @command_line
 def main(name: str) -> None:
     """Entry of `python defense/<name>.py --result_file NAME`: the record's own keys, unless others are given."""
-    with crew.led() as leading:
+    with led() as leading:
         if leading:
             defend_again(name)
 
@@ -117,6 +121,10 @@ def defend_again(name: str) -> None:
                                               description=f"Defend a record again with {name}.")
     dataset = load_dataset(data_config)
     module.check(config, dataset)
+    if again.dry_run:
+        start_logging(None)
+        log.info("\n".join(defense_costs(name, load_case(source)[0], config, dataset)))
+        return
     keys = as_flat_dict(data_config, config)
     digest = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()[:8]
     record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
@@ -124,6 +132,13 @@ def defend_again(name: str) -> None:
     start_logging(record / "log.txt")
     if not show_finished(record):
         run_defense(module, load_whole_case(source, dataset, config), config, record)
+
+
+def defense_costs(name: str, data: LabeledImages, config: Any, dataset: Dataset) -> list[str]:
+    """Lines that say what the defence `name` would cost on `data`."""
+    config = config.resolved() if hasattr(config, "resolved") else config
+    denoiser = open_denoiser(config, data.images.shape[-1], dataset.name) if isinstance(config, PurifyConfig) else None
+    return defense_lines(name, data, denoiser, config, dataset, pick_device(config.device))
 
 
 def load_whole_case(record: Record, dataset: Dataset, config: Any) -> Case:

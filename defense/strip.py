@@ -24,10 +24,11 @@ from defense.knowledge import CLEAN_IMAGES, clean_images
 from defense.result import Result
 from utils.config import UserError
 from utils.data import Dataset, LabeledImages, to_unit
+from utils.devices import autocast
 from utils.models import Classifier
 from utils.randomness import keyed_generator
 from utils.record import Record
-from utils.training import EVAL_BATCH, Observer, autocast
+from utils.training import EVAL_BATCH, Observer
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (CLEAN_IMAGES,)

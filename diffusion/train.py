@@ -1,33 +1,42 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
 """Script that trains a denoiser for a data set that has no card: python diffusion/train.py --dataset NAME --out DIR"""
 
+import contextlib
 import hashlib
 import json
 import logging
 import shlex
-from dataclasses import fields, replace
+import tempfile
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
+from torch import Tensor
 
 from diffusion.denoiser import Denoiser, DenoiserError, load_denoiser
 from diffusion.quality import denoising_error, sample_sheet
 from diffusion.sampler import Schedule
-from diffusion.training import DenoiserConfig, Training
+from diffusion.network import DenoiserConfig
+from diffusion.training import Training
 from utils.compiled import Compiled
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config, resolve_path
+from utils.cost import clock
 from utils.data import DATASETS, Dataset, LabeledImages, load_dataset, stratified_split
+from utils.devices import has_bfloat16, pick_device
 from utils.layouts import open_layout
-from utils.record import Record, environment, load_arrays, start_logging, write_json
-from utils.training import has_bfloat16, pick_device
+from utils.lock import take
+from utils.processes import helped, in_step, led, own_device, rank, size, told
+from utils.record import Record, environment, load_arrays, peak_rss_bytes, start_logging, write_json
 
 log = logging.getLogger("dataelixir")
-RUNTIME_KEYS = ("out", "dataset_path", "data", "device", "save_every", "compile", "on_bad_image")  # may differ when a training goes on
+RUNTIME_KEYS = ("out", "dataset_path", "data", "device", "save_every", "compile", "on_bad_image", "dry_run")  # may differ when a training goes on
 OWN = "own"  # what a set given by --data is called
 SPLIT_OFF = 0.1  # of such a set
 HELD_OUT = 512  # test images that the error is measured on
 SHOWN = 10
+MEASURED = 5  # steps, for --dry_run
 COMPILING_PAYS = 1e5  # 10^9 operations of a whole training
 
 
@@ -38,6 +47,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: Whatever the user can mend.
         KeyboardInterrupt: After Ctrl-C; the same command goes on.
     """
+    with led() as leading:
+        if leading:
+            lead(argv)
+
+
+def lead(argv: Optional[Sequence[str]]) -> None:
+    """What one process does, with the help of the others if there are any."""
     data, config = parse_config(argv, DataConfig, DenoiserConfig, description=__doc__)
     if config.data and config.result_file:
         raise UserError("data, result_file: give one of the two")
@@ -47,31 +63,88 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise UserError(f"out: {out} already holds a finished denoiser; give another --out, or delete that folder")
     if config.ddpm_T > Schedule.steps:
         raise UserError(f"ddpm_T: {config.ddpm_T} is more than the schedule's {Schedule.steps} levels")
-    out.mkdir(parents=True, exist_ok=True)
-    start_logging(out / "train.log")
-    try:
-        train(data, config)
-    except DenoiserError as error:
-        raise UserError(str(error)) from None
+    with contextlib.ExitStack() as held:
+        if config.dry_run:
+            config = replace(config, out=held.enter_context(tempfile.TemporaryDirectory()))
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        lock = take(Path(config.out), "out")
+        held.callback(lock.release)
+        start_logging(None if config.dry_run else Path(config.out) / "train.log")
+        try:
+            train(data, config)
+        except DenoiserError as error:
+            raise UserError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The training as it stands: made from in this process and, where there are several, in all others."""
+
+    config: DenoiserConfig
+    images: Tensor
+    flip: bool
+    device: torch.device
+    identity: dict[str, Any]
+    state: Optional[dict[str, Any]] = None
+
+    def training(self) -> Training:
+        """In this process, from the start."""
+        device = own_device(self.device)
+        amp = self.config.amp and (device.type != "cpu" or has_bfloat16())
+        return Training(self.config, self.images, self.flip, self.identity, device, amp, rank(), size())
+
+    def help(self) -> None:
+        """In another process: the same steps, each with its share of every batch."""
+        training = self.training()
+        training.load(self.state)
+        connect(training)
+        while (progress := told()) is not None:
+            training.step(progress)
+
+
+def connect(training: Training) -> None:
+    """Let a training call its network together with other processes, and compiled where that pays."""
+    training.network = in_step(training.denoiser, training.device)
+    if worth_compiling(training.config, training.denoiser):
+        training.network = Compiled(training.network)
 
 
 def train(data: DataConfig, config: DenoiserConfig) -> None:
     """The stages of a run: data, training, saving, measuring."""
     dataset, device = load_own(config.data, data.image_size) if config.data else load_dataset(data), pick_device(config.device)
     images = training_images(dataset, config.result_file)
-    amp = config.amp and (device.type != "cpu" or has_bfloat16())
-    training = Training(config, images, dataset.info.flip, identity(data, config, images), device, amp)
-    if worth_compiling(config, training.denoiser):
-        training.network = Compiled(training.denoiser)
+    if config.batch_size < size():
+        raise UserError(f"batch_size: {config.batch_size} images cannot be shared by {size()} processes; start fewer")
+    lesson = Lesson(config, images, dataset.info.flip, device, identity(data, config, images))
+    training = lesson.training()
     log.info("training a denoiser of %.2f million parameters on %d images", parameters(training) / 1e6, len(images))
+    if config.dry_run:
+        log.info("%s", forecast(training, config))
+        return
+    training.resume()
     try:
-        training.run()
+        with helped(replace(lesson, state=training.state())):
+            connect(training)
+            training.run(told)
     except KeyboardInterrupt:
         log.info("stopped after step %d; go on with: %s", training.steps, command(data, config))
         raise
     save(training, data, config)
     measure(Path(config.out), dataset.test.images, device)
     training.checkpoint.unlink()
+
+
+def forecast(training: Training, config: DenoiserConfig) -> str:
+    """What a training will cost, from steps of a copy that is thrown away."""
+    training.step(0.0)
+    started = time.monotonic()
+    for _ in range(MEASURED):
+        training.step(0.0)
+    training.finite_loss()    # waits for the device
+    seconds = config.steps * (time.monotonic() - started) / MEASURED
+    limit = f", ended after {config.minutes:g} minutes" if config.minutes and config.minutes * 60 < seconds else ""
+    return (f"{config.steps:,} steps of {config.batch_size} images, {3 * training.denoiser.gflops() * config.batch_size:.0f} GFLOP each: "
+            f"about {clock(seconds)} on {training.device}{limit}; memory about {peak_rss_bytes() / 1e9:.1f} GB")
 
 
 def worth_compiling(config: DenoiserConfig, denoiser: Denoiser) -> bool:

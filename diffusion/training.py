@@ -1,4 +1,4 @@
-# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239; Luhman & Luhman, patches as channels, 2022: https://arxiv.org/abs/2207.04316
+# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
 """Training of a denoiser: x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) e with t uniform below T; the network learns e by least squares.
 
 The defence only visits levels below T = 150, which a small network learns far sooner than all 1000. Random draws are keyed by
@@ -11,103 +11,23 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from diffusion.denoiser import Denoiser
-from diffusion.ho_layout import FIXED
+from diffusion.network import DenoiserConfig, build_unet
 from diffusion.sampler import Schedule
 from diffusion.weights import READ_ERRORS, DenoiserError, first_line
 
-Channels = restricted_string_type("Channels", r"\d+(,\d+)*")
 WARMUP = 0.02  # share of the training in which the learning rate rises
+STATEFUL = ("denoiser", "ema", "optimizer")  # parts of a Training
 LOOK_EVERY = 50  # steps between two looks at the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """A denoiser and its training.
-
-    Args:
-        out: folder to write the denoiser to; an interrupted training goes on from the checkpoint in it.
-        result_file: name of a record whose (poisoned) training set is used instead of the clean one.
-        data: a set of your own instead: folder of class folders, .npz file or CIFAR folder, resized to image_size; a tenth is held out to measure on.
-        ddpm_T: noise levels to learn, 0 ... T-1 of the 1000-step schedule; 1000 = all.
-        channels: width of the network at each resolution, from the full one down, e.g. 64,128.
-        layers_per_block: residual blocks at each resolution.
-        patch: 2 folds each 2x2 patch of pixels into channels first, which makes a pass far cheaper.
-        attention: attend over positions at the lowest resolution.
-        dropout: share of features dropped in training.
-        batch_size: images per optimizer step.
-        lr: learning rate of Adam after the warmup; it falls to 0 on a cosine.
-        steps: optimizer steps.
-        minutes: end after this time at the latest, on the same learning rate curve; null = no limit.
-        ema_decay: decay per step of the averaged weights, which are the result.
-        half: store the weights as float16 (they are computed with as float32).
-        amp: train in bfloat16 where the device computes with it.
-        compile: compile the network: auto (where there is so much to do that it pays), on or off.
-        device: auto, cpu, cuda, cuda:1, ...; a missing GPU is answered with a warning and the CPU.
-        save_every: steps between two checkpoints.
-        random_seed: seed of every random choice.
-    """
-
-    out: str
-    result_file: Optional[str] = None
-    data: Optional[str] = None
-    ddpm_T: PositiveInt = 150
-    channels: Channels = "64,128"
-    layers_per_block: PositiveInt = 2
-    patch: Literal[1, 2] = 1
-    attention: bool = True
-    dropout: ClosedUnitInterval = 0.1
-    batch_size: PositiveInt = 128
-    lr: PositiveFloat = 4e-4
-    steps: PositiveInt = 20000
-    minutes: Optional[PositiveFloat] = None
-    ema_decay: ClosedUnitInterval = 0.9995
-    half: bool = False
-    amp: bool = True
-    compile: Literal["auto", "on", "off"] = "auto"
-    device: str = "auto"
-    save_every: PositiveInt = 1000
-    random_seed: NonNegativeInt = 2022
-
-
-def build_unet(config: DenoiserConfig, resolution: int) -> nn.Module:
-    """The UNet2DModel that `config` describes, for images of side `resolution`; random weights from the global stream.
-
-    Raises:
-        DenoiserError: The images cannot be halved so often, or the widths are odd.
-    """
-    from diffusers import UNet2DModel
-
-    widths, levels = [int(width) for width in config.channels.split(",")], config.channels.count(",") + 1
-    groups, unit = math.gcd(32, *widths), config.patch * 2 ** (levels - 1)
-    if groups < 4 or resolution % unit:
-        raise DenoiserError(
-            f"channels: {config.channels} needs image sides divisible by {unit} (here {resolution}) and widths divisible by 4, better 32"
-        )
-    kinds = [""] * (levels - 1) + ["Attn" if config.attention else ""]
-    options = FIXED | {"norm_num_groups": groups, "sample_size": resolution // config.patch}
-    return UNet2DModel(
-        **options,
-        in_channels=3 * config.patch**2,
-        out_channels=3 * config.patch**2,
-        block_out_channels=widths,
-        layers_per_block=config.layers_per_block,
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        add_attention=config.attention,
-        dropout=config.dropout,
-    )
 
 
 def learning_rate(progress: float) -> float:
@@ -131,7 +51,8 @@ def interrupt_between_steps() -> Iterator[threading.Event]:
 class Training:
     """One training run: network, averaged weights, optimizer and progress, and the checkpoint that holds them.
 
-    `network` is what is called, the denoiser itself unless a compiled one is put in its place.
+    `network` is what is called, the denoiser itself unless a compiled one, or one that averages gradients over processes, is put in
+    its place. Several processes make the same draws, and each takes its rows of the batch.
 
     Args:
         config: What to train; `out` exists.
@@ -140,12 +61,16 @@ class Training:
         identity: Keys and values that must be the same for a checkpoint to be continued.
         device: Where to train.
         amp: Train in bfloat16.
+        rank: The number of this process.
+        processes: How many train together.
     """
 
-    def __init__(self, config: DenoiserConfig, images: Tensor, flip: bool, identity: dict[str, Any], device: torch.device, amp: bool):
+    def __init__(self, config: DenoiserConfig, images: Tensor, flip: bool, identity: dict[str, Any], device: torch.device, amp: bool,
+                 rank: int = 0, processes: int = 1):
         from diffusers.training_utils import EMAModel
 
         self.config, self.flip, self.identity, self.device, self.amp = config, flip, identity, device, amp
+        self.rank, self.processes = rank, processes
         self.checkpoint, self.images = Path(config.out) / "checkpoint.pt", images.to(device)
         self.ab = Schedule().alphas_cumprod.float().to(device)
         torch.manual_seed(config.random_seed)
@@ -161,19 +86,22 @@ class Training:
         timed = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(self.steps / self.config.steps, timed))
 
-    def run(self) -> None:
-        """Train to the end, from the checkpoint if there is one.
+    def run(self, tell: Callable[[float], Any] = lambda progress: None) -> None:
+        """Train to the end, after `resume`.
+
+        Args:
+            tell: Called with the progress before every step; other processes then make this `step` as well.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; the checkpoint is written.
-            DenoiserError: The loss is no number any more, or the checkpoint cannot be continued.
+            DenoiserError: The loss is no number any more.
         """
-        self.resume()
         bar = tqdm(total=self.config.steps, initial=self.steps, desc="denoiser", unit="step", leave=False, disable=None)
         before, started = self.seconds, time.monotonic()
         with interrupt_between_steps() as asked, bar:
             while self.progress < 1 and not asked.is_set():
-                self.step()
+                tell(self.progress)
+                self.step(self.progress)
                 self.seconds = before + time.monotonic() - started
                 bar.update()
                 if self.steps % LOOK_EVERY == 0:
@@ -184,13 +112,14 @@ class Training:
         if self.progress < 1:
             raise KeyboardInterrupt
 
-    def step(self) -> None:
+    def step(self, progress: float) -> None:
         """One optimizer step; dropout can only draw from the global stream, so that is what the step's number keys."""
         torch.manual_seed((self.config.random_seed << 32) + self.steps + 1)
-        x, t, noise = self.batch()
+        x, t, noise = (part[self.rank::self.processes] for part in self.batch())
+        share = len(x) * self.processes / self.config.batch_size    # gradients are averaged over processes, the loss is to be over images
         with torch.autocast(self.device.type, torch.bfloat16, self.amp):
-            loss = F.mse_loss(self.network(x, t).float(), noise)
-        self.optimizer.param_groups[0]["lr"] = self.config.lr * learning_rate(self.progress)
+            loss = F.mse_loss(self.network(x, t).float(), noise) * share
+        self.optimizer.param_groups[0]["lr"] = self.config.lr * learning_rate(progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
@@ -218,13 +147,22 @@ class Training:
     def save(self) -> None:
         """Write the checkpoint, complete or not at all."""
         self.finite_loss()
-        state = {part: getattr(self, part).state_dict() for part in ("denoiser", "ema", "optimizer")}
-        state |= {"steps": self.steps, "seconds": self.seconds, "loss": self.loss, "identity": self.identity}
         temporary = self.checkpoint.with_suffix(".tmp")
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            torch.save(self.state() | {"identity": self.identity}, file)
             os.fsync(file.fileno())
         os.replace(temporary, self.checkpoint)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the training goes on from."""
+        parts = {part: getattr(self, part).state_dict() for part in STATEFUL}
+        return parts | {"steps": self.steps, "seconds": self.seconds, "loss": self.loss}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        for part in STATEFUL:
+            getattr(self, part).load_state_dict(state[part])
+        self.steps, self.seconds, self.loss = state["steps"], state["seconds"], state["loss"]
 
     def resume(self) -> None:
         """Take over the checkpoint, if there is one; raises DenoiserError if it is damaged or of another config."""
@@ -233,9 +171,7 @@ class Training:
         try:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             self._refuse_other(state["identity"])
-            for part in ("denoiser", "ema", "optimizer"):
-                getattr(self, part).load_state_dict(state[part])
-            self.steps, self.seconds, self.loss = state["steps"], state["seconds"], state["loss"]
+            self.load(state)
         except DenoiserError:
             raise
         except READ_ERRORS as error:

@@ -16,7 +16,7 @@ from attack.trigger import Trigger
 from defense.dataelixir import DataElixirConfig
 from defense.purifier import PurifyConfig
 from defense.run import AgainConfig
-from diffusion.training import DenoiserConfig
+from diffusion.network import DenoiserConfig
 from utils import config as module
 from utils.config import DataConfig, TrainConfig, UserError, as_flat_dict, command_line, parse_config, peek, resolve_path
 

@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from defense import crew
-from defense.crew import Crew, led, own_device
+from defense.crew import Crew, crew_for
 from defense.rounds import Ending, Rounds
 from tests.test_purification import CONFIG, DATA, purification
 from tests.toys import FlatDenoiser, PatchReader
 from defense.purifier import Purifier
+from utils import processes
 from utils.config import UserError
+from utils.processes import helped, led, own_device, rank
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from defense import crew
 from tests.test_crew import Recipe, purify
-with crew.led() as leading:
+from utils.processes import led
+with led() as leading:
     if leading:
         purify(Path(sys.argv[1]), sys.argv[2])
 print("left", flush=True)
@@ -34,7 +35,7 @@ class Recipe:
     kind: str = "good"
 
     def prepared(self):
-        if self.kind == "dies" and crew.is_crew():
+        if self.kind == "dies" and rank() > 0:
             return sys.exit   # called with a part, it ends the process
         purifier = Purifier(FlatDenoiser(), CONFIG, 0, own_device(torch.device("cpu")))
         return Rounds(DATA, PatchReader(), purifier, 4)
@@ -42,10 +43,10 @@ class Recipe:
 
 def purify(folder, kind):
     """The toy set, target labels first; leaves votes and images in folder/out.pt."""
-    team = Crew(Recipe(kind))
     work = purification(folder / "store")
-    work.deal = team.blocks
-    found = work.targets_first(0.2, first=10, error=0.02)
+    with crew_for(Recipe(kind)) as team:
+        work.deal = team.blocks
+        found = work.targets_first(0.2, first=10, error=0.02)
     images = [part for _, part in work.store.fetch(torch.arange(len(DATA)))]
     torch.save((found.targets, work.votes(), torch.cat(images), work.store.passes), folder / "out.pt")
 
@@ -77,20 +78,31 @@ def test_a_lost_process_is_told_in_words(monkeypatch):
     def lost(*words):
         raise RuntimeError("Connection closed by peer")
 
-    team = Crew(Recipe())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(crew, "_told", lost)
+    monkeypatch.setattr(processes, "join", lambda: None)
+    monkeypatch.setattr(processes, "told", lost)
     with pytest.raises(UserError, match="another process of this run has died .*Connection closed.*goes on from there"):
-        list(team.blocks([torch.tensor([0])], None))
+        with helped(None):
+            pass
 
 
 def test_without_torchrun_there_is_no_crew():
-    assert crew.size() == 1 and not crew.is_crew() and own_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert processes.size() == 1 and rank() == 0 and own_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
     with led() as leading:
         assert leading
-    team = Crew(Recipe())
-    [block] = team.blocks([torch.tensor([3, 60])], Ending(4, {}))
+    [block] = Crew(Recipe().prepared()).blocks([torch.tensor([3, 60])], Ending(4, {}))
     assert block.index.tolist() == [3, 60]
+
+
+def test_a_mistake_of_this_program_is_no_lost_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "join", lambda: None)
+    said = []
+    monkeypatch.setattr(processes, "told", said.append)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        with helped("job"):
+            raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
+    assert said == ["job", None]      # the others are let go before the program ends
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,9 +15,10 @@ import yaml
 from diffusion import train
 from diffusion.denoiser import DenoiserError, load_denoiser
 from diffusion.quality import denoising_error
-from diffusion.training import DenoiserConfig, Training, build_unet, learning_rate
-from utils import record
-from utils.config import UserError
+from diffusion.network import DenoiserConfig, build_unet
+from diffusion.training import Training, learning_rate
+from utils import lock, record
+from utils.config import ROOT, UserError
 
 TINY = "--dataset digits --image_size 8 --channels 16 --layers_per_block 1 --batch_size 32 --device cpu --amp false".split()
 
@@ -127,14 +130,14 @@ def test_damaged_checkpoints_are_refused(tiny_training):
     training = tiny_training()
     training.checkpoint.write_bytes(b"no checkpoint")
     with pytest.raises(DenoiserError, match="delete it to start again"):
-        training.run()
+        training.resume()
 
 
 def test_a_lost_loss_is_told(tiny_training):
     training = tiny_training(lr=1e30)
     with pytest.raises(DenoiserError, match="lr: the loss became"):
         for _ in range(20):
-            training.step()
+            training.step(training.progress)
             training.finite_loss()
 
 
@@ -190,3 +193,38 @@ def test_denoising_error_of_known_predictors():
 
 def test_defaults_are_what_the_defence_needs():
     assert asdict(DenoiserConfig(out=""))["ddpm_T"] == 150
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path, capsys):
+    run(tmp_path / "out", "--steps", 1000, "--dry_run")
+    told = capsys.readouterr().out
+    assert "1,000 steps of 32 images" in told and "about " in told and "GB" in told and not list(tmp_path.iterdir())
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    held = lock.take(tmp_path, "out")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run(tmp_path, "--steps", 1)
+        except UserError as error:
+            code = 7 if "out: " in str(error) and f"process {os.getppid()}" in str(error) else 8
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    held.release()
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """Batches of 33 images, so that the shares differ; the network has no batch statistics."""
+    words = ["--steps", "12", "--dropout", "0", "--batch_size", "33", "--save_every", "5", "--ema_decay", "0.5"]
+    run(tmp_path / "one", *words)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "diffusion" / "train.py")]
+    done = subprocess.run([*command, *TINY, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    flat = lambda out: torch.cat([value.flatten() for value in weights(out).values()])
+    differ = (flat(tmp_path / "one") - flat(tmp_path / "two")).abs()   # Adam makes much of a rounding where a gradient is nearly zero
+    assert differ.mean() < 4e-6 and differ.max() < 1e-3
+    assert json.loads((tmp_path / "two" / "denoiser.json").read_text())["steps"] == 12

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from attack.badnet import BadNet
 from attack.run import main
 from diffusion.denoiser import Denoiser
-from diffusion.training import DenoiserConfig, build_unet
+from diffusion.network import DenoiserConfig, build_unet
 from utils import decoding
 from utils.decoding import files_by_class
 

@@ -12,7 +12,7 @@ from defense import purifier as module
 from defense.purifier import KeyedNoise, PurifyConfig, Purifier, open_denoiser, quantised, requantised
 from diffusion.denoiser import Denoiser
 from diffusion.sampler import Schedule, subset_steps
-from diffusion.training import DenoiserConfig, build_unet
+from diffusion.network import DenoiserConfig, build_unet
 from tests.toys import CLASSES, LEVELS, FlatDenoiser, flat_images, random_images, with_corner
 from utils import config as config_module
 from utils.config import UserError

@@ -122,7 +122,7 @@ def test_a_dry_run_counts_and_writes_nothing(toy, tmp_path, capsys):
     before = contents(tmp_path)
     purify.main(["--data", str(data), "--dry_run", *KEYS])
     told = capsys.readouterr().out
-    assert f"40 images of {CLASSES} classes, 40 denoiser passes for each" in told and "from 1,600 passes" in told and "memory about" in told
+    assert f"40 images of {CLASSES} classes, 40 denoiser passes for each" in told and ": 1,600 passes" in told and "memory about" in told and "victim: " in told
     assert contents(tmp_path) == before
 
 

@@ -7,7 +7,6 @@ where paths are looked for, which known key an unknown one is nearest to, and ho
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import math
 import os
@@ -15,7 +14,6 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Callable, Literal, Optional, Sequence, get_args, get_type_hints
 
 import yaml
@@ -25,12 +23,12 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat,
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
 from utils.command import UserError, command_line
+from utils.yaml_files import mapping, nearest, read_yaml
 
-__all__ = ["Fraction", "NonNegativeFloat", "NonNegativeInt", "OpenFraction", "PositiveFloat", "PositiveInt", "UserError", "command_line"]
+__all__ = ["Fraction", "NonNegativeFloat", "NonNegativeInt", "OpenFraction", "PositiveFloat", "PositiveInt", "UserError", "command_line", "nearest", "read_yaml"]
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "attack"
-MAX_YAML, MAX_VALUES = 1_000_000, 1000    # bytes in a file, values of a key
 NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
 
@@ -113,49 +111,11 @@ def candidate_paths(text: str) -> list[Path]:
     return list(dict.fromkeys([given.absolute(), Path(os.path.normpath(SCRIPTS / given))]))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """' Did you mean X?' for the known word closest to `word`, or the empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{close[0]}'?" if close else ""
-
-
 def choose_by_name(name: str, known: dict[str, Any], key: str) -> Any:
     """`known[name]`; raises UserError that names the key, the nearest known name and all of them."""
     if name in known:
         return known[name]
     raise UserError(f"{key}: '{name}' is unknown.{nearest(name, list(known))} Known: {', '.join(known)}")
-
-
-def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, read with the safe loader.
-
-    Raises:
-        UserError: the file is not a YAML mapping, or holds a key that is not in `known`.
-    """
-    try:
-        if path.stat().st_size > MAX_YAML:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too many for a config")
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
-    for key in content:
-        if key not in known:
-            raise UserError(f"{path}: unknown key '{shorten(str(key), 80)}'.{nearest(str(key), known)}")
-        if not is_short(content[key]):
-            raise UserError(f"{path}: {key}: holds more than {MAX_VALUES} values")
-    return content
-
-
-def is_short(value: Any) -> bool:
-    """Whether a value read from YAML unfolds to at most MAX_VALUES; a few aliases can stand for more than memory holds."""
-    left, stack = MAX_VALUES, [value]
-    while stack and left >= 0:
-        top, left = stack.pop(), left - 1
-        if isinstance(top, (list, tuple, set, dict)):
-            stack.extend(list(top.values() if isinstance(top, dict) else top)[: MAX_VALUES + 1])
-    return left >= 0
 
 
 class _YamlPath(ActionConfigFile):
@@ -184,7 +144,7 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
     Args:
         argv: the command line without the program name; None means sys.argv[1:].
         classes: frozen dataclasses whose fields (together without repetition) are the flags. Keys in a class's
-            PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for others.
+            PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for others. A flag of a bool may stand alone.
         description: first lines of --help.
         defaults: values that replace the classes' own; keys that no class has are passed over.
 
@@ -199,7 +159,8 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
         parser.add_class_arguments(cls)
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})
-    values = parser.parse_args(_yaml_first(argv)).as_dict()
+    switches = {f"--{key}" for cls in classes for key, kind in get_type_hints(cls).items() if kind is bool}
+    values = parser.parse_args(_switched(_yaml_first(argv), switches)).as_dict()
     return [cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init}) for cls in classes]
 
 
@@ -223,6 +184,12 @@ def _yaml_first(argv: Optional[Sequence[str]]) -> list[str]:
     return first + rest
 
 
+def _switched(words: Sequence[str], switches: set[str]) -> list[str]:
+    """The words with `true` behind each of `switches` that stands alone."""
+    alone = lambda k: words[k] in switches and (k + 1 == len(words) or words[k + 1].startswith("--"))
+    return [part for k, word in enumerate(words) for part in ([word, "true"] if alone(k) else [word])]
+
+
 def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
     """The value that `key` will have, read before the parser exists (used for keys that decide which keys exist)."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -234,12 +201,8 @@ def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
     if f"--{key}" in given:
         return given[f"--{key}"]
     if "--yaml_path" in given:
-        path = resolve_path(given["--yaml_path"], "--yaml_path")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError):
-            return default
-        return str(content.get(key, default)) if isinstance(content, dict) else default
+        with contextlib.suppress(UserError):    # said when the parser reads the file
+            return str(mapping(resolve_path(given["--yaml_path"], "--yaml_path")).get(key, default))
     return default
 
 

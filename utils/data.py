@@ -39,6 +39,10 @@ class LabeledImages:
         """The rows that a mask, an index tensor or a slice names."""
         return LabeledImages(self.images[which], self.labels[which])
 
+    def to(self, device: torch.device) -> "LabeledImages":
+        """The same on another device."""
+        return LabeledImages(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class TriggeredImages:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from utils.data import LabeledImages, TriggeredImages
@@ -81,6 +80,8 @@ def suspicion(score: Optional[Tensor], truth: Truth) -> dict[str, float | None]:
     poison = truth.poison[counted]
     if score is None or poison.all() or not poison.any() or bool((score == score[0]).all()):
         return {"auroc": None, "auprc": None, "tpr_at_fpr1": None}
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve    # two seconds that --help need not wait for
+
     poison, score = poison.numpy(), score[counted].numpy()
     fpr, tpr, _ = roc_curve(poison, score, drop_intermediate=False)
     return {"auroc": float(roc_auc_score(poison, score)), "auprc": float(average_precision_score(poison, score)),

@@ -24,15 +24,16 @@ import torch
 import yaml
 
 from utils import checksums, lock, mending
-from utils.config import ROOT, UserError, command_line, is_short
+from utils.config import ROOT, UserError, command_line
 from utils.files import load_arrays, replacing, save_arrays, shortened, write_json
+from utils.yaml_files import is_short
 
 __all__ = ["Record", "environment", "load_arrays", "peak_rss_bytes", "replacing", "save_arrays", "start_logging", "write_json"]
 
 log = logging.getLogger("dataelixir")
 RECORDS = ROOT / "record"
 # keys that may differ when a run is continued: they say how fast or where, not what
-RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries", "on_bad_image")
+RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries", "on_bad_image", "dry_run")
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,11 @@ from tqdm import tqdm
 
 from utils import checksums
 from utils.config import TrainConfig, UserError
+from utils.cost import clock
 from utils.data import LabeledImages, to_unit
+from utils.devices import autocast
 from utils.models import Classifier
+from utils.processes import averaged, helped, in_step, own_device, rank, share, size, told
 from utils.randomness import key_seed, keyed_generator
 from utils.record import replacing
 
@@ -29,6 +32,7 @@ log = logging.getLogger("dataelixir")
 EVAL_BATCH = 512
 CPU_BATCH = 64   # what a processor's cache holds: twice as fast as 512
 PAD = 4
+STATEFUL = ("model", "optimizer", "schedule", "scaler")   # parts of a Trainer
 
 
 @dataclass(frozen=True)
@@ -43,34 +47,6 @@ class Epoch:
 
 
 Observer = Callable[[Epoch], dict[str, float]]   # returns what the progress bar should show
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `name` means; a GPU that is not there is answered with a warning and the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        log.warning("device: %s was asked for, but there is no GPU; going on with the CPU", name)
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: '{name}' cannot be used ({str(error).splitlines()[0][:100]}); try auto, cpu or cuda") from None
-    return device
-
-
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Mixed precision: float16 on CUDA, bfloat16 on a CPU that computes with it."""
-    if device.type == "cpu":
-        return torch.autocast("cpu", torch.bfloat16, enabled and has_bfloat16())
-    return torch.autocast(device.type, torch.float16, enabled)
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (elsewhere it is slower than float32)."""
-    return torch.backends.mkldnn.is_available() and any(
-        getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def random_crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
@@ -102,6 +78,27 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torc
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """The job of the other processes while process 0 trains: the same steps, each with its share of every batch."""
+
+    model: Classifier
+    config: TrainConfig
+    stage: str
+    flip: bool
+    data: LabeledImages
+    state: dict[str, Any]
+
+    def help(self) -> None:
+        """Train epoch by epoch until there is none left."""
+        model = self.model.to(own_device(self.model.device))
+        trainer = Trainer(model, self.config, self.stage, self.flip)
+        trainer.load(self.state)
+        data, trainer.network = self.data.to(model.device), in_step(model, model.device)
+        while (epoch := told()) is not None:
+            trainer.one_epoch(data, epoch)
+
+
 class Trainer:
     """One training run: model, optimizer, schedule and loss scaler, with the checkpoint that holds them.
 
@@ -112,11 +109,12 @@ class Trainer:
         flip: whether images may be mirrored.
         checkpoint: file written every `config.frequency_save` epochs, from which an interrupted training goes on; it is
             for the caller to remove, once the model is saved. None = never written.
+        together: where there are several processes, all of them train, each on its share of every batch; the model can be pickled.
     """
 
-    def __init__(self, model: Classifier, config: TrainConfig, stage: str, flip: bool, checkpoint: Optional[Path] = None):
+    def __init__(self, model: Classifier, config: TrainConfig, stage: str, flip: bool, checkpoint: Optional[Path] = None, together: bool = True):
         self.model, self.config, self.stage, self.flip = model, config, stage, flip
-        self.checkpoint = checkpoint
+        self.checkpoint, self.network, self.together = checkpoint, model, together and size() > 1
         model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config)
@@ -128,28 +126,44 @@ class Trainer:
 
         Raises:
             UserError: the loss or a weight is no number any more; the message says since when, and where the last good state is.
+                Or batches are too small for so many processes.
         """
-        images, labels = data.images.to(self.model.device), data.labels.to(self.model.device)
         self._resume()
-        bar = tqdm(range(self.epochs_done, self.config.epochs), self.stage, unit="epoch", leave=False, disable=None)
+        if not self.together:
+            return self._lead(data, observer)
+        if min(self.config.batch_size, len(data)) < size():
+            raise UserError(f"batch_size: {min(self.config.batch_size, len(data))} images cannot be shared by {size()} processes; start fewer")
+        with helped(Lesson(self.model, self.config, self.stage, self.flip, data, self.state())):
+            self.network = in_step(self.model, self.model.device)
+            return self._lead(data, observer)
+
+    def _lead(self, data: LabeledImages, observer: Optional[Observer]) -> Classifier:
+        data = data.to(self.model.device)
+        first, epochs = self.epochs_done, self.config.epochs
+        bar = tqdm(range(first, epochs), self.stage, unit="epoch", leave=False, disable=None)
         started, shown = time.monotonic(), {}
         for epoch in bar:
             rate = self.optimizer.param_groups[0]["lr"]
-            loss = self._epoch(images, labels, epoch)
+            if self.together:
+                told(epoch)
+            loss = self.one_epoch(data, epoch)
             self._stop_if_lost(loss, epoch, rate)
             self.epochs_done = epoch + 1
+            if epoch == first and epoch + 1 < epochs:
+                left = (time.monotonic() - started) * (epochs - epoch - 1)
+                log.info("%s: %d epochs of %d images, about %s after this first one", self.stage, epochs, len(data), clock(left))
             shown = observer(Epoch(self.stage, epoch + 1, rate, loss, self.model.eval())) if observer else {}
             bar.set_postfix({"loss": f"{loss:.3f}"} | {key: f"{value:.3f}" for key, value in shown.items()})
             self._save()
-        log.info("%s: %d epochs of %d images in %.0f s%s", self.stage, self.config.epochs, len(data),
+        log.info("%s: %d epochs of %d images in %.0f s%s", self.stage, epochs, len(data),
                  time.monotonic() - started, "".join(f", {key} {value:.4f}" for key, value in shown.items()))
         return self.model.eval()
 
-    def _epoch(self, images: Tensor, labels: Tensor, epoch: int) -> float:
+    def one_epoch(self, data: LabeledImages, epoch: int) -> float:
         """One pass over the data; returns the mean loss. What the model itself draws (dropout) is keyed by the epoch as well."""
-        with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            torch.manual_seed(key_seed(self.config.random_seed, self.stage, epoch, "model"))
-            return self._pass(images, labels, epoch)
+        with torch.random.fork_rng([data.images.device] if data.images.is_cuda else []):
+            torch.manual_seed(key_seed(self.config.random_seed, self.stage, epoch, "model") + rank())
+            return self._pass(data.images, data.labels, epoch)
 
     def _pass(self, images: Tensor, labels: Tensor, epoch: int) -> float:
         self.model.train()
@@ -157,16 +171,20 @@ class Trainer:
         generator = keyed_generator(self.config.random_seed, self.stage, epoch)
         for batch in self._batches(len(labels), generator):
             batch = batch.to(images.device)
-            x = random_crop_flip(to_unit(images[batch]), self.flip, generator).contiguous(memory_format=torch.channels_last)
+            x, y = random_crop_flip(to_unit(images[batch]), self.flip, generator), labels[batch]
+            if self.together:
+                x, y = share(x), share(y)
             with autocast(images.device, self.config.amp):
-                loss = F.cross_entropy(self.model(x).float(), labels[batch])
+                loss = F.cross_entropy(self.network(x.contiguous(memory_format=torch.channels_last)).float(), y)
+            if self.together:   # gradients are averaged over processes, the loss is to be over samples
+                loss = loss * (len(y) * size() / len(batch))
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             total, count = total + loss.detach(), count + 1
         self.schedule.step()
-        return (total / count).item()
+        return (averaged(total / count) if self.together else total / count).item()
 
     def _batches(self, n: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Shuffled index batches; the incomplete last one is dropped unless it is the only one."""
@@ -174,8 +192,7 @@ class Trainer:
         yield from order[: n - n % size].split(size)
 
     def _stop_if_lost(self, loss: float, epoch: int, rate: float) -> None:
-        finite = all(bool(weight.isfinite().all()) for weight in self.model.state_dict().values())
-        if math.isfinite(loss) and finite:
+        if math.isfinite(loss) and all(bool(weight.isfinite().all()) for weight in self.model.state_dict().values()):
             return
         what = f"a weight of {self.stage} became no number" if math.isfinite(loss) else f"the loss of {self.stage} became {loss}"
         kept = f"; the state after epoch {self.epochs_done} is in {self.checkpoint}" if self.checkpoint and self.checkpoint.exists() else ""
@@ -185,18 +202,24 @@ class Trainer:
         if not self.checkpoint or self.epochs_done % max(1, self.config.frequency_save):
             return
         with replacing(self.checkpoint) as temporary:
-            torch.save({part: getattr(self, part).state_dict() for part in ("model", "optimizer", "schedule", "scaler")}
-                       | {"epochs_done": self.epochs_done}, temporary)
+            torch.save(self.state(), temporary)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a training goes on from."""
+        return {part: getattr(self, part).state_dict() for part in STATEFUL} | {"epochs_done": self.epochs_done}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        for part in STATEFUL:
+            getattr(self, part).load_state_dict(state[part])
+        self.epochs_done = state["epochs_done"]
 
     def _resume(self) -> None:
         if not self.checkpoint or not self.checkpoint.exists():
             return
         checksums.verify(self.checkpoint)
         try:
-            state = torch.load(self.checkpoint, weights_only=True, map_location=self.model.device)
-            for part in ("model", "optimizer", "schedule", "scaler"):
-                getattr(self, part).load_state_dict(state[part])
-            self.epochs_done = state["epochs_done"]
+            self.load(torch.load(self.checkpoint, weights_only=True, map_location=self.model.device))
         except Exception as error:  # pickle, zipfile and torch each raise their own
             raise UserError(f"{self.checkpoint}: cannot be continued from ({' '.join(str(error).split())[:120]}); "
                             "delete it to train from the start") from None

@@ -1,0 +1,22 @@
+"""How long things take, measured and told."""
+from __future__ import annotations
+
+import time
+from typing import Callable
+
+import torch
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long `work` takes the second time; the first one warms up."""
+    for _ in range(2):
+        started = time.monotonic()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.monotonic() - started
+
+
+def clock(span: float) -> str:
+    """Seconds in words: 45 s, 12 min, 3.4 h."""
+    return f"{span:.0f} s" if span < 100 else f"{span / 60:.0f} min" if span < 6000 else f"{span / 3600:.1f} h"
