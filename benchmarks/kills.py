@@ -87,7 +87,7 @@ class World:
 
     def _run(self, words: list[str], limit: Callable[[], None]) -> int:
         record.RECORDS, decoding.CACHE = self.folder / "record", self.folder / "cache"
-        out = os.open(self.folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        out = os.open(self.folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,7 +23,7 @@ def purifying_pace(purifier: Purifier, victim: Classifier, data: LabeledImages) 
     """Seconds that an image takes which is given all rounds, measured on one denoiser pass and one vote of a few images."""
     some = data[:VOTED].images
     x = purifier.start(some[:PURIFIED])
-    t = torch.full((len(x),), purifier.config.steps_T - 1, device=x.device)
+    t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with torch.inference_mode():
         one_pass = seconds(lambda: purifier.predict_noise(x, t)) / len(x)
     one_vote = seconds(lambda: predict(victim, some, purifier.amp)) / len(some)

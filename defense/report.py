@@ -96,7 +96,7 @@ def build_report(name: str, knowledge: Sequence[str], result: Result, case: Case
     before, after = measure(case.victim), measure(result.model)
     return {
         "schema": SCHEMA, "attack": case.attack, "dataset": case.dataset.name, "defense": name, "seed": config.random_seed,
-        "status": _status(before, result), "victim": before, "benign_stage1": measure(result.stage1), "benign": after,
+        "status": _status(before, bool(case.truth.poison.any()), result), "victim": before, "benign_stage1": measure(result.stage1), "benign": after,
         "der": defense_effectiveness(before, after),
         "detection": _detection(result, case),
         "suspicion": suspicion(result.score, case.truth),
@@ -137,8 +137,8 @@ def _all_stages(record: Record) -> dict[str, Any]:
     return {stage: inherited[stage] for stage in ("poison", "victim") if stage in inherited} | record.finished()
 
 
-def _status(victim: dict[str, Any], result: Result) -> str:
-    if victim["asr"] is not None and victim["asr"] < 0.5:
+def _status(victim: dict[str, Any], poisoned: bool, result: Result) -> str:
+    if poisoned and victim["asr"] is not None and victim["asr"] < 0.5:
         log.warning("the attack failed (victim ASR %.3f): what the defence reaches means little", victim["asr"])
         return "attack-failed"
     nothing_flagged = result.flagged is not None and not result.flagged.any()

@@ -17,6 +17,7 @@ from defense.run import Case, run_defense
 from defense.verdict import Verdict
 from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
 from utils import record as record_module
+from utils.data import LabeledImages
 from utils.metrics import Truth
 from utils.record import Record
 
@@ -116,6 +117,27 @@ def test_another_target_is_found_too():
     data, truth, _ = poisoned_toy(DATASET, target=3)
     result = run(data=data, victim=PatchReader(3))
     assert result.discrepancy.targets == (3,) and torch.equal(result.purified.labels, truth.original_labels)
+
+
+class TwoPatchReader(PatchReader):
+    """Reads a white corner as class 0 and a black one as class 3."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        logits[:, 3] += 9.0 * (x[:, :, -CORNER:, -CORNER:].mean(dim=(1, 2, 3)) < 0.05)
+        return logits
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_backdoors_with_two_targets_are_both_found(first):
+    data, truth, _ = poisoned_toy(DATASET)
+    again = (truth.original_labels != 3) & ~truth.poison & (torch.arange(len(data)) % 3 == 1)
+    images, labels = data.images.clone(), torch.where(again, 3, data.labels)
+    images[again, :, -CORNER:, -CORNER:] = 0
+    result = run(replace(CONFIG, target_first=first, sample_first=6), LabeledImages(images, labels), victim=TwoPatchReader())
+    assert result.discrepancy.targets == (0, 3) and torch.equal(result.purified.labels, truth.original_labels)
+    assert torch.equal(result.decisions.verdict == Verdict.POISONED, truth.poison | again) and again.sum() > 5
+    assert ((result.purified.images[again][..., -CORNER:, -CORNER:] > 20).all() and (result.purified.images[truth.poison][..., -CORNER:, -CORNER:] < 230).all())
 
 
 def test_without_a_backdoor_the_set_stays_and_the_victim_is_the_model():
