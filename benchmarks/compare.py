@@ -31,7 +31,7 @@ from utils.record import Record
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFENSES = ("none", "oracle_remove", "oracle_relabel", "train_longer", "purify_only", "spectral", "spectral:budget=share", "random_remove@spectral:budget=share",
-            "activation_clustering", "scan", "strip", "abl", "ft", "dataelixir")
+            "spectre", "activation_clustering", "scan", "strip", "abl", "ft", "dataelixir")
 
 
 @dataclass(frozen=True)
