@@ -74,17 +74,17 @@ def whiten(rows: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.nda
     return (rows - mean) @ vectors[:, kept] / np.sqrt(values[kept])
 
 
-def filter_class(features: np.ndarray, poison: int, seed: int) -> Filtered:
-    """The 1.5 times `poison` samples of one class (n, D) that stand out most, for the k that shows them best."""
+def filter_class(features: np.ndarray, expected: int, seed: int) -> Filtered:
+    """The 1.5 times `expected` samples of one class (n, D) that stand out most, for the k that shows them best."""
     n, most = len(features), min(DIMENSIONS[-1], features.shape[1], len(features) // 4)
     all_dimensions = PCA(int(most), random_state=seed).fit_transform(features)
     best = Filtered(np.zeros(n), np.zeros(n, dtype=bool), -np.inf)
     for k in DIMENSIONS[DIMENSIONS <= most]:
         rows = all_dimensions[:, :k]
-        robust = MinCovDet(support_fraction=1 - poison / n, random_state=seed).fit(rows)
+        robust = MinCovDet(support_fraction=1 - expected / n, random_state=seed).fit(rows)
         score = quantum_scores(whiten(rows, robust.location_, robust.covariance_))
         removed = np.zeros(n, dtype=bool)
-        removed[np.argsort(-score, kind="stable")[: int(MARGIN * poison)]] = True
+        removed[np.argsort(-score, kind="stable")[: int(MARGIN * expected)]] = True
         left = all_dimensions[~removed]
         stands_out = quantum_scores(whiten(all_dimensions, left.mean(0), np.atleast_2d(np.cov(left.T)))).mean()
         if stands_out > best.stands_out:
@@ -104,9 +104,9 @@ def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: float, seed: 
     score, flagged, filtered = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool), {}
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        poison = int(min(poison_rate * len(labels), (MOST if len(own) >= SMALL else MOST_OF_SMALL) * len(own)))
-        if poison and len(own) >= LEAST:
-            filtered[int(label)] = found = filter_class(features[own], poison, seed)
+        expected = int(min(poison_rate * len(labels), (MOST if len(own) >= SMALL else MOST_OF_SMALL) * len(own)))
+        if expected and len(own) >= LEAST:
+            filtered[int(label)] = found = filter_class(features[own], expected, seed)
             score[own] = found.score
     target = max(filtered, key=lambda label: filtered[label].stands_out, default=None)
     if target is not None:
