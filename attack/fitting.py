@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attack.progress import Progress
 from attack.trigger import FitContext
 from utils import models, training
 from utils.config import UserError, as_flat_dict
@@ -32,26 +33,34 @@ from utils.training import Trainer, predict
 
 log = logging.getLogger("dataelixir")
 FITTED = CACHE / "fitted"
+SEEN = "batches_seen"    # a buffer of a classifier that is being hardened
 NO_INFLUENCE = ("device", "frequency_save", "epochs")    # keys of TrainConfig that no fit depends on
 Tensors = dict[str, Tensor]
 
 
-def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[[], Tensors]) -> Tensors:
+def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[[Progress], Tensors]) -> Tensors:
     """The tensors that `make` returns, from the cache where it has made them before.
 
     Args:
         name: whose tensors; begins the file's name.
         keys: what they depend on besides the training set, the seed, the recipe and the code: attack keys, target.
-        make: called without arguments; raises UserError where its work is not good enough, and then nothing is kept.
+        make: called with the `Progress` that lets it go on after an interruption; raises UserError where its work is not good enough,
+            and then nothing is kept.
     """
     recipe = {key: value for key, value in as_flat_dict(context.config).items() if key not in NO_INFLUENCE}
     parts = {"data": _data_hash(context.dataset.train), "code": _code_hash(make), "seed": context.seed} | recipe | keys
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     file = FITTED / f"{name}-{digest[:24]}.npz"
     if not file.exists():
-        started, tensors = time.monotonic(), make()
         FITTED.mkdir(parents=True, exist_ok=True)
+        started, progress = time.monotonic(), Progress(file.with_suffix(""))
+        try:
+            tensors = make(progress)
+        except UserError:
+            progress.discard()
+            raise
         save_arrays(file, **tensors)
+        progress.discard()
         log.info("%s: fitted in %.0f s, kept as %s", name, time.monotonic() - started, file.name)
     return load_arrays(file)
 
@@ -109,15 +118,15 @@ def surrogate(context: FitContext, images: int, epochs: int, eps: float = 0.0) -
     build = lambda: build_classifier(config.model, dataset.num_classes, dataset.info, (context.seed, "surrogate"))
     device = pick_device(config.device)
 
-    def make() -> Tensors:
+    def make(progress: Progress) -> Tensors:
         model, (fit, held_out) = build().to(device), fit_split(context, images)
         if eps:
             harden(model, eps, context.seed)
-        Trainer(model, config, "surrogate", dataset.info.flip, together=not eps).fit(fit)   # a hardened model cannot be sent
+        Trainer(model, config, "surrogate", dataset.info.flip, progress.file("surrogate"), together=not eps).fit(fit)   # a hardened model cannot be sent
         accuracy = (predict(model, held_out.images) == held_out.labels).double().mean().item()
         require("surrogate", accuracy >= min(0.5, 3 / dataset.num_classes), f"{accuracy:.3f} of {len(held_out)} held-out images are classified right",
                 "raise surrogate_epochs or fit_images, or change lr")
-        return {key: value.cpu() for key, value in model.state_dict().items()}
+        return {key: value.cpu() for key, value in model.state_dict().items() if key != SEEN}
 
     model = build()
     model.load_state_dict(cached("surrogate", context, {"epochs_fit": epochs, "images": images, "eps": eps}, make))
@@ -129,13 +138,15 @@ def harden(model: Classifier, eps: float, seed: int) -> None:
 
     The step leads away from the class that the model reads, so that no labels are needed here.
     """
-    generator, busy = keyed_generator(seed, "fgsm"), False
+    model.register_buffer(SEEN, torch.zeros((), dtype=torch.int64))    # in the checkpoint, so that noise goes on after an interruption
+    busy = False
 
     def perturbed(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         nonlocal busy
         if busy or not module.training:
             return None
-        busy, x = True, inputs[0]
+        busy, x, generator = True, inputs[0], keyed_generator(seed, "fgsm", int(module.batches_seen))
+        module.batches_seen += 1
         start = (torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1) * eps
         noisy = (x + start).clamp(0, 1).requires_grad_()
         logits = module(noisy).float()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attack.fitting import batches, cached, fit_split, fresh, network, one_by_one, require, straight_through, weights_of
 from attack.poison import LabelMap
+from attack.progress import Progress
 from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, NonNegativeFloat, OpenFraction, PositiveInt, TrainConfig, UserError, as_flat_dict
@@ -89,7 +90,7 @@ class InputAware(Trigger):
         side, keys = context.dataset.train.images.shape[-1], as_flat_dict(self) | {"target": context.target}
         if side % 8:
             raise UserError(f"image_size: the generators of {self.name} halve an image three times, {side} is no multiple of 8")
-        fitted = cached(self.name, context, keys, lambda: self._train(context))
+        fitted = cached(self.name, context, keys, lambda progress: self._train(context, progress))
         return self._ready(fitted, context.dataset.train.images, context.seed)
 
     def _ready(self, weights: dict[str, Tensor], partners: Tensor, seed: int) -> "InputAware":
@@ -116,7 +117,7 @@ class InputAware(Trigger):
         pattern = network(lambda: Generator(3, self.ia_width), self.fitted, "pattern")
         return one_by_one(mask, x), one_by_one(pattern, x)
 
-    def _train(self, context: FitContext) -> dict[str, Tensor]:
+    def _train(self, context: FitContext, progress: Progress) -> dict[str, Tensor]:
         """Weights of both generators that have passed the check."""
         data, held_out = fit_split(context, self.fit_images)
         device, info, key = pick_device(context.config.device), context.dataset.info, (context.seed, self.name)
@@ -125,9 +126,9 @@ class InputAware(Trigger):
         joint = build_classifier(context.config.model, context.dataset.num_classes, info, (*key, "joint"))
         mask, pattern, joint = (net.to(device, memory_format=torch.channels_last) for net in (mask, pattern, joint))
         labels_to = LabelMap(context.dataset.num_classes, context.target)
-        self._train_mask(mask, lambda epoch: self._pairs(data, context, device, "mask", epoch))
+        self._train_mask(mask, lambda epoch: self._pairs(data, context, device, "mask", epoch), progress)
         self._train_pattern(mask.eval().requires_grad_(False), pattern, joint, labels_to, context.config,
-                            lambda epoch: self._pairs(data, context, device, "pattern", epoch))
+                            lambda epoch: self._pairs(data, context, device, "pattern", epoch), progress)
         weights = weights_of(mask=mask, pattern=pattern)
         self._ready(weights, held_out.images, context.seed)._check(joint.eval(), held_out, labels_to)
         return weights
@@ -140,11 +141,11 @@ class InputAware(Trigger):
             x1, x2 = (random_crop_flip(to_unit(batch.images.to(device)), flip, generator) for batch in (one, two))
             yield x1, x2, one.labels.to(device)
 
-    def _train_mask(self, mask: Generator, pairs: Callable[[int], Iterator[Pair]]) -> None:
+    def _train_mask(self, mask: Generator, pairs: Callable[[int], Iterator[Pair]], progress: Progress) -> None:
         """100 mean(relu(m - size)) + diversity, Adam with two decays."""
         adam = torch.optim.Adam(mask.parameters(), **ADAM)
         schedule = torch.optim.lr_scheduler.MultiStepLR(adam, [self.ia_mask_epochs * 2 // 5, self.ia_mask_epochs * 4 // 5])
-        for epoch in range(self.ia_mask_epochs):
+        for epoch in progress.epochs("mask", self.ia_mask_epochs, mask=mask, adam=adam, schedule=schedule):
             for x1, x2, _ in pairs(epoch):
                 m1, m2 = mask(x1), mask(x2)
                 loss = 100 * F.relu(m1 - MASK_SIZE).mean() + sameness(x1, x2, m1, m2)
@@ -154,11 +155,12 @@ class InputAware(Trigger):
             schedule.step()
 
     def _train_pattern(self, mask: Generator, pattern: Generator, joint: Classifier, labels_to: LabelMap, config: TrainConfig,
-                       pairs: Callable[[int], Iterator[Pair]]) -> None:
+                       pairs: Callable[[int], Iterator[Pair]], progress: Progress) -> None:
         """Cross-entropy on attacked, crossed and clean images + diversity; the classifier learns with the recipe's optimizer."""
         optimizers = make_optimizer(joint, config), torch.optim.Adam(pattern.parameters(), **ADAM)
         schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.ia_epochs) for optimizer in optimizers]
-        for epoch in range(self.ia_epochs):
+        parts = dict(zip(("optimizer", "adam", "schedule", "adam_schedule"), (*optimizers, *schedules)))
+        for epoch in progress.epochs("pattern", self.ia_epochs, pattern=pattern, joint=joint, **parts):
             for x1, x2, labels in pairs(epoch):
                 n = max(1, round(self.ia_share * len(labels)))
                 p1, p2 = pattern(torch.cat([x1[:2 * n], x2[:2 * n]])).chunk(2)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attack.fitting import cached, require, surrogate
+from attack.progress import Progress
 from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
@@ -54,7 +55,7 @@ class LabelConsistent(Trigger):
         keys = {"target": context.target} | {key: getattr(self, key) for key in (
             "lc_eps", "lc_step", "lc_steps", "lc_surrogate", "surrogate_epochs", "fit_images")}
         return self.with_fitted(patch=checker(context.dataset.train.images.shape[-1], self.lc_corners),
-                                **cached(self.name, context, keys, lambda: self._perturb(context)))
+                                **cached(self.name, context, keys, lambda progress: self._perturb(context, progress)))
 
     def stamp(self, x, index, split):
         if split == "train":
@@ -67,12 +68,14 @@ class LabelConsistent(Trigger):
         known = self.fitted["pool"][row] == index
         return self.fitted["perturbation"][row].float() / 255 * known[:, None, None, None]
 
-    def _perturb(self, context: FitContext) -> dict[str, Tensor]:
+    def _perturb(self, context: FitContext, progress: Progress) -> dict[str, Tensor]:
         eps = self.lc_eps / 255
         model = surrogate(context, self.fit_images, self.surrogate_epochs, eps if self.lc_surrogate == "robust" else 0.0)
         pool = (context.dataset.train.labels == context.target).nonzero().flatten()
         data = context.dataset.train[pool]
-        hard = to_uint8(pgd(model, data, eps, self.lc_step / 255, self.lc_steps))
+        hard, parts = data.images.clone(), torch.arange(len(data)).split(EVAL_BATCH)
+        for number in progress.epochs("pgd", len(parts), hard=hard):
+            hard[parts[number]] = to_uint8(pgd(model, data[parts[number]], eps, self.lc_step / 255, self.lc_steps))
         before, after = (predict(model, images).eq(data.labels).double().mean().item() for images in (data.images, hard))
         require(self.name, after <= MISREAD[self.lc_surrogate],
                 f"the {self.lc_surrogate} surrogate reads {before:.3f} of the class before PGD and {after:.3f} after, "
@@ -91,17 +94,14 @@ def checker(size: int, corners: int) -> Tensor:
 
 @torch.enable_grad()
 def pgd(model: Classifier, data: LabeledImages, eps: float, step: float, steps: int) -> Tensor:
-    """[0, 1] (N, 3, H, W): `data` moved away from its labels by sign steps, never more than eps per pixel."""
-    done = []
-    for images, labels in zip(data.images.split(EVAL_BATCH), data.labels.split(EVAL_BATCH)):
-        clean, labels = to_unit(images.to(model.device)), labels.to(model.device)
-        x = clean
-        for _ in range(steps):
-            x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), labels, reduction="sum"), x)
-            x = (x + step * gradient.sign()).clamp(clean - eps, clean + eps).clamp(0, 1)
-        done.append(x.detach().cpu())
-    return torch.cat(done)
+    """[0, 1] (N, 3, H, W): a batch moved away from its labels by sign steps, never more than eps per pixel."""
+    data = data.to(model.device)
+    clean = x = to_unit(data.images)
+    for _ in range(steps):
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), data.labels, reduction="sum"), x)
+        x = (x + step * gradient.sign()).clamp(clean - eps, clean + eps).clamp(0, 1)
+    return x.detach().cpu()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attack.fitting import batches, cached, fit_split, require, surrogate
 from attack.poison import LabelMap
+from attack.progress import Progress
 from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
@@ -48,28 +49,28 @@ class LowFrequency(Trigger):
 
     def prepare(self, context):
         keys = as_flat_dict(self) | {"target": context.target}
-        return self.with_fitted(**cached(self.name, context, keys, lambda: self._search(context)))
+        return self.with_fitted(**cached(self.name, context, keys, lambda progress: self._search(context, progress)))
 
     def stamp(self, x, index, split):
         return x + self.fitted["pattern"].float() / 255
 
-    def _search(self, context: FitContext) -> dict[str, Tensor]:
+    def _search(self, context: FitContext, progress: Progress) -> dict[str, Tensor]:
         model = surrogate(context, self.fit_images, self.surrogate_epochs)
         data, held_out = fit_split(context, self.fit_images)
-        pattern = self._optimise(model, data, LabelMap(context.dataset.num_classes, context.target), context)
+        pattern = self._optimise(model, data, LabelMap(context.dataset.num_classes, context.target), context, progress)
         others = held_out.images[held_out.labels != context.target] if context.target is not None else held_out.images
         rate = fooling_rate(model, others, pattern)
         require(self.name, rate >= self.lf_min_fooling, f"{rate:.3f} of {len(others)} held-out images change class, at least {self.lf_min_fooling:g} should",
                 "raise lf_epochs or lf_amplitude, or lower lf_blur")
         return {"pattern": pattern}
 
-    def _optimise(self, model: Classifier, data: LabeledImages, labels_to: LabelMap, context: FitContext) -> Tensor:
+    def _optimise(self, model: Classifier, data: LabeledImages, labels_to: LabelMap, context: FitContext, progress: Progress) -> Tensor:
         """uint8 (3, H, W): the pattern after `lf_epochs` passes."""
         u = torch.randn(data.images.shape[1:], generator=keyed_generator(context.seed, self.name)).to(model.device).requires_grad_()
         blur = blur_matrix(u.shape[-1], self.lf_blur).to(model.device)
         smooth = lambda: self.lf_amplitude * minmax(blur @ u @ blur.T)
         adam = torch.optim.Adam([u], self.lf_lr)
-        for epoch in range(self.lf_epochs):
+        for epoch in progress.epochs("search", self.lf_epochs, pattern=u, adam=adam):
             for batch in batches(data, context.config.batch_size, context.seed, self.name, epoch):
                 x = (to_unit(batch.images.to(model.device)) + smooth()).clamp(0, 1)
                 loss = F.cross_entropy(model(x), labels_to(batch.labels).to(model.device))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attack.fitting import batches, cached, fit_split, fresh, network, one_by_one, require, straight_through, weights_of
+from attack.progress import Progress
 from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
@@ -89,7 +90,7 @@ class SampleSpecific(Trigger):
     fit_images: PositiveInt = 5000
 
     def prepare(self, context):
-        return self.with_fitted(**cached(self.name, context, as_flat_dict(self), lambda: self._train(context).fitted))
+        return self.with_fitted(**cached(self.name, context, as_flat_dict(self), lambda progress: self._train(context, progress).fitted))
 
     def stamp(self, x, index, split):
         return x + self.residual(x)
@@ -115,7 +116,7 @@ class SampleSpecific(Trigger):
     def _random_bits(self, count: int, *key: int | str) -> Tensor:
         return torch.randint(0, 2, (count, self.ssba_bits), generator=keyed_generator(*key)).float()
 
-    def _train(self, context: FitContext) -> "SampleSpecific":
+    def _train(self, context: FitContext, progress: Progress) -> "SampleSpecific":
         """The trigger with a secret, an encoder and a decoder that have passed the check."""
         data, held_out = fit_split(context, self.fit_images)
         key, device, side = (context.seed, self.name), pick_device(context.config.device), data.images.shape[-1]
@@ -124,20 +125,20 @@ class SampleSpecific(Trigger):
         decoder = fresh(lambda: self._decoder(side), *key, "decoder").to(device)
         adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], self.ssba_lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.ssba_epochs)
-        weight, ready = 1.0, self
-        for epoch in range(self.ssba_epochs):
+        weight = torch.ones((), dtype=torch.float64)
+        ready = lambda: self.with_fitted(secret=secret, **weights_of(encoder=encoder, decoder=decoder))
+        for epoch in progress.epochs("network", self.ssba_epochs, encoder=encoder, decoder=decoder, adam=adam, schedule=schedule, weight=weight):
             for number, batch in enumerate(batches(data, BATCH, *key, epoch)):
                 bits = self._random_bits(-(-len(batch) // 2), *key, epoch, number).repeat(2, 1)[:len(batch)].to(device)
-                loss = hiding_loss(encoder, decoder, to_unit(batch.images.to(device)), bits, weight if epoch >= self.ssba_warmup else 0.0)
+                loss = hiding_loss(encoder, decoder, to_unit(batch.images.to(device)), bits, float(weight) if epoch >= self.ssba_warmup else 0.0)
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
             schedule.step()
-            ready = self.with_fitted(secret=secret, **weights_of(encoder=encoder, decoder=decoder))
             if epoch >= self.ssba_warmup:
-                weight *= self._correction(held_out.images[:256], ready)
-        ready._check(held_out.images)
-        return ready
+                weight *= self._correction(held_out.images[:256], ready())
+        ready()._check(held_out.images)
+        return ready()
 
     def _correction(self, images: Tensor, ready: "SampleSpecific") -> float:
         """Factor for the weight of the images' quality that brings it to ssba_psnr, whether it is too low or too high."""

@@ -31,7 +31,7 @@ def flat_context(per_class=80, **recipe):
 
 def counting(value=1.0):
     """A maker that counts its calls."""
-    def make():
+    def make(_):
         make.calls += 1
         return {"a": torch.full((2, 3), value), "n": torch.tensor(7)}
 
@@ -81,7 +81,7 @@ def test_other_code_makes_the_fit_anew(monkeypatch):
 
 
 def test_a_bad_fit_is_refused_with_figures_and_advice_and_leaves_nothing():
-    def make():
+    def make(_):
         require("toy", False, "0.123 of 50 are right", "raise epochs")
 
     with pytest.raises(UserError, match=r"^toy: .*0\.123 of 50 are right.*; raise epochs$"):

@@ -9,6 +9,7 @@ from torch import nn
 
 from attack.inputaware import MASK_LIMIT, Generator, InputAware, MaskGenerator, sameness
 from attack.poison import LabelMap
+from attack.progress import Progress
 from attack.trigger import FitContext
 from tests.test_triggers import RECIPE, TARGET, digits, ready
 from tests.toys import INFO, fit_context, random_images
@@ -129,7 +130,7 @@ def test_the_gate_lets_own_triggers_pass_and_stops_universal_large_and_ignored_o
         check("own", triggers=lambda self, x: (torch.zeros(len(x), 1, 8, 8), x))
 
 
-def test_batches_are_attacked_crossed_and_clean(monkeypatch):
+def test_batches_are_attacked_crossed_and_clean(monkeypatch, tmp_path):
     """The classifier sees own triggers with the target, others' triggers with the true label, and clean images, in these shares."""
     seen = []
     monkeypatch.setattr("attack.inputaware.F.cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.mean() * 0)
@@ -148,7 +149,8 @@ def test_batches_are_attacked_crossed_and_clean(monkeypatch):
         def forward(self, x):
             return x.mean((1, 2, 3))[:, None].expand(-1, 5) + 0 * self.weight.sum()
 
-    InputAware(ia_epochs=1, ia_share=0.1)._train_pattern(Level(0.25), Level(0.5), Means(1, 1), LabelMap(5, TARGET), RECIPE, lambda _: [(one, two, labels)])
+    InputAware(ia_epochs=1, ia_share=0.1)._train_pattern(Level(0.25), Level(0.5), Means(1, 1), LabelMap(5, TARGET), RECIPE,
+                                                          lambda _: [(one, two, labels)], Progress(tmp_path / "fit"))
     (logits, wanted), = seen
     levels = logits[:, 0]
     assert torch.allclose(levels[:2], torch.full((2,), 0.25 * 0.5), atol=0.01)     # own: mask and pattern of black images

@@ -7,6 +7,7 @@ from scipy.fft import dctn
 from attack import fitting
 from attack.fitting import fit_split, surrogate
 from attack.lf import LowFrequency, blur_matrix, fooling_rate, minmax
+from attack.progress import Progress
 from attack.trigger import FitContext
 from tests.test_triggers import RECIPE, TARGET, digits, ready
 from tests.toys import random_images
@@ -54,8 +55,8 @@ def test_it_fools_a_clean_classifier_more_than_chance_patterns_do():
     assert fooling_rate(model, held_out(), torch.zeros_like(pattern)) == 0
 
 
-def test_fitting_again_gives_the_same_pattern_and_another_target_another(monkeypatch):
-    monkeypatch.setattr("attack.lf.cached", lambda name, context, keys, make: make())
+def test_fitting_again_gives_the_same_pattern_and_another_target_another(monkeypatch, tmp_path):
+    monkeypatch.setattr("attack.lf.cached", lambda name, context, keys, make: make(Progress(tmp_path / str(len(patterns)))))
     patterns = []
     for target in (TARGET, TARGET, 8):
         torch.manual_seed(len(patterns))    # what others draw changes nothing
