@@ -60,8 +60,8 @@ def purify(folder, kind):
     with crew_for(Recipe(kind)) as team:
         work.deal = team.blocks
         found = work.targets_first(0.2, first=10, error=0.02)
-    images = [part for _, part in work.store.fetch(torch.arange(len(DATA)))]
-    torch.save((found.targets, work.votes(), torch.cat(images), work.store.passes), folder / "out.pt")
+    index, images = (torch.cat(parts) for parts in zip(*work.store.fetch(torch.arange(len(DATA)))))
+    torch.save((found.targets, work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt")
 
 
 def start(processes, folder, kind="good"):
