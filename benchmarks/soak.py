@@ -1,15 +1,15 @@
-"""The small run of benchmarks/kills.py, many times over, killed at random moments and held to a memory limit.
+"""A run many times over, killed at random moments and held to a memory limit.
 
-    python benchmarks/soak.py [--runs 50] [--minutes 30] [--megabytes 1500] [--seed 0]
+    python benchmarks/soak.py [--on digits] [--runs 50] [--minutes 30] [--megabytes 1500] [--seed 0]
 
-Each record is killed up to three times at random moments, whatever it is doing, and then finished. Writes
-benchmarks/results/soak.json and .md after every run, so that it may be stopped; exit code 1 where a result differs or
-memory grows.
+`toy` is the small run of benchmarks/kills.py, `digits` that of config/badnet/digits.yaml with fewer epochs and rounds and a rule
+that flags some class even so, such that every stage is run. Each record is killed up to three times at random moments, whatever it
+is doing, and then finished. Writes benchmarks/results/soak_<on>.json and .md after every run, so that it may be stopped; exit
+code 1 where a result differs or memory grows.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import shutil
@@ -20,8 +20,21 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 
-from benchmarks.kills import RESULTS, SIGNALS, World, differences, warm_up
+from benchmarks.kills import SIGNALS, World, differences, warm_up
+from benchmarks.runs import ROOT, write_results
+
+SHORTENED = {"epochs": 3, "ft_epochs": 1, "rounds_n": 1, "reverse_steps": 11, "sample_first": 32, "outlier_threshold": 0.5, "sample_error": 0.5, "purify_batch_size": 64,
+             "device": "cpu"}
+
+
+class Digits(World):
+    """The digits run, shortened."""
+
+    def __post_init__(self):
+        config = yaml.safe_load((ROOT / "config" / "badnet" / "digits.yaml").read_text(encoding="utf-8"))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config | SHORTENED))
 
 
 def soaked(world: World, name: str, draw: random.Random, seconds: float, limit) -> dict:
@@ -45,16 +58,14 @@ def growth(rows: list[dict]) -> float:
     return middle(rows[-third:]) - middle(rows[:third])
 
 
-def report(rows: list[dict], megabytes: int, started: float) -> str:
-    """soak.json and soak.md; returns what is in the latter."""
+def report(rows: list[dict], on: str, megabytes: int, started: float) -> str:
+    """The results' files; returns what is in the .md."""
     kills, same = sum(len(row["exit_codes"]) - 1 for row in rows), sum(not row["differs_in"] for row in rows)
     peaks = [row["peak_rss_bytes"] / 1e6 for row in rows]
-    text = (f"{len(rows)} records, {kills} kills at random moments, data limited to {megabytes} MB a process, {(time.monotonic() - started) / 60:.1f} minutes: "
+    text = (f"{on}: {len(rows)} records, {kills} kills at random moments, data limited to {megabytes} MB a process, {(time.monotonic() - started) / 60:.1f} minutes: "
             f"{same} of {len(rows)} ended with the same bytes as an undisturbed run. Peak memory {min(peaks):.0f} to {max(peaks):.0f} MB a record, "
-            f"median of the last third less that of the first: {growth(rows) / 1e6:+.1f} MB.\n")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "soak.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "soak.md").write_text(text)
+            f"median of the last third less that of the first: {growth(rows) / 1e6:+.1f} MB.")
+    write_results(f"soak_{on}", rows, text)
     return text
 
 
@@ -63,14 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in (("--runs", 50), ("--minutes", 30), ("--megabytes", 1500), ("--seed", 0)):
         parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--on", choices=["toy", "digits"], default="toy")
     args, folder, rows = parser.parse_args(), Path(tempfile.mkdtemp()), []
     torch.set_num_threads(1)
-    world, draw, started = World(folder), random.Random(args.seed), time.monotonic()
+    world, draw, started = (Digits if args.on == "digits" else World)(folder), random.Random(args.seed), time.monotonic()
     seconds = sum(warm_up(world).values())
     limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (args.megabytes << 20,) * 2)
     while len(rows) < args.runs and time.monotonic() - started < 60 * args.minutes:
         rows.append(soaked(world, f"r{len(rows)}", draw, seconds, limit))
-        text = report(rows, args.megabytes, started)
+        text = report(rows, args.on, args.megabytes, started)
     shutil.rmtree(folder)
     print(text)
     sys.exit(any(row["differs_in"] or row["exit_codes"][-1] for row in rows) or growth(rows) > 20e6)
