@@ -77,7 +77,7 @@ def _same(side: int, config: PurifyConfig, given: Given) -> int:
 
 
 def _cards(side: int | None) -> str:
-    fitting = [f"{card.name} (made for {', '.join(card.datasets)})" for card in CARDS.values() if card.resolution == side]
+    fitting = [f"{card.name} (made for {card.purpose})" for card in CARDS.values() if card.resolution == side]
     return f"Cards for {side}x{side}: {', '.join(fitting) or 'none'}." if side else "The images differ in size."
 
 

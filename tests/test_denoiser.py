@@ -176,7 +176,7 @@ def test_no_card_for_a_data_set():
 
 def test_shipped_cards_are_whole():
     for name, card in CARDS.items():
-        assert card.name == name and card.datasets and card.note
+        assert card.name == name and card.purpose and card.note
         if (module.CARD_FOLDER / card.source).exists():
             denoiser = load_denoiser(name, resolution=card.resolution)
             assert denoiser.sha256 == card.sha256
