@@ -25,6 +25,12 @@ class Recipe(Protocol):
         """Networks on this process's device."""
 
 
+def shares(index: Tensor, most: int) -> Sequence[Tensor]:
+    """An index (B,) cut into parts of at most `most`, as equal as can be, as many that no process waits for the others' last."""
+    count = -(-len(index) // most)
+    return index.tensor_split(min(len(index), count + -count % size())) if len(index) else ()
+
+
 class Crew:
     """Makes blocks together with the same object in the other processes."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from defense.crew import shares
 from defense.rounds import Ending, Rounds
 from defense.sampling import stratified, undecided
 from defense.store import Block, IntermediaryStore
@@ -47,7 +48,7 @@ class Purification:
     def run(self, wanted: Tensor, ends: Optional[Ending] = None, name: str = "purify") -> None:
         """Purify those of the data set indices `wanted` (B,) that are not in the store yet."""
         missing = self.store.missing(wanted)
-        parts = missing.split(self.rounds.purifier.config.purify_batch_size) if len(missing) else ()
+        parts = shares(missing, self.rounds.purifier.config.purify_batch_size)
         name += f", about {clock(self.pace * len(missing))}" if self.pace else ""
         for block in tqdm(self.deal(parts, ends), name, total=len(parts), unit="block", leave=False, disable=None):
             self.store.write(block)

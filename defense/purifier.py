@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion.denoiser import CARDS, Denoiser, DenoiserError, load_denoiser
 from diffusion.sampler import Sampler, subset_steps
-from utils.compiled import Compiled
+from utils.compiled import Compiled, FixedRows
 from utils.config import UserError, candidate_paths
 from utils.devices import autocast
 from utils.randomness import keyed_generator
@@ -104,6 +104,8 @@ def purifier_for(denoiser: Denoiser, config: PurifyConfig, images: int, seed: in
     purifier = Purifier(denoiser.to(device), config, seed, device, amp)
     if worth_compiling(config, denoiser, purifier.passes_per_image * images, device):
         purifier.denoiser = Compiled(denoiser)
+    if device.type == "cpu":
+        purifier.denoiser = FixedRows(purifier.denoiser)
     return purifier
 
 

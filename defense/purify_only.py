@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from defense.baseline import BaselineConfig, Recipe
-from defense.crew import crew_for
+from defense.crew import crew_for, shares
 from defense.knowledge import DENOISER
 from defense.level import settled_level
 from defense.purifier import PurifyConfig, Purifier, open_denoiser, purifier_for
@@ -83,7 +83,7 @@ def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: D
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
     store, every = IntermediaryStore(record / "purify"), torch.arange(len(data))
-    parts = [part for part in store.missing(every).split(config.purify_batch_size) if len(part)]
+    parts = shares(store.missing(every), config.purify_batch_size)
     with crew_for(PurifyRecipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
         log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, crew.work.purifier.passes_per_image)
         for block in tqdm(crew.blocks(parts, None), "purify", total=len(parts), unit="block", leave=False, disable=None):

@@ -1,12 +1,18 @@
-"""Compiling changes the speed, not what comes out; where it is impossible, everything goes on."""
+"""Compiling changes the speed, not what comes out; where it is impossible, everything goes on. Bits depend on no batch size."""
 import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from defense.purifier import PurifyConfig, purifier_for
+from diffusion.denoiser import Denoiser
+from diffusion.network import DenoiserConfig, build_unet
+from tests.toys import INFO, random_images
 from utils import compiled as module
-from utils.compiled import MULTIPLE, Compiled
+from utils.compiled import MULTIPLE, ROWS, Compiled, FixedRows
+from utils.models import build_classifier
+from utils.training import extract_features
 
 
 class Net(nn.Module):
@@ -65,3 +71,31 @@ def test_compiled_and_plain_agree_and_rows_do_not_see_each_other():
         assert fast.call is not net and torch.allclose(whole, net(x, t), atol=1e-5)
         assert torch.equal(fast(x[:7], t[:7]), whole[:7]) and torch.equal(fast(x.flip(0), t.flip(0)), whole.flip(0))
     assert module.MULTIPLE == 32
+
+
+def test_on_a_cpu_a_network_always_gets_the_same_number_of_rows():
+    seen = []
+
+    def network(x, t):
+        seen.append((tuple(x.shape), tuple(t.shape), x.is_contiguous(memory_format=torch.channels_last)))
+        return x * 2 + t[:, None, None, None]
+
+    for n in (1, 63, 64, 65, 130):
+        x, t = torch.rand(n, 3, 4, 4), torch.arange(n)
+        assert torch.equal(FixedRows(network)(x, t), x * 2 + t[:, None, None, None])
+    assert set(seen) == {((ROWS, 3, 4, 4), (ROWS,), True)} and len(seen) == 1 + 1 + 1 + 2 + 3
+
+
+def test_purified_bits_and_votes_depend_on_no_division_into_batches():
+    """A U-Net of real layers: in batches as they come, small ones give other bits than large ones."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(build_unet(DenoiserConfig(out="", channels="32,32", layers_per_block=1, patch=2), 32), 2, 50).eval()
+    config, images, index = PurifyConfig(steps_T=12, rounds_n=1, last_steps_m=4, compile="off"), random_images(90, 3, 32, 32), torch.arange(90)
+    purifier = purifier_for(denoiser, config, 90, 0, torch.device("cpu"), True)
+    victim = build_classifier("preactresnet_small", 5, INFO, (0, "x")).eval()
+    whole = purifier.intermediaries(images, index)
+    for size in (7, 64, 80):
+        parts = torch.cat([purifier.intermediaries(images[part], part) for part in index.split(size)])
+        assert torch.equal(parts, whole)
+        features = torch.cat([extract_features(victim, part) for part in images.split(size)])
+        assert torch.equal(features, extract_features(victim, images))

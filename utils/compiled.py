@@ -1,15 +1,42 @@
-"""A network made faster by torch.compile, where that works; where it does not, the network as it is."""
+"""How networks are called: compiled where that works, and on a CPU always with the same number of rows.
+
+The bits of a row depend on how many rows there are: below some number, libraries take other ways. What must not depend on how
+samples are divided into batches (a smaller batch where memory ends, more processes) is therefore computed in batches of one size.
+"""
 from __future__ import annotations
 
 import logging
 import warnings
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 log = logging.getLogger("dataelixir")
+ROWS = 64       # of every batch on a CPU; as fast as larger ones
 MULTIPLE = 32   # batches are filled up to a multiple of this, so that one compilation serves them all
+
+
+def filled(x: Tensor, rows: int) -> Tensor:
+    """(B, ...) with zeros behind, up to `rows` rows, in channels_last where these are images."""
+    x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+class FixedRows:
+    """Calls like `network(x, t)`, which is always given ROWS rows at once.
+
+    Args:
+        network: x float (B, ...), t (B,) -> float (B, ...), each row for itself.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]):
+        self.network = network
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        parts = zip(x.split(ROWS), t.split(ROWS))
+        return torch.cat([self.network(filled(a, ROWS), filled(b, ROWS))[:len(a)] for a, b in parts])
 
 
 class Compiled:
@@ -27,12 +54,11 @@ class Compiled:
         self.call = torch.compile(network, dynamic=True)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        extra = -len(x) % MULTIPLE
-        filled = F.pad(x, (0, 0) * (x.ndim - 1) + (0, extra)).contiguous(memory_format=torch.channels_last)
+        rows = len(x) + -len(x) % MULTIPLE
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")     # the compiler's remarks on other people's code
-                result = self.call(filled, F.pad(t, (0, extra)))[:len(x)]
+                result = self.call(filled(x, rows), filled(t, rows))[:len(x)]
         except Exception as error:   # compilers, dynamo and inductor each raise their own
             if self.proven:
                 raise
