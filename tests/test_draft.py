@@ -35,7 +35,7 @@ class Lookup(nn.Module):
         self.known = {image.numpy().tobytes(): label for image, label in zip(images.flatten(0, 1), labels.flatten().tolist())}
 
     def forward(self, x):
-        labels = [self.known[image.mul(255).round().byte().contiguous().numpy().tobytes()] for image in x]
+        labels = [self.known.get(image.mul(255).round().byte().contiguous().numpy().tobytes(), 0) for image in x]    # 0: what a batch is filled up with
         return nn.functional.one_hot(torch.tensor(labels), 9).float()
 
     def features(self, x):
