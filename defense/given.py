@@ -84,8 +84,8 @@ def _cards(side: int | None) -> str:
 def _advice(given: Given, side: int | None) -> str:
     """The command that trains a denoiser on images of this kind, and what is known about training it on the suspect set itself."""
     words = ["python", "diffusion/train.py", "--data", str(given.path), *(["--image_size", str(side)] if side and side != 32 else []), "--out", "DENOISER"]
-    return (f"Train one: {shlex.join(words)}   then --ddpm DENOISER. Clean images of the same kind serve best: one trained on the "
-            "suspect set may learn to redraw the trigger (README, \"Denoisers\").")
+    return (f"Train one: {shlex.join(words)}   then --ddpm DENOISER. Give it other images of the same kind: one trained on the "
+            "suspect set learns to redraw the trigger (README, \"Denoisers\").")
 
 
 def as_labeled(data: Any, labels: Any) -> LabeledImages:
