@@ -85,7 +85,7 @@ class Recipe:
             raise UserError(f"{stage}: {len(data)} training samples are left; loosen what this defence removes")
         config = replace(self.config, **changes)
         with self.record.stage(stage):
-            return trained(stage, data, config, self.dataset, self.device, self.record, self.observer, start)
+            return trained(stage, data, config, self.dataset, self.device, self.record, self.observer, start, together=True)
 
 
 @dataclass(frozen=True)

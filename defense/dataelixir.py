@@ -22,7 +22,7 @@ from torch import Tensor
 from defense.crew import crew_for
 from defense.denoising import warn_if_noise
 from defense.draft import Draft, Selector
-from defense.forecast import purifying_bytes, purifying_pace, smallest
+from defense.forecast import purifying_bytes, purifying_pace, smallest, span
 from defense.knowledge import DENOISER
 from defense.level import self_agreement, settled_level, warn_if_destroyed
 from defense.purification import Purification
@@ -34,7 +34,6 @@ from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
 from diffusion.denoiser import Denoiser
 from utils.config import Fraction, OpenFraction, TrainConfig
-from utils.cost import clock
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier, build_classifier, load_weights, save_classifier
 from utils.processes import own_device, size
@@ -160,9 +159,8 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
     with crew_for(Recipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
         purifier, pace = crew.work.purifier, purifying_pace(crew.work.purifier, victim, data) / size()
-        log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images, %s to %s, memory about %.1f GB", denoiser.name, level,
-                 purifier.passes_per_image, len(data), clock(pace * smallest(data.labels, config)), clock(pace * len(data)),
-                 purifying_bytes(purifier.config, data) / 1e9)
+        log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images, %s, memory about %.1f GB", denoiser.name, level,
+                 purifier.passes_per_image, len(data), span(smallest(data.labels, config), len(data), pace), purifying_bytes(purifier.config, data) / 1e9)
         purification = Purification(data, crew.work, IntermediaryStore(record / "purify"), config.target_rule, dataset.num_classes, crew.blocks, pace)
         if config.target_first:
             found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
@@ -197,13 +195,17 @@ def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy
 
 
 def trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, record: Record,
-             observer: Optional[Observer], start: Optional[Classifier] = None) -> Classifier:
-    """The model of that name from the record, or trained now, from scratch or from a copy of `start`."""
+            observer: Optional[Observer], start: Optional[Classifier] = None, together: bool = False) -> Classifier:
+    """The model of that name from the record, or trained now, from scratch or from a copy of `start`.
+
+    Args:
+        together: by all processes; what DataElixir decides must not depend on their number, so it trains in one.
+    """
     model = copy.deepcopy(start) if start else build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, name))
     model, file = model.to(device), record / f"{name}.safetensors"
     if file.exists():
         return load_weights(model, file).eval()
-    Trainer(model, config, name, dataset.info.flip, record / f"{name}.checkpoint.pt").fit(data, observer)
+    Trainer(model, config, name, dataset.info.flip, record / f"{name}.checkpoint.pt", together).fit(data, observer)
     save_classifier(model, file)
     return model
 

@@ -9,6 +9,7 @@ import torch
 from defense.level import TOP
 from defense.purifier import Purifier, PurifyConfig
 from diffusion.denoiser import Denoiser
+from utils.compiled import ROWS
 from utils.config import TrainConfig
 from utils.cost import clock, seconds
 from utils.data import Dataset, LabeledImages
@@ -16,7 +17,7 @@ from utils.models import Classifier, build_classifier
 from utils.record import peak_rss_bytes
 from utils.training import Trainer, predict
 
-PURIFIED, VOTED, TRAINED = 32, 512, 512   # images that are measured on
+PURIFIED, VOTED, TRAINED = ROWS, 512, 512   # images that are measured on
 
 
 def purifying_pace(purifier: Purifier, victim: Classifier, data: LabeledImages) -> float:
@@ -37,6 +38,11 @@ def training_pace(model: Classifier, config: TrainConfig, data: LabeledImages, f
     return seconds(lambda: trainer.one_epoch(sample, 0)) / len(sample)
 
 
+def span(least: int, most: int, pace: float) -> str:
+    """How long `least` to `most` images take, in words."""
+    return clock(pace * most) if least == most else f"{clock(pace * least)} to {clock(pace * most)}"
+
+
 def images_each(config: PurifyConfig) -> int:
     """The original and its intermediaries."""
     return 1 + config.rounds_n * config.last_steps_m
@@ -51,8 +57,8 @@ def classifier_lines(name: str, data: LabeledImages, config: TrainConfig, datase
     """A line that says what training a classifier takes."""
     model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device)
     epochs = epochs or config.epochs
-    span = training_pace(model, config, data, dataset.info.flip) * len(data) * epochs
-    return f"{name}: {config.model}, {epochs} epochs of {len(data):,} images, about {clock(span)} on {device}"
+    total = training_pace(model, config, data, dataset.info.flip) * len(data) * epochs
+    return f"{name}: {config.model}, {epochs} epochs of {len(data):,} images, about {clock(total)} on {device}"
 
 
 def purifying_lines(data: LabeledImages, denoiser: Denoiser, config: Any, dataset: Dataset, device: torch.device) -> list[str]:
@@ -66,12 +72,10 @@ def purifying_lines(data: LabeledImages, denoiser: Denoiser, config: Any, datase
     model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device).eval()
     n, pace, passes, least = len(data), purifying_pace(purifier, model, data), purifier.passes_per_image, smallest(data.labels, config)
     images, picture = images_each(config), data.images[0].numel()
-    count, span = f"{n * passes:,} passes", clock(n * pace)
-    if least < n:
-        count, span = f"from {least * passes:,} passes (a sample shows that nothing stands out) to {n * passes:,} (all)", f"{clock(least * pace)} to {span}"
+    count = f"{n * passes:,} passes" if least == n else f"from {least * passes:,} passes (a sample shows that nothing stands out) to {n * passes:,} (all)"
     return [
         f"purify: {n:,} images of {dataset.num_classes} classes, {passes} denoiser passes for each that is purified with {denoiser.name}: {count}",
-        f"purify: time {span} on {device}, memory about {purifying_bytes(config, data) / 1e9:.1f} GB"
+        f"purify: time {span(least, n, pace)} on {device}, memory about {purifying_bytes(config, data) / 1e9:.1f} GB"
         f"{' beside that of the GPU' if device.type == 'cuda' else f', more where the denoiser needs much for a batch of {config.purify_batch_size}'}, "
         f"disk at most {n * (images + 4) * picture / 1e9:.2f} GB while it runs",
     ]

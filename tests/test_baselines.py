@@ -31,7 +31,7 @@ class SpyTrainer:
 
     seen = []
 
-    def __init__(self, model, config, stage, flip, checkpoint=None):
+    def __init__(self, model, config, stage, flip, checkpoint=None, together=True):
         self.model, self.config, self.stage = model, config, stage
 
     def fit(self, data, observer=None):
