@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attack.progress import Progress
 from attack.trigger import FitContext
-from utils import models, training
+from utils import augmentation, models, training
 from utils.config import UserError, as_flat_dict
 from utils.data import LabeledImages
 from utils.decoding import CACHE
@@ -74,7 +74,7 @@ def _data_hash(data: LabeledImages) -> str:
 
 def _code_hash(make: Callable) -> str:
     """A hash of the source of the maker's module and of the modules that all makers use."""
-    sources = [inspect.getsource(module) for module in (inspect.getmodule(make), inspect.getmodule(cached), models, training)]
+    sources = [inspect.getsource(module) for module in (inspect.getmodule(make), inspect.getmodule(cached), augmentation, models, training)]
     return hashlib.sha256("\n".join(sources).encode()).hexdigest()
 
 

@@ -19,13 +19,14 @@ from attack.poison import LabelMap
 from attack.progress import Progress
 from attack.run import main
 from attack.trigger import FitContext, Trigger
+from utils.augmentation import random_crop_flip
 from utils.config import Fraction, NonNegativeFloat, OpenFraction, PositiveInt, TrainConfig, UserError, as_flat_dict
 from utils.data import LabeledImages, to_unit
 from utils.devices import pick_device
 from utils.metrics import share
 from utils.models import Classifier, build_classifier
 from utils.randomness import key_seed, keyed_generator
-from utils.training import make_optimizer, predict, random_crop_flip
+from utils.training import make_optimizer, predict
 
 MASK_SIZE = 0.032     # mean of the mask up to which its size costs nothing
 MASK_LIMIT = 0.06     # and from which on it is refused

@@ -1,33 +1,20 @@
 """Several processes make the same blocks as one, in the same order, and do not outlive one another."""
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 from defense.crew import Crew, crew_for, shares
+from defense.purifier import Purifier
 from defense.rounds import Ending, Rounds
 from tests.test_purification import CONFIG, DATA, purification
+from tests.torchrun import together
 from tests.toys import FlatDenoiser, PatchReader
-from defense.purifier import Purifier
 from utils import processes
 from utils.config import UserError
 from utils.processes import helped, led, own_device, rank
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from tests.test_crew import Recipe, purify
-from utils.processes import led
-with led() as leading:
-    if leading:
-        purify(Path(sys.argv[1]), sys.argv[2])
-print("left", flush=True)
-"""
 
 
 class Scarce:
@@ -64,17 +51,10 @@ def purify(folder, kind):
     torch.save((found.targets, work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt")
 
 
-def start(processes, folder, kind="good"):
-    folder.mkdir(parents=True)
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(folder / "script.py"), str(folder), kind]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-
-
 def test_three_processes_make_what_one_makes(tmp_path):
     (tmp_path / "one").mkdir()
     purify(tmp_path / "one", "good")
-    done = start(3, tmp_path / "three")
+    done = together(3, purify, tmp_path / "three")
     assert done.returncode == 0 and done.stdout.count("left") == 3, done.stderr[-2000:]
     one, three = (torch.load(tmp_path / name / "out.pt") for name in ("one", "three"))
     assert one[0] == three[0] and one[3] == three[3] and torch.equal(one[1], three[1]) and torch.equal(one[2], three[2])
@@ -83,14 +63,14 @@ def test_three_processes_make_what_one_makes(tmp_path):
 def test_a_process_with_less_memory_than_the_others_halves_its_own_blocks(tmp_path):
     (tmp_path / "one").mkdir()
     purify(tmp_path / "one", "good")
-    done = start(2, tmp_path / "two", "scarce")
+    done = together(2, purify, tmp_path / "two", "scarce")
     assert done.returncode == 0 and "going on with 3" in done.stderr + done.stdout, done.stderr[-2000:]
     one, two = (torch.load(tmp_path / name / "out.pt") for name in ("one", "two"))
     assert one[0] == two[0] and one[3] == two[3] and torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
 
 
 def test_a_run_ends_when_one_of_its_processes_dies(tmp_path):
-    done = start(2, tmp_path / "two", "dies")
+    done = together(2, purify, tmp_path / "two", "dies")
     assert done.returncode != 0 and not (tmp_path / "two" / "out.pt").exists()
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,9 +12,10 @@ import yaml
 
 from diffusion import train
 from diffusion.denoiser import DenoiserError, load_denoiser
-from diffusion.quality import denoising_error
 from diffusion.network import DenoiserConfig, build_unet
+from diffusion.quality import denoising_error
 from diffusion.training import Training, learning_rate
+from tests.torchrun import torchrun
 from utils import lock, record
 from utils.config import ROOT, UserError
 
@@ -220,9 +219,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     """Batches of 33 images, so that the shares differ; the network has no batch statistics."""
     words = ["--steps", "12", "--dropout", "0", "--batch_size", "33", "--save_every", "5", "--ema_decay", "0.5"]
     run(tmp_path / "one", *words)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "diffusion" / "train.py")]
-    done = subprocess.run([*command, *TINY, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    done = torchrun(2, ROOT / "diffusion" / "train.py", *TINY, *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
     flat = lambda out: torch.cat([value.flatten() for value in weights(out).values()])
     differ = (flat(tmp_path / "one") - flat(tmp_path / "two")).abs()   # Adam makes much of a rounding where a gradient is nearly zero

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from tests.toys import CLASSES, INFO, LEVELS, random_images
 from utils import training
+from utils.augmentation import PAD, random_crop_flip
 from utils.config import TrainConfig, UserError
 from utils.data import LabeledImages, to_unit
 from utils.devices import pick_device
 from utils.models import Classifier, build_classifier
-from utils.training import PAD, Trainer, extract_features, log, predict, random_crop_flip
+from utils.training import Trainer, extract_features, log, predict
 
 CONFIG = TrainConfig(model="preactresnet_small", epochs=4, batch_size=16, lr=0.05, amp=False, device="cpu", random_seed=3, frequency_save=1)
 

@@ -6,6 +6,7 @@ help with it, and wait for the next. Gloo carries the words, and what is on a CP
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any, Iterator, Protocol, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn   # read now: its functions take whatever group there is at that moment as a default, and keep it for good
 from torch import Tensor, nn
 
 from utils.command import GOES_ON, STOPS, UserError
@@ -46,6 +48,15 @@ def join() -> None:
     """Meet the others, once."""
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+
+
+def part() -> None:
+    """Leave the others, with every thread of the group.
+
+    A thread of gloo that lives on and wants the interpreter at its end aborts the process (SIGABRT, exit code -6).
+    """
+    gc.collect()   # DistributedDataParallel holds the group, and is in cycles
+    dist.destroy_process_group()
 
 
 def told(message: Any = None) -> Any:
@@ -125,7 +136,7 @@ def led() -> Iterator[bool]:
             join()
             while (job := told()) is not None:
                 job.help()
-            dist.destroy_process_group()
+            part()
         yield False
         return
     try:
@@ -135,4 +146,4 @@ def led() -> Iterator[bool]:
             with contextlib.suppress(RuntimeError):    # a process that has died needs no goodbye
                 join()
                 told(None)
-                dist.destroy_process_group()
+                part()

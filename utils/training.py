@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import checksums
+from utils.augmentation import random_crop_flip
 from utils.compiled import ROWS, filled
 from utils.config import TrainConfig, UserError
 from utils.cost import clock
@@ -31,7 +32,6 @@ from utils.record import replacing
 
 log = logging.getLogger("dataelixir")
 EVAL_BATCH = 512
-PAD = 4
 STATEFUL = ("model", "optimizer", "schedule", "scaler")   # parts of a Trainer
 
 
@@ -47,19 +47,6 @@ class Epoch:
 
 
 Observer = Callable[[Epoch], dict[str, float]]   # returns what the progress bar should show
-
-
-def random_crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image of (B, C, H, W) shifted by up to PAD pixels over zeros, and mirrored with p = 1/2 if `flip`."""
-    b, _, h, w = x.shape
-    padded = F.pad(x, (PAD,) * 4)
-    top, left = torch.randint(0, 2 * PAD + 1, (2, b), generator=generator).to(x.device)
-    mirrored = torch.randint(0, 2, (b,), generator=generator).to(x.device).bool() & flip
-    rows = top[:, None] + torch.arange(h, device=x.device)
-    columns = left[:, None] + torch.arange(w, device=x.device)
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    index = torch.arange(b, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -135,7 +122,10 @@ class Trainer:
             raise UserError(f"batch_size: {min(self.config.batch_size, len(data))} images cannot be shared by {size()} processes; start fewer")
         with helped(Lesson(self.model, self.config, self.stage, self.flip, data, self.state())):
             self.network = in_step(self.model, self.model.device)
-            return self._lead(data, observer)
+            try:
+                return self._lead(data, observer)
+            finally:
+                self.network = self.model   # the group of processes is not to be kept
 
     def _lead(self, data: LabeledImages, observer: Optional[Observer]) -> Classifier:
         data = data.to(self.model.device)
