@@ -18,10 +18,9 @@ from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, pa
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
 from utils.devices import pick_device
 from utils.metrics import EpochLog, Truth
-from utils.models import Classifier, build_classifier, load_weights, save_classifier
 from utils.processes import led
 from utils.record import Record, start_logging
-from utils.training import Trainer
+from utils.trained import trained
 
 log = logging.getLogger("dataelixir")
 
@@ -78,7 +77,8 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     if run.stop_after == "poison":
         return
     with record.stage("victim"):
-        victim = train_victim(data, config, dataset, record, triggered)
+        observer = EpochLog(record / "metrics.csv", dataset.test, triggered)
+        victim = trained("victim", data, config, dataset, pick_device(config.device), record.path, observer)
     if run.stop_after == "victim":
         return
     run_defense(module, Case(trigger.name, data, truth, triggered, dataset, victim), config, record)
@@ -107,18 +107,6 @@ def poisoned_case(record: Record, trigger: Trigger, labels_to: LabelMap, poison:
         save_case(record, poisoned.data, truth, triggered)
         write_trigger_sheet(record, dataset, triggered)
     return poisoned.data, truth, triggered
-
-
-def train_victim(data: LabeledImages, config: TrainConfig, dataset: Dataset, record: Record, triggered: TriggeredImages) -> Classifier:
-    """The victim from the record, or trained now on the poisoned set."""
-    victim = build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, "victim")).to(pick_device(config.device))
-    file = record / "victim.safetensors"
-    if file.exists():
-        return load_weights(victim, file).eval()
-    observer = EpochLog(record / "metrics.csv", dataset.test, triggered)
-    Trainer(victim, config, "victim", dataset.info.flip, record / "victim.checkpoint.pt").fit(data, observer)
-    save_classifier(victim, file)
-    return victim
 
 
 def write_trigger_sheet(record: Record, dataset: Dataset, triggered: TriggeredImages) -> None:

@@ -3,7 +3,8 @@
     python benchmarks/false_alarm.py --yaml_path ../config/badnet/digits.yaml [--seeds 0 1 2 3 4] [--pratios 0 0.01 0.05 0.1]
 
 Words after `--` go to the attack script (another data set: `-- --dataset imagefolder --dataset_path DIR --ddpm DENOISER`; give
---name then). Each run is a process of its own in record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made
+--name then; `{seed}` in a word stands for the seed, for a subset of a larger set each). Each run is a process of its own in
+record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made
 again. Share 0 is the unpoisoned set. The rules are compared on the same votes; where target labels come first, most samples
 have none, so `-- --target_first false` is what the other rules are to be judged by.
 """
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, name: str, pratio: float, seed: int) -> dict[s
     """One set poisoned at that share with that seed, defended: what was flagged and what changed."""
     record = Record(f"false_alarm_{name}_{pratio:g}_{seed}")
     run_script(f"attack/{args.attack}.py", "--yaml_path", args.yaml_path, "--save_folder_name", record.name, "--random_seed", str(seed),
-               "--pratio", str(pratio), *args.extra)
+               "--pratio", str(pratio), *(word.replace("{seed}", str(seed)) for word in args.extra))
     return {"pratio": pratio, "seed": seed, **measured(record)}
 
 

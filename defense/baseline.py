@@ -10,7 +10,7 @@ import torch
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from torch import Tensor
 
-from defense.dataelixir import DataElixirConfig, trained
+from defense.dataelixir import DataElixirConfig
 from defense.knowledge import CLEAN_IMAGES
 from defense.result import Result
 from utils.config import TrainConfig, UserError
@@ -18,6 +18,7 @@ from utils.data import Dataset, LabeledImages
 from utils.models import Classifier, save_classifier
 from utils.randomness import key_seed
 from utils.record import Record
+from utils.trained import trained
 from utils.training import Observer, extract_features
 
 log = logging.getLogger("dataelixir")
@@ -85,7 +86,7 @@ class Recipe:
             raise UserError(f"{stage}: {len(data)} training samples are left; loosen what this defence removes")
         config = replace(self.config, **changes)
         with self.record.stage(stage):
-            return trained(stage, data, config, self.dataset, self.device, self.record, self.observer, start, together=True)
+            return trained(stage, data, config, self.dataset, self.device, self.record.path, self.observer, start)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ As a script: defend an existing record again, with other keys (python defense/da
 """
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,10 +34,11 @@ from defense.verdict import Candidates, Verdict, filter_candidates, first_verdic
 from diffusion.denoiser import Denoiser
 from utils.config import Fraction, OpenFraction, TrainConfig
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.models import Classifier, save_classifier
 from utils.processes import own_device, size
 from utils.record import Record
-from utils.training import Observer, Trainer
+from utils.trained import trained
+from utils.training import Observer
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)
@@ -124,7 +124,7 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         UserError: see `check`, and whatever stops a training.
     """
     config = config.resolved()
-    train = partial(trained, config=config, dataset=dataset, device=victim.device, record=record, observer=observer)
+    train = partial(trained, config=config, dataset=dataset, device=victim.device, folder=record.path, observer=observer, together=False)
     with record.stage("purify"):
         purification, found = purify(data, victim, config, dataset, record)
         votes, store = purification.votes(), purification.store
@@ -192,22 +192,6 @@ def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy
     if config.index0 == "requantised":
         return replace(draft, images=requantised(data.images))
     return draft
-
-
-def trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, record: Record,
-            observer: Optional[Observer], start: Optional[Classifier] = None, together: bool = False) -> Classifier:
-    """The model of that name from the record, or trained now, from scratch or from a copy of `start`.
-
-    Args:
-        together: by all processes; what DataElixir decides must not depend on their number, so it trains in one.
-    """
-    model = copy.deepcopy(start) if start else build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, name))
-    model, file = model.to(device), record / f"{name}.safetensors"
-    if file.exists():
-        return load_weights(model, file).eval()
-    Trainer(model, config, name, dataset.info.flip, record / f"{name}.checkpoint.pt", together).fit(data, observer)
-    save_classifier(model, file)
-    return model
 
 
 def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes: Tensor, found: Discrepancy, passes: int,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from defense.purifier import PurifyConfig, Purifier
 from defense.sampling import stratified
+from defense.verdict import reads_as_before
 from diffusion.denoiser import Denoiser
 from utils.data import LabeledImages
 from utils.models import Classifier
@@ -71,7 +72,7 @@ def highest(levels: Sequence[int], survives: Callable[[int], float]) -> int:
 
 def warn_if_destroyed(votes: Tensor, level: int, last_steps_m: int) -> None:
     """Warn where too few predictions survive the first round: votes int64 (S, 1+nm) of the samples purified."""
-    share = (votes[:, last_steps_m] == votes[:, 0]).double().mean().item()
+    share = reads_as_before(votes, last_steps_m)[:, 0].double().mean().item()
     if share < DESTROYED:
         log.warning("steps_T: only %.2f of the predictions survive one round at T = %d: the classifier cannot read what this denoiser makes, "
                     "and the result means little; take a lower steps_T, steps_T: auto, or a better denoiser", share, level)
@@ -85,7 +86,7 @@ def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int) -> list[str
     """
     known = votes[:, 0] >= 0
     votes, labels = votes[known], labels[known]
-    same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double()
+    same = reads_as_before(votes, last_steps_m).double()
     lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(same.mean(0)))]
     shares = [f"{label}: {same[labels == label].mean(0)[-1]:.2f}" for label in labels.unique().tolist()]
     return lines + ["prediction survives the last round, by given label: " + ", ".join(shares)]

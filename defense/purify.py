@@ -32,11 +32,11 @@ from utils.config import UserError, as_flat_dict, command_line, parse_config, re
 from utils.data import DATASETS, Dataset, LabeledImages
 from utils.devices import pick_device
 from utils.files import write_table
-from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.models import Classifier, build_classifier, load_weights
 from utils.processes import led
 from utils.record import save_arrays, start_logging, write_json
 from utils.report import write_page
-from utils.training import Trainer
+from utils.trained import trained
 
 log = logging.getLogger("dataelixir")
 
@@ -126,7 +126,7 @@ def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, fol
     save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
     if victim is None:
         with folder.stage("victim"):
-            victim = trained_victim(data, dataset, config, folder)
+            victim = trained("victim", data, config, dataset, pick_device(config.device), folder.path)
     result = dataelixir.defend(data, victim, config, dataset, folder)
     with folder.stage("report") as found:
         save_arrays(folder / "purified.npz", images=result.purified.images, labels=result.purified.labels)
@@ -137,17 +137,6 @@ def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, fol
         write_evidence(result, data.labels, dataset.classes, config.last_steps_m, folder)
         found |= findings(result, data, config.last_steps_m, str(victim.device))
     return result
-
-
-def trained_victim(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder) -> Classifier:
-    """The classifier of the folder, or one trained now on all of the set."""
-    victim = build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, "victim")).to(pick_device(config.device))
-    file = folder / "victim.safetensors"
-    if file.exists():
-        return load_weights(victim, file).eval()
-    Trainer(victim, config, "victim", dataset.info.flip, folder / "victim.checkpoint.pt").fit(data)
-    save_classifier(victim, file)
-    return victim
 
 
 def given_victim(file: Path, dataset: Dataset, config: DataElixirConfig) -> Classifier:

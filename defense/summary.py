@@ -9,6 +9,7 @@ from defense.folder import OutputFolder, outcome
 from defense.given import Given
 from defense.level import DESTROYED
 from defense.result import Result
+from defense.verdict import reads_as_before
 from utils.data import LabeledImages
 from utils.record import environment, peak_rss_bytes
 
@@ -19,7 +20,7 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
     """What an analysis found, for stages.json."""
     purified = result.votes[:, 0] >= 0
     votes, labels = result.votes[purified], data.labels[purified]
-    same = (votes[:, last_steps_m::last_steps_m] == votes[:, :1]).double().mean(0)
+    same = reads_as_before(votes, last_steps_m).double().mean(0)
     return {"target_labels": list(result.discrepancy.targets), "prediction_survives": same.tolist(),
             "classifier_agrees": (votes[:, 0] == labels).double().mean().item(), "purified": len(votes),
             "unet_passes": result.unet_passes, "peak_rss_bytes": peak_rss_bytes(), "device": device}

@@ -93,3 +93,8 @@ def _support(labels: Tensor) -> Tensor:
     for column in labels.split(1, dim=1):
         support += labels == column
     return support
+
+
+def reads_as_before(votes: Tensor, last_steps_m: int) -> Tensor:
+    """bool (S, n): whether the victim reads the image after each round as it read the original; votes int64 (S, 1+nm)."""
+    return votes[:, last_steps_m::last_steps_m] == votes[:, :1]

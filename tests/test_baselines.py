@@ -48,7 +48,7 @@ def world(tmp_path, monkeypatch):
 
 @pytest.fixture
 def spy(monkeypatch):
-    monkeypatch.setattr(dataelixir, "Trainer", SpyTrainer)
+    monkeypatch.setattr("utils.trained.Trainer", SpyTrainer)
 
 
 def config_of(name, **changes):

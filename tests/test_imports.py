@@ -1,8 +1,11 @@
 """Imports go one way, utils <- diffusion <- defense <- attack, and the two doors are where the design has them."""
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
+
+from defense.dataelixir import defend
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("utils", "diffusion", "defense", "attack")    # each may import those before it
@@ -84,3 +87,14 @@ def test_allowed_imports_are_not_complained_about(tmp_path, file, source):
 
 def test_relative_imports_are_resolved():
     assert list(imported_modules("from ..a import b\nfrom . import c\nfrom .d import e", "x.y")) == ["x.a", "x.y", "x.y.d"]
+
+
+def test_the_defence_has_no_way_to_the_truth():
+    assert list(inspect.signature(defend).parameters) == ["data", "victim", "config", "dataset", "record", "observer"]
+    hidden = {"Truth", "truth", "poison", "original_labels", "poison_indicator", "load_case", "Case", "attack"}
+    for file in (ROOT / "defense").glob("*.py"):
+        if file.name in ("run.py", "report.py", "knowledge.py") or file.name.startswith("oracle_"):    # these measure, or declare it
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {getattr(node, key) for node in ast.walk(tree) for key in ("id", "attr", "arg", "name", "module") if isinstance(getattr(node, key, None), str)}
+        assert not names & hidden and "utils.metrics" not in names, file.name

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from defense import level as module
-from defense.level import highest, settled_level, warn_if_destroyed
+from defense.level import highest, self_agreement, settled_level, warn_if_destroyed
 from defense.purifier import PurifyConfig
 from tests.toys import CLASSES, PatchReader, toy_dataset
 
@@ -59,3 +59,9 @@ def test_a_level_that_destroys_what_the_classifier_reads_is_warned_of(caplog):
     assert not caplog.records
     warn_if_destroyed(votes[1:], 150, 2)
     assert "steps_T: only 0.56 of the predictions survive one round at T = 150" in caplog.text
+
+
+def test_self_agreement_by_hand():
+    votes = torch.tensor([[0, 9, 0, 9, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 2], [2, 1, 1, 2, 2]])
+    lines = self_agreement(votes, torch.tensor([0, 0, 1, 1]), last_steps_m=2)
+    assert lines == ["prediction survives round 1: 0.500, 2: 0.750", "prediction survives the last round, by given label: 0: 1.00, 1: 0.50"]

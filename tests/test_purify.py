@@ -34,7 +34,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(record_module, "RECORDS", tmp_path / "record")
     for module in (dataelixir, given):
         monkeypatch.setattr(module, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser())
-    monkeypatch.setattr(purify, "trained_victim", lambda *_: PatchReader().eval())
+    monkeypatch.setattr(purify, "trained", lambda *_: PatchReader().eval())
 
     def write(data, name="set", side=None):
         for k, (image, label) in enumerate(zip(data.images, data.labels.tolist())):
