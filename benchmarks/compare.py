@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from benchmarks.comparison import Run, write_results
+from benchmarks.runs import RESULTS
 from utils.config import ROOT, UserError, command_line
 from utils.record import Record
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DEFENSES = ("none", "oracle_remove", "oracle_relabel", "train_longer", "purify_only", "spectral", "spectral:budget=share", "random_remove@spectral:budget=share",
             "spectre", "activation_clustering", "scan", "strip", "abl", "ft", "dataelixir")
 

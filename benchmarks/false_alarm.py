@@ -66,11 +66,11 @@ def tables(rows: list[dict[str, Any]]) -> str:
     by_share = {share: [row for row in rows if row["pratio"] == share] for share in sorted({row["pratio"] for row in rows})}
     mean = lambda own, key: sum(row[key] for row in own) / len(own) if all(row[key] is not None for row in own) else None
     show = lambda value: "n/a" if value is None else f"{value:.4f}"
-    lines = ["| poison | runs | poisoned samples | target found | a clean class accused | labels changed, mean (most) | TPR | FPR |", "|---" * 8 + "|"]
+    lines = ["| poison | runs | poisoned samples | victim ASR | target found | a clean class accused | labels changed, mean (most) | TPR | FPR |", "|---" * 9 + "|"]
     for share, own in by_share.items():
         found, accused = _found(own, "detected"), sum(bool(set(row["detected"]) - set(row["true"])) for row in own)
         most = max(row["labels_changed"] for row in own)
-        lines.append(f"| {share:.0%} | {len(own)} | {own[0]['poisoned']} | {found} | {accused} of {len(own)} | "
+        lines.append(f"| {share:.0%} | {len(own)} | {own[0]['poisoned']} | {show(mean(own, 'victim_asr'))} | {found} | {accused} of {len(own)} | "
                      f"{mean(own, 'labels_changed'):.4f} ({most:.4f}) | {show(mean(own, 'tpr'))} | {show(mean(own, 'fpr'))} |")
     lines += ["", "On the same votes, target found / runs that accuse a clean class:", "", "| rule | " + " | ".join(f"{share:.0%}" for share in by_share) + " |",
               "|---" * (len(by_share) + 1) + "|"]

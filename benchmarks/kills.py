@@ -29,11 +29,11 @@ from PIL import Image
 
 from attack.badnet import BadNet
 from attack.run import main as run_attack
+from benchmarks.runs import write_results
 from diffusion.denoiser import Denoiser
 from diffusion.network import DenoiserConfig, build_unet
 from utils import checksums, decoding, record
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SIDE, CLASSES, TRAIN, TEST = 16, 4, 15, 6    # pixels, classes, images of each
 EPOCHS, BATCH = 3, 12
 KEYS = {"attack": "badnet", "attack_target": 1, "pratio": 0.2, "dataset": "imagefolder", "image_size": SIDE, "model": "preactresnet_small",
@@ -206,9 +206,7 @@ def report(rows: list[dict]) -> None:
     heading = (f"{len(kills)} kills ({by_signal}) of {len(rows)} records, one in each stage at a "
                f"random moment: {same} of {len(rows)} records ended with the same bytes as an undisturbed run. Blocks written twice: "
                f"{sum(r['blocks'] for r in repeats)}, checkpoints written twice: {sum(r['epochs'] for r in repeats)}.")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kills.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "kills.md").write_text(heading + "\n\n" + "\n".join(lines) + "\n")
+    write_results("kills", rows, heading + "\n\n" + "\n".join(lines))
     print(heading)
 
 

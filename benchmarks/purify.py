@@ -11,7 +11,6 @@ with random weights (35.7 M parameters), with PreActResNet-18; the others are th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.runs import ROOT, write_results
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier
 from defense.rounds import Rounds
@@ -37,7 +37,6 @@ from utils.data import DATASETS, LabeledImages
 from utils.models import build_classifier
 from utils.training import extract_features, predict
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CPU, M, N, STEPS_T = torch.device("cpu"), 10, 5, 150
 BATCHES = {"cifar10": 32, "gtsrb_small": 128, "digits": 128}
 SET_SIZES = (256, 1024, 4096)
@@ -143,8 +142,7 @@ with tempfile.TemporaryDirectory() as folder:
     work.everything(None, 0)
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
 """
-    root = str(RESULTS.parent.parent)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env={**os.environ, "PYTHONPATH": root})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return int(done.stdout.split()[-1])
 
 
@@ -177,9 +175,7 @@ def main() -> None:
     ceilings = {str(dtype).removeprefix("torch."): ceiling(dtype) for dtype in (torch.float32, torch.bfloat16)}
     result = {"cores": os.cpu_count(), "threads": args.threads, "machine": platform.machine(), "ceiling": ceilings,
               "networks": [measure(name, ceilings) for name in args.networks], "peak_memory": {size: peak_memory(size) for size in SET_SIZES}}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "purify.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "purify.md").write_text(table(result) + "\n", encoding="utf-8")
+    write_results("purify", result, table(result))
     print(table(result))
 
 
