@@ -51,6 +51,7 @@ class Compiled:
 
     def __init__(self, network: nn.Module):
         self.network, self.proven = network, False
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # that a CPU has no CUDA runtime is no news
         self.call = torch.compile(network, dynamic=True)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
