@@ -23,7 +23,7 @@ from defense.denoising import warn_if_noise
 from defense.draft import Draft, Selector
 from defense.forecast import purifying_bytes, purifying_pace, smallest, span
 from defense.knowledge import DENOISER
-from defense.level import self_agreement, settled_level, warn_if_destroyed
+from defense.level import rounds_survived, self_agreement, settled_level, warn_if_destroyed
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
 from defense.result import Result
@@ -166,8 +166,8 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
             found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
         else:
             found = purification.everything(config.end_early, config.sample_first)
-    votes = purification.votes()
-    warn_if_destroyed(votes[votes[:, 0] != UNKNOWN], level, config.last_steps_m)
+    survived = rounds_survived(purification.votes(), data.labels, config.last_steps_m, found.is_target)
+    warn_if_destroyed(survived[0].item(), level)
     return purification, found
 
 
@@ -205,7 +205,7 @@ def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes
 
 
 def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, config: DataElixirConfig) -> None:
-    for line in self_agreement(votes, labels, config.last_steps_m):
+    for line in self_agreement(votes, labels, config.last_steps_m, found.is_target):
         log.info(line)
     for label, (metric, score, evidence) in enumerate(zip(found.metric, found.score, found.evidence)):
         log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f%s", label, evidence, metric, score,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from defense.purifier import PurifyConfig, Purifier
 from defense.sampling import stratified
+from defense.store import UNKNOWN
 from defense.verdict import reads_as_before
 from diffusion.denoiser import Denoiser
 from utils.data import LabeledImages
@@ -70,23 +71,39 @@ def highest(levels: Sequence[int], survives: Callable[[int], float]) -> int:
     return levels[low]
 
 
-def warn_if_destroyed(votes: Tensor, level: int, last_steps_m: int) -> None:
-    """Warn where too few predictions survive the first round: votes int64 (S, 1+nm) of the samples purified."""
-    share = reads_as_before(votes, last_steps_m)[:, 0].double().mean().item()
+def rounds_survived(votes: Tensor, labels: Tensor, last_steps_m: int, is_target: Tensor) -> Tensor:
+    """float64 (n,): share of predictions that survive each round.
+
+    It is taken over the samples that were purified and carry no target label: the predictions of those that do should
+    change, and where target labels come first they are a good part of what is purified.
+
+    Args:
+        votes: int64 (N, 1+nm), UNKNOWN where a sample was not purified.
+        labels: int64 (N,), as given.
+        is_target: bool (K,), the detected target labels.
+    """
+    known = votes[:, 0] != UNKNOWN
+    rows = known & ~is_target[labels]
+    return reads_as_before(votes[rows if rows.any() else known], last_steps_m).double().mean(0)
+
+
+def warn_if_destroyed(share: float, level: int) -> None:
+    """Warn where too few predictions survive the first round: `share` of them."""
     if share < DESTROYED:
         log.warning("steps_T: only %.2f of the predictions survive one round at T = %d: the classifier cannot read what this denoiser makes, "
                     "and the result means little; take a lower steps_T, steps_T: auto, or a better denoiser", share, level)
 
 
-def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int) -> list[str]:
+def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int, is_target: Tensor) -> list[str]:
     """How often the victim still reads a purified image as it read the original: per round, and per given label.
 
     Needs no truth. Low shares say that T, denoiser and classifier do not match; one class far below the others is
-    what a backdoor looks like.
+    what a backdoor looks like. Arguments as in `rounds_survived`.
     """
-    known = votes[:, 0] >= 0
-    votes, labels = votes[known], labels[known]
-    same = reads_as_before(votes, last_steps_m).double()
-    lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(same.mean(0)))]
-    shares = [f"{label}: {same[labels == label].mean(0)[-1]:.2f}" for label in labels.unique().tolist()]
+    overall = rounds_survived(votes, labels, last_steps_m, is_target).tolist()
+    known = votes[:, 0] != UNKNOWN
+    last, labels = reads_as_before(votes[known], last_steps_m)[:, -1].double(), labels[known]
+    lines = ["prediction survives round " + ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(overall))
+             + (" (samples without a target label)" if is_target.any() else "")]
+    shares = [f"{label}: {last[labels == label].mean():.2f}" for label in labels.unique().tolist()]
     return lines + ["prediction survives the last round, by given label: " + ", ".join(shares)]

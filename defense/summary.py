@@ -7,9 +7,9 @@ import torch
 
 from defense.folder import OutputFolder, outcome
 from defense.given import Given
-from defense.level import DESTROYED
+from defense.level import DESTROYED, rounds_survived
 from defense.result import Result
-from defense.verdict import reads_as_before
+from defense.store import UNKNOWN
 from utils.data import LabeledImages
 from utils.record import environment, peak_rss_bytes
 
@@ -18,10 +18,10 @@ SCHEMA = 1
 
 def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str) -> dict[str, Any]:
     """What an analysis found, for stages.json."""
-    purified = result.votes[:, 0] >= 0
+    purified = result.votes[:, 0] != UNKNOWN
     votes, labels = result.votes[purified], data.labels[purified]
-    same = reads_as_before(votes, last_steps_m).double().mean(0)
-    return {"target_labels": list(result.discrepancy.targets), "prediction_survives": same.tolist(),
+    survived = rounds_survived(result.votes, data.labels, last_steps_m, result.discrepancy.is_target)
+    return {"target_labels": list(result.discrepancy.targets), "prediction_survives": survived.tolist(),
             "classifier_agrees": (votes[:, 0] == labels).double().mean().item(), "purified": len(votes),
             "unet_passes": result.unet_passes, "peak_rss_bytes": peak_rss_bytes(), "device": device}
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from defense import level as module
-from defense.level import highest, self_agreement, settled_level, warn_if_destroyed
+from defense.level import highest, rounds_survived, self_agreement, settled_level, warn_if_destroyed
 from defense.purifier import PurifyConfig
 from tests.toys import CLASSES, PatchReader, toy_dataset
 
@@ -54,14 +54,24 @@ def test_a_given_level_is_taken_as_it_is():
 
 
 def test_a_level_that_destroys_what_the_classifier_reads_is_warned_of(caplog):
-    votes = torch.tensor([[1, 1, 1, 1, 1]] * 6 + [[1, 1, 2, 1, 1]] * 4)
-    warn_if_destroyed(votes, 150, 2)
+    warn_if_destroyed(0.6, 150)
     assert not caplog.records
-    warn_if_destroyed(votes[1:], 150, 2)
+    warn_if_destroyed(5 / 9, 150)
     assert "steps_T: only 0.56 of the predictions survive one round at T = 150" in caplog.text
 
 
 def test_self_agreement_by_hand():
     votes = torch.tensor([[0, 9, 0, 9, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 2], [2, 1, 1, 2, 2]])
-    lines = self_agreement(votes, torch.tensor([0, 0, 1, 1]), last_steps_m=2)
-    assert lines == ["prediction survives round 1: 0.500, 2: 0.750", "prediction survives the last round, by given label: 0: 1.00, 1: 0.50"]
+    labels, by_label = torch.tensor([0, 0, 1, 1]), "prediction survives the last round, by given label: 0: 1.00, 1: 0.50"
+    agreement = lambda *targets: self_agreement(votes, labels, 2, torch.tensor([k in targets for k in range(2)]))
+    assert agreement() == ["prediction survives round 1: 0.500, 2: 0.750", by_label]
+    assert agreement(1) == ["prediction survives round 1: 0.500, 2: 1.000 (samples without a target label)", by_label]
+
+
+def test_poison_and_what_was_not_purified_say_nothing_about_the_level():
+    """With target labels first, most of what is purified may be poison, whose predictions should change."""
+    read, moved, unknown = [1, 1, 1], [0, 2, 2], [-1, -1, -1]
+    votes, labels = torch.tensor([read] * 3 + [[1, 2, 1]] + [moved] * 9 + [unknown] * 5), torch.tensor([1] * 4 + [0] * 9 + [1] * 5)
+    share = lambda *targets: rounds_survived(votes, labels, 1, torch.tensor([k in targets for k in range(3)])).tolist()
+    assert share(0) == [0.75, 1.0]
+    assert share() == share(0, 1) == [3 / 13, 4 / 13]    # where every class is a target label, what there is
