@@ -15,7 +15,7 @@ import statistics
 
 import torch
 
-from benchmarks.runs import ROOT, run_script, write_results
+from benchmarks.runs import ROOT, run_script, shown, write_results
 from utils.config import DataConfig
 from utils.data import load_dataset
 from utils.record import Record, load_arrays
@@ -83,7 +83,7 @@ def main() -> None:
     for attack in args.attacks:
         for seed in args.seeds:
             rows.append(measure(args, attack, train_victim(args, attack, seed)))
-        heading = f"Victims of every attack, config {' '.join([args.config, *args.extra])}, n = {rows[0]['n_triggered']} triggered test images, {os.cpu_count()} CPU cores"
+        heading = f"Victims of every attack, config {args.config}{shown(args.extra)}, n = {rows[0]['n_triggered']} triggered test images, {os.cpu_count()} CPU cores"
         write_results(f"attacks_{args.name}", rows, f"{heading}\n\n{table(rows)}")
     print(table(rows))
 

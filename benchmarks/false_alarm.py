@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import run_script, write_results
+from benchmarks.runs import run_script, shown, write_results
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
 from defense.verdict import filter_candidates
 from utils.record import Record, load_arrays
@@ -92,7 +92,7 @@ def main() -> None:
     for seed in args.seeds:
         for pratio in args.pratios:
             rows.append(run(args, name, pratio, seed))
-            heading = (f"False alarms and power: {args.attack}, {args.yaml_path}{' ' + ' '.join(args.extra) if args.extra else ''}, "
+            heading = (f"False alarms and power: {args.attack}, {args.yaml_path}{shown(args.extra)}, "
                        f"{rows[0]['samples']} samples, {os.cpu_count()} CPU cores, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of stages in all")
             write_results(f"false_alarm_{name}", rows, f"{heading}\n\n{tables(rows)}")
     print(tables(rows))

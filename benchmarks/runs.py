@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -14,6 +15,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def run_script(script: str, *words: str) -> None:
     """Run a script of the project, such as "attack/badnet.py", with these words; raises CalledProcessError where it fails."""
     subprocess.run([sys.executable, str(ROOT / script), *words], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def shown(words: Sequence[str]) -> str:
+    """Words of a command line as results print them, where a folder of this machine means nothing."""
+    return "".join(" DIR" if Path(word).is_absolute() else f" {word}" for word in words)
 
 
 def write_results(name: str, rows: object, text: str) -> None:

@@ -15,7 +15,7 @@ import platform
 import statistics
 from pathlib import Path
 
-from benchmarks.runs import ROOT, run_script, write_results
+from benchmarks.runs import ROOT, run_script, shown, write_results
 
 COLUMNS = {
     "victim C-Acc": ("victim", "c_acc"), "victim ASR": ("victim", "asr"), "C-Acc": ("benign", "c_acc"), "ASR": ("benign", "asr"),
@@ -83,7 +83,7 @@ def main() -> None:
     name = args.name or f"{args.attack}_{Path(args.yaml_path).stem}"
     reports = [run(args, name, seed) for seed in args.seeds]
     minutes = sum(sum(r.get("cost", {}).get("seconds", {}).values()) for r in reports) / 60
-    heading = (f"{args.attack}, {args.yaml_path}{' ' + ' '.join(args.extra) if args.extra else ''}: {len(reports)} seeds, "
+    heading = (f"{args.attack}, {args.yaml_path}{shown(args.extra)}: {len(reports)} seeds, "
                f"{os.cpu_count()} CPU cores ({platform.machine()}), {minutes:.1f} minutes of stages in all")
     write_results(name, reports, f"{heading}\n\n{table(reports)}")
     print(f"{heading}\n\n{table(reports)}")
