@@ -39,11 +39,11 @@ def open_given(text: str) -> Given:
         UserError: nothing there, or nothing that can be read.
     """
     places = [*candidate_paths(text), RECORDS / text]
-    path = next((place for place in places if place.exists()), None)
+    path = next((place.resolve() for place in places if place.exists()), None)
     if path is None:
         raise UserError("data: nothing found at " + " or ".join(map(str, places)))
-    if (path / "poisoned.npz").exists() and (path / "config.yaml").exists() and path.resolve().is_relative_to(RECORDS.resolve()):
-        record = Record(str(path.resolve().relative_to(RECORDS.resolve())), must_exist=True)
+    if (path / "poisoned.npz").exists() and (path / "config.yaml").exists() and path.is_relative_to(RECORDS.resolve()):
+        record = Record(str(path.relative_to(RECORDS.resolve())), must_exist=True)
         return Given(path, ArrayFile(path / "poisoned.npz"), str(record.config().get("dataset", "")))
     layout = open_layout(path)
     return Given(path, layout, "cifar10" if layout.kind == "CIFAR python files" and len(layout.classes) == 10 else "")
