@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import run_script, shown, write_results
+from defense.power import detection_power
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
 from defense.verdict import filter_candidates
 from utils.record import Record, load_arrays
@@ -49,14 +51,16 @@ def measured(record: Record) -> dict[str, Any]:
     """What a finished record says: classes flagged by the run and by every rule on its votes, labels changed, TPR and FPR."""
     source = Source(record.path)
     report, table = source.report, source.decisions
-    votes, labels = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"]
+    votes, labels, samples = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"], source.decisions["index"].size
+    tau, classes, detected = source.config["threshold_tau"], len(source.classes["names"]), report["target_labels"]["detected"]
+    power = None if detected else detection_power(votes, labels, classes, tau, RULES["default"], source.config["random_seed"])
     purified = votes[:, 0] >= 0
-    votes, labels, samples = votes[purified], labels[purified], len(labels)
-    candidates, classes = filter_candidates(votes, source.config["threshold_tau"]), len(source.classes["names"])
+    votes, labels = votes[purified], labels[purified]
+    candidates = filter_candidates(votes, tau)
     rules = {rule: list(target_labels(votes, candidates, labels, classes, RULES[rule]).targets) for rule in RULES}
     poisoned = int(load_arrays(record / "truth.npz")["poison"].sum())
     return {"samples": samples, "purified": len(votes), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
-            "detected": report["target_labels"]["detected"], "rules": rules,
+            "detected": detected, "rules": rules, "power": power,
             "labels_changed": float((table["given_label"] != table["new_label"]).mean()), "victim_asr": report["victim"]["asr"],
             "tpr": report["detection"]["tpr"], "fpr": report["detection"]["fpr"], "seconds": sum(report["cost"]["seconds"].values())}
 
@@ -72,6 +76,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
         most = max(row["labels_changed"] for row in own)
         lines.append(f"| {share:.0%} | {len(own)} | {own[0]['poisoned']} | {show(mean(own, 'victim_asr'))} | {found} | {accused} of {len(own)} | "
                      f"{mean(own, 'labels_changed'):.4f} ({most:.4f}) | {show(mean(own, 'tpr'))} | {show(mean(own, 'fpr'))} |")
+    clean = [row["power"] for row in rows if row["power"] and not row["poisoned"]]
+    if clean:
+        foretold = ", ".join(f"{statistics.mean(power[size] for power in clean):.2f} at {float(size):.0%}" for size in clean[0])
+        lines += ["", f"Foretold by the unpoisoned runs (defense/power.py), if purification takes the trigger away: found in {foretold}."]
     lines += ["", "On the same votes, target found / runs that accuse a clean class:", "", "| rule | " + " | ".join(f"{share:.0%}" for share in by_share) + " |",
               "|---" * (len(by_share) + 1) + "|"]
     for rule in RULES:

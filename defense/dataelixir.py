@@ -24,6 +24,7 @@ from defense.draft import Draft, Selector
 from defense.forecast import purifying_bytes, purifying_pace, smallest, span
 from defense.knowledge import DENOISER
 from defense.level import rounds_survived, self_agreement, settled_level, warn_if_destroyed
+from defense.power import detection_power, in_words, says_little
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
 from defense.result import Result
@@ -132,7 +133,10 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         selector = Selector(store, victim, config.ssim == "volume", config.selection_rank, config.original_eligible)
         draft = selector.take_poisoned(_first_draft(data, candidates, found, config), candidates)
         _log_decisions(votes, data.labels, found, draft, config)
-    result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector)
+    power = None if found.targets else detection_power(votes, data.labels, dataset.num_classes, config.threshold_tau, config.target_rule, config.random_seed)
+    result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector, power=power)
+    if power:
+        log.log(logging.WARNING if says_little(power) else logging.INFO, in_words(power))
     if not found.targets and not config.conform:
         log.info("no backdoor found: the set is left unchanged, and the victim is the benign model")
         save_classifier(victim, record / "benign.safetensors")
@@ -195,12 +199,12 @@ def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy
 
 
 def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes: Tensor, found: Discrepancy, passes: int,
-            selector: Selector) -> Result:
+            selector: Selector, power: Optional[dict[str, float]]) -> Result:
     purified = LabeledImages(draft.images, draft.labels)
     cast = votes[:, 1:] != UNKNOWN
     left = (cast & (votes[:, 1:] != draft.given[:, None])).sum(1).double() / cast.sum(1).clamp(min=1)   # 0 where nothing was purified
     return Result(model, purified, flagged=draft.labels != draft.given, score=left, targets=found.targets,
-                  decisions=draft.decisions(votes, found.is_target), stage1=stage1, discrepancy=found, votes=votes,
+                  decisions=draft.decisions(votes, found.is_target), stage1=stage1, discrepancy=found, votes=votes, power=power,
                   unet_passes=passes, examples=selector.examples)
 
 

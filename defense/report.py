@@ -10,6 +10,7 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
+from defense.power import in_words
 from defense.result import Result
 from utils import figures
 from utils.data import Dataset, LabeledImages, TriggeredImages
@@ -102,6 +103,8 @@ def build_report(name: str, knowledge: Sequence[str], result: Result, case: Case
         "suspicion": suspicion(result.score, case.truth),
         "relabel": _relabel(result, case),
         "target_labels": {"detected": None if result.targets is None else list(result.targets), "true": case.truth.targets},
+        "power": result.power,
+        "notes": [in_words(result.power)] if result.power else [],
         "rounds": None if result.votes is None else survival(result.votes, config.last_steps_m, case.data.labels, case.truth),
         "knowledge": list(knowledge),
         "training_epochs": sum(row["stage"] != "victim" for row in EpochLog(record / "metrics.csv", None, None).rows()),

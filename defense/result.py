@@ -77,6 +77,7 @@ class Result:
         stage1: the benign model before fine-tuning.
         discrepancy: DataElixir's target-label detection.
         votes: int64 (N, 1+nm), the victim's labels of originals (column 0) and intermediaries.
+        power: size of a backdoor -> how often it would have been found, where none was (power.py).
         unet_passes: denoiser passes spent, over all images.
         examples: a few purified samples, drawn when the report wants them.
     """
@@ -91,6 +92,7 @@ class Result:
     stage1: Optional[Classifier] = None
     discrepancy: Optional[Discrepancy] = None
     votes: Optional[Tensor] = None
+    power: Optional[dict[str, float]] = None
     unet_passes: int = 0
     examples: Callable[[Tensor], list[Example]] = lambda _: []
 

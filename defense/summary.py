@@ -8,6 +8,7 @@ import torch
 from defense.folder import OutputFolder, outcome
 from defense.given import Given
 from defense.level import DESTROYED, rounds_survived
+from defense.power import in_words
 from defense.result import Result
 from defense.store import UNKNOWN
 from utils.data import LabeledImages
@@ -23,6 +24,7 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
     survived = rounds_survived(result.votes, data.labels, last_steps_m, result.discrepancy.is_target)
     return {"target_labels": list(result.discrepancy.targets), "prediction_survives": survived.tolist(),
             "classifier_agrees": (votes[:, 0] == labels).double().mean().item(), "purified": len(votes),
+            "power": result.power,
             "unet_passes": result.unet_passes, "peak_rss_bytes": peak_rss_bytes(), "device": device}
 
 
@@ -45,7 +47,7 @@ def summarise(given: Given, labels: torch.Tensor, folder: OutputFolder, action: 
         "samples": len(labels), "classes": len(names), "analysed_at": resolution, "changed": counts,
         "target_labels": {"detected": detected, "names": [names[k] for k in detected]},
         "purified": found["purified"], "classifier_agrees": found["classifier_agrees"], "rounds": [{"prediction_survives": share} for share in found["prediction_survives"]],
-        "notes": notes(given, found, counts, action, resolution),
+        "power": found["power"], "notes": notes(given, found, counts, action, resolution),
         "cost": {"unet_passes": found["unet_passes"], "seconds": {stage: entry["seconds"] for stage, entry in stages.items()},
                  "peak_rss_bytes": found["peak_rss_bytes"], "device": found["device"]},
         "versions": environment(),
@@ -59,6 +61,8 @@ def notes(given: Given, found: dict[str, Any], counts: dict[str, int], action: s
             "report": "This is an analysis only: no images were written."}[action]
     said = [done, "The truth about this set is not known here: these are verdicts, not measurements. "
                   f"{found['purified']:,} images were purified; the classifier reads {found['classifier_agrees']:.1%} of them as they are labelled."]
+    if found["power"]:
+        said.append(in_words(found["power"]))
     if found["prediction_survives"][0] < DESTROYED:
         said.append(f"The verdict is doubtful: only {found['prediction_survives'][0]:.0%} of the predictions survive the first round, "
                     "so the noise level is too high (steps_T: auto finds one) or the denoiser is not one for such images.")

@@ -13,7 +13,7 @@ from utils.metrics import Truth
 from utils.record import Record
 
 REPORT = {"schema", "attack", "dataset", "defense", "seed", "status", "victim", "benign_stage1", "benign", "der", "detection", "suspicion", "relabel",
-          "target_labels", "rounds", "knowledge", "training_epochs", "removed", "cost", "versions"}
+          "target_labels", "power", "notes", "rounds", "knowledge", "training_epochs", "removed", "cost", "versions"}
 
 
 def report_of(name, truth=TRUTH, folder=None, victim=small_net, **changes):

@@ -1,0 +1,75 @@
+"""What a verdict of nothing is worth, on votes whose answer is known."""
+import pytest
+import torch
+
+from defense.power import DRAWS, SIZES, detection_power, in_words, says_little
+from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.verdict import filter_candidates
+
+CLASSES, EACH, VOTES, TAU = 10, 64, 21, 5
+LABELS = torch.arange(CLASSES).repeat_interleave(EACH)
+
+
+def steady():
+    """A classifier that purification does not irritate."""
+    return LABELS[:, None].repeat(1, VOTES)
+
+
+def irritated(share=0.6):
+    """Votes that move anywhere for that share of the samples; the original is read as labelled."""
+    draw = torch.Generator().manual_seed(0)
+    votes, moves = steady(), torch.rand(len(LABELS), generator=draw) < share
+    votes[moves, 1:] = torch.randint(0, CLASSES, (len(LABELS), 1), generator=draw).expand(-1, VOTES - 1)[moves]
+    return votes
+
+
+def power(votes, labels=LABELS, rule=TargetRule(), seed=0):
+    return detection_power(votes, labels, CLASSES, TAU, rule, seed)
+
+
+def test_where_nothing_moves_all_is_found_and_where_all_moves_nothing_is():
+    assert power(steady()) == {str(size): 1.0 for size in SIZES} and not says_little(power(steady()))
+    lost = power(irritated())
+    assert lost["0.1"] < 0.5 and lost["0.01"] == 0 and says_little(lost)
+    assert list(lost.values()) == sorted(lost.values(), reverse=True)
+
+
+def test_it_is_what_happens_to_sets_that_are_really_poisoned():
+    """Poison made by hand, class by class, flagged by the rule itself, about as often as foretold."""
+    votes, draw, hits = irritated(0.2), torch.Generator().manual_seed(1), []
+    for target in torch.arange(CLASSES).repeat(40).tolist():
+        poisoned, own = votes.clone(), (LABELS == target).nonzero().flatten()
+        own = own[torch.randperm(EACH, generator=draw)[:round(EACH * 0.05 / 0.15)]]    # 5 % of all is half as much as a class
+        donors = (LABELS != target).nonzero().flatten()
+        poisoned[own] = votes[donors[torch.randint(0, len(donors), (len(own),), generator=draw)]]
+        poisoned[own, 0] = target
+        hits.append(target in target_labels(poisoned, filter_candidates(poisoned, TAU), LABELS, CLASSES, TargetRule()).targets)
+    foretold = sum(power(votes, seed=seed)["0.05"] for seed in range(10)) / 10
+    assert 0.1 < foretold < 0.9 and foretold == pytest.approx(sum(hits) / len(hits), abs=0.08)
+
+
+def test_samples_that_were_not_purified_count_towards_the_size_alone():
+    more = torch.cat([LABELS, LABELS]), torch.cat([irritated(0.2), torch.full((len(LABELS), VOTES), -1)])
+    assert power(more[1], more[0]) == power(irritated(0.2))
+    large_class = torch.cat([LABELS, torch.zeros(30 * EACH, dtype=torch.int64)])
+    unknown = torch.full((30 * EACH, VOTES), -1)
+    assert power(torch.cat([irritated(0.2), unknown]), large_class)["0.05"] > power(irritated(0.2))["0.05"]   # the others are small beside it
+
+
+def test_draws_are_keyed_and_the_votes_left_alone():
+    votes = irritated(0.2)
+    before = votes.clone()
+    assert power(votes, seed=3) == power(votes, seed=3) and torch.equal(votes, before)
+    assert len({str(power(votes, seed=seed)) for seed in range(4)}) > 1
+    assert all(round(share * DRAWS) == pytest.approx(share * DRAWS) for share in power(votes).values())
+
+
+def test_one_class_alone_has_no_power():
+    one = torch.zeros(8, dtype=torch.int64)
+    assert set(power(torch.zeros(8, VOTES, dtype=torch.int64), one).values()) == {0.0}
+    assert set(power(torch.zeros(8, VOTES, dtype=torch.int64), one, PUBLISHED_RULE).values()) == {0.0}
+
+
+def test_the_words_say_what_follows():
+    assert in_words({"0.1": 1.0, "0.05": 0.95, "0.01": 0.0}).endswith("in 1.00 of cases for 10% of the set, in 0.95 of cases for 5% of the set, in 0.00 of cases for 1% of the set.")
+    assert "nothing was found says little" in in_words({"0.1": 0.72, "0.05": 0.15, "0.01": 0.0})
