@@ -22,6 +22,7 @@ def test_no_poison_at_all(world, conform):
     report = finished(world, f"none-{conform}", "--pratio", "0", "--conform", conform)
     assert report["detection"]["tpr"] is None and report["detection"]["fpr"] is not None and report["relabel"]["accuracy_on_poison"] is None
     assert all(row["poison_reads_target"] is None for row in report["rounds"]) and report["status"] in ("ok", "no-backdoor-found")
+    assert (report["power"] is None) == bool(report["target_labels"]["detected"]) and len(report["notes"]) == (report["power"] is not None)
 
 
 @pytest.mark.parametrize("conform", ["true", "false"])

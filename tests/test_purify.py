@@ -1,6 +1,7 @@
 """A folder in, a folder out: on a toy whose truth is known, from the command line and from Python."""
 import csv
 import json
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from defense import dataelixir, given, purify
 from defense.dataelixir import DataElixirConfig
 from defense.evidence import confidence, reason
+from defense.power import in_words
 from defense.run import find_defense
 from defense.verdict import Verdict
 from diffusion import train
@@ -75,6 +77,7 @@ def test_a_poisoned_folder_comes_back_clean(toy, tmp_path):
     assert {name: cleaned[name] for name in untouched} == {name: before[name] for name in untouched} and contents(data) == before
     assert (summary["status"], summary["target_labels"], summary["action"]) == ("backdoor-found", {"detected": [0], "names": ["grey0"]}, "relabel")
     poison = int(TRUTH.poison.sum())
+    assert summary["power"] is None
     assert summary["changed"] == {"labels": poison, "images": poison, "samples": poison} and summary["cost"]["unet_passes"] == len(POISONED) * 40
     table = list(csv.DictReader(open(out / "decisions.csv")))
     of = lambda row: POISONED.labels.tolist()[int(row["path"][-7:-4])]
@@ -88,6 +91,8 @@ def test_a_clean_folder_stays_as_it_is(toy, tmp_path):
     data = toy(DATASET.train)
     summary = run(data, tmp_path / "out")
     assert summary["status"] == "no-backdoor-found" and contents(tmp_path / "out" / "cleaned") == contents(data)
+    assert summary["power"]["0.1"] == 1 and in_words(summary["power"]) in summary["notes"]    # on this toy a verdict of nothing is worth something
+    assert in_words(summary["power"]) in unescape((tmp_path / "out" / "report.html").read_text())
 
 
 def test_a_finished_analysis_serves_every_action(toy, tmp_path, monkeypatch):
