@@ -4,9 +4,9 @@
 
 Words after `--` go to the attack script (another data set: `-- --dataset imagefolder --dataset_path DIR --ddpm DENOISER`; give
 --name then; `{seed}` in a word stands for the seed, for a subset of a larger set each). Each run is a process of its own in
-record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made
-again. Share 0 is the unpoisoned set. The rules are compared on the same votes; where target labels come first, most samples
-have none, so `-- --target_first false` is what the other rules are to be judged by.
+record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made again. Share 0 is the unpoisoned set. The rules
+are compared on the same votes; where target labels come first, most samples have none, so `-- --target_first false` is what the
+other rules are to be judged by.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.runs import run_script, shown, write_results
 from defense.power import detection_power
+from defense.store import UNKNOWN
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
 from defense.verdict import filter_candidates
 from utils.record import Record, load_arrays
@@ -51,16 +52,15 @@ def measured(record: Record) -> dict[str, Any]:
     """What a finished record says: classes flagged by the run and by every rule on its votes, labels changed, TPR and FPR."""
     source = Source(record.path)
     report, table = source.report, source.decisions
-    votes, labels, samples = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"], source.decisions["index"].size
-    tau, classes, detected = source.config["threshold_tau"], len(source.classes["names"]), report["target_labels"]["detected"]
-    power = None if detected else detection_power(votes, labels, classes, tau, RULES["default"], source.config["random_seed"])
-    purified = votes[:, 0] >= 0
-    votes, labels = votes[purified], labels[purified]
-    candidates = filter_candidates(votes, tau)
-    rules = {rule: list(target_labels(votes, candidates, labels, classes, RULES[rule]).targets) for rule in RULES}
+    votes, labels = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"]
+    tau, classes, known = source.config["threshold_tau"], len(source.classes["names"]), votes[:, 0] != UNKNOWN
+    candidates = filter_candidates(votes[known], tau)
+    found = {rule: target_labels(votes[known], candidates, labels[known], classes, RULES[rule]) for rule in RULES}
+    detected = report["target_labels"]["detected"]
+    power = None if detected else detection_power(votes, labels, found["default"], tau, RULES["default"], source.config["random_seed"])
     poisoned = int(load_arrays(record / "truth.npz")["poison"].sum())
-    return {"samples": samples, "purified": len(votes), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
-            "detected": detected, "rules": rules, "power": power,
+    return {"samples": len(labels), "purified": int(known.sum()), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
+            "detected": detected, "rules": {rule: list(each.targets) for rule, each in found.items()}, "power": power,
             "labels_changed": float((table["given_label"] != table["new_label"]).mean()), "victim_asr": report["victim"]["asr"],
             "tpr": report["detection"]["tpr"], "fpr": report["detection"]["fpr"], "seconds": sum(report["cost"]["seconds"].values())}
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+from utils.config import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def run_script(script: str, *words: str) -> None:

@@ -132,11 +132,9 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         candidates = filter_candidates(votes, config.threshold_tau)
         selector = Selector(store, victim, config.ssim == "volume", config.selection_rank, config.original_eligible)
         draft = selector.take_poisoned(_first_draft(data, candidates, found, config), candidates)
-        _log_decisions(votes, data.labels, found, draft, config)
-    power = None if found.targets else detection_power(votes, data.labels, dataset.num_classes, config.threshold_tau, config.target_rule, config.random_seed)
+        _log_decisions(votes, data.labels, found, draft, purification.rounds.purifier.config)
+    power = None if found.targets else _power(votes, data.labels, found, config)
     result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector, power=power)
-    if power:
-        log.log(logging.WARNING if says_little(power) else logging.INFO, in_words(power))
     if not found.targets and not config.conform:
         log.info("no backdoor found: the set is left unchanged, and the victim is the benign model")
         save_classifier(victim, record / "benign.safetensors")
@@ -170,8 +168,6 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
             found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
         else:
             found = purification.everything(config.end_early, config.sample_first)
-    survived = rounds_survived(purification.votes(), data.labels, config.last_steps_m, found.is_target)
-    warn_if_destroyed(survived[0].item(), level)
     return purification, found
 
 
@@ -208,7 +204,16 @@ def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes
                   unet_passes=passes, examples=selector.examples)
 
 
+def _power(votes: Tensor, labels: Tensor, found: Discrepancy, config: DataElixirConfig) -> dict[str, float]:
+    """What having found nothing is worth, told in the log as well."""
+    power = detection_power(votes, labels, found, config.threshold_tau, config.target_rule, config.random_seed)
+    log.log(logging.WARNING if says_little(power) else logging.INFO, in_words(power))
+    return power
+
+
 def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, config: DataElixirConfig) -> None:
+    """The decisions in the log; `config.steps_T` is the level that was settled."""
+    warn_if_destroyed(rounds_survived(votes, labels, config.last_steps_m, found.is_target)[0].item(), config.steps_T)
     for line in self_agreement(votes, labels, config.last_steps_m, found.is_target):
         log.info(line)
     for label, (metric, score, evidence) in enumerate(zip(found.metric, found.score, found.evidence)):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from defense.store import UNKNOWN
-from defense.target_label import TargetRule, class_scores, discrepancy, label_shares, target_labels
+from defense.target_label import Discrepancy, TargetRule, class_scores, discrepancy, label_shares
 from defense.verdict import filter_candidates
 from utils.randomness import keyed_generator
 
@@ -22,21 +22,21 @@ DRAWS = 40                  # planted sets at least, the same number for every c
 LITTLE = 0.9                # below this power at the largest size, having found nothing says little
 
 
-def detection_power(votes: Tensor, labels: Tensor, num_classes: int, tau: int, rule: TargetRule, seed: int) -> dict[str, float]:
+def detection_power(votes: Tensor, labels: Tensor, nothing: Discrepancy, tau: int, rule: TargetRule, seed: int) -> dict[str, float]:
     """For each of SIZES the share of planted backdoors that are found, of one target class each.
 
     Args:
         votes: int64 (N, 1+nm) of a set in which nothing was flagged; UNKNOWN where a sample was not purified.
         labels: int64 (N,), as given.
-        num_classes: K.
+        nothing: what the rule says of these votes.
         tau: votes that a second label needs to count as disagreement.
         rule: how classes are flagged.
         seed: key of the draws.
     """
-    counts, known = labels.bincount(minlength=num_classes), votes[:, 0] != UNKNOWN
+    num_classes, known = len(nothing.metric), votes[:, 0] != UNKNOWN
+    counts = labels.bincount(minlength=num_classes)
     votes, labels = votes[known], labels[known]
     sampled = labels.bincount(minlength=num_classes)
-    metric = target_labels(votes, filter_candidates(votes, tau), labels, num_classes, rule).metric
     weight = (counts / sampled.clamp(min=1))[labels].double()
     present, found = sampled > 0, {}
     for size in SIZES:
@@ -46,7 +46,7 @@ def detection_power(votes: Tensor, labels: Tensor, num_classes: int, tau: int, r
             planted = _planted(votes, labels, target, share.item(), weight, generator)
             row = torch.full((len(planted),), target)
             shares = label_shares(planted, filter_candidates(planted, tau), row, num_classes, rule.evidence_prior)
-            changed = metric.clone()
+            changed = nothing.metric.clone()
             changed[target] = discrepancy(shares.share)[target]
             hits.append(bool(class_scores(changed, present, rule).score[target] > rule.threshold))
         found[str(size)] = sum(hits) / len(hits)

@@ -21,6 +21,7 @@ from defense.level import settled_level
 from defense.purifier import PurifyConfig, Purifier, open_denoiser, purifier_for
 from defense.result import Result
 from defense.store import Block, IntermediaryStore
+from defense.verdict import reads_as_before
 from diffusion.denoiser import Denoiser
 from utils.data import Dataset, LabeledImages
 from utils.models import Classifier
@@ -89,7 +90,7 @@ def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: D
         for block in tqdm(crew.blocks(parts, None), "purify", total=len(parts), unit="block", leave=False, disable=None):
             store.write(block)
     votes = store.votes(len(data))
-    log.info("prediction survives purification: %.3f", (votes[:, 0] == votes[:, 1]).double().mean())
+    log.info("prediction survives purification: %.3f", reads_as_before(votes, 1).double().mean())
     images = torch.empty_like(data.images)
     for index, both in store.fetch(every):
         images[index] = both[:, 1]

@@ -24,7 +24,9 @@ def irritated(share=0.6):
 
 
 def power(votes, labels=LABELS, rule=TargetRule(), seed=0):
-    return detection_power(votes, labels, CLASSES, TAU, rule, seed)
+    known = votes[:, 0] >= 0
+    nothing = target_labels(votes[known], filter_candidates(votes[known], TAU), labels[known], CLASSES, rule)
+    return detection_power(votes, labels, nothing, TAU, rule, seed)
 
 
 def test_where_nothing_moves_all_is_found_and_where_all_moves_nothing_is():
