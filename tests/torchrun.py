@@ -26,6 +26,12 @@ def together(processes, toy, folder, kind="good"):
     return torchrun(processes, __file__, toy.__module__, toy.__name__, folder, kind)
 
 
+def say(*words):
+    """A line in one write: print writes it in pieces where Python does not buffer, and those of several processes mix."""
+    sys.stdout.write(" ".join(str(word) for word in words) + "\n")
+    sys.stdout.flush()
+
+
 @command_line
 def main():
     module, function, folder, kind = sys.argv[1:]
@@ -33,10 +39,10 @@ def main():
         with led() as leading:
             if leading:
                 getattr(import_module(module), function)(Path(folder), kind)
-        print("left", flush=True)
+        say("left")
     finally:
         threads = (task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*"))
-        print("threads of", rank(), *sorted(name for name in threads if "gloo" in name or "tcpstore" in name), flush=True)
+        say("threads of", rank(), *sorted(name for name in threads if "gloo" in name or "tcpstore" in name))
 
 
 if __name__ == "__main__":
