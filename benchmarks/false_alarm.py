@@ -24,7 +24,7 @@ from defense.verdict import filter_candidates
 from utils.record import Record, load_arrays
 from utils.source import Source
 
-RULES = {"default": TargetRule(), "two-sided, as published": PUBLISHED_RULE,
+RULES = {"default": TargetRule(), "discrepancy alone": TargetRule(inflow_threshold=None), "two-sided, as published": PUBLISHED_RULE,
          "one-sided, no prior, no floor": TargetRule(evidence_prior=0.0, mad_floor=0.0), "threshold 3": TargetRule(threshold=3.0)}
 
 
@@ -55,7 +55,8 @@ def measured(record: Record) -> dict[str, Any]:
     votes, labels = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"]
     tau, classes, known = source.config["threshold_tau"], len(source.classes["names"]), votes[:, 0] != UNKNOWN
     candidates = filter_candidates(votes[known], tau)
-    found = {rule: target_labels(votes[known], candidates, labels[known], classes, RULES[rule]) for rule in RULES}
+    sizes = labels.bincount(minlength=classes)
+    found = {rule: target_labels(votes[known], candidates, labels[known], classes, RULES[rule], sizes) for rule in RULES}
     detected = report["target_labels"]["detected"]
     power = None if detected else detection_power(votes, labels, found["default"], tau, RULES["default"], source.config["random_seed"])
     poisoned = int(load_arrays(record / "truth.npz")["poison"].sum())

@@ -44,7 +44,7 @@ from utils.training import Observer
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)
 PUBLISHED = dict(noise_index="T", quantise="truncate", index0="requantised", ssim="volume", outliers="two_sided",
-                 evidence_prior=0.0, mad_floor=0.0, original_eligible=True, relabel_source="raw", sampler="ancestral",
+                 evidence_prior=0.0, mad_floor=0.0, inflow_threshold=None, original_eligible=True, relabel_source="raw", sampler="ancestral",
                  reverse_steps=None, amp=False, compile="off", target_first=False, end_early=None)
 
 
@@ -61,6 +61,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         outlier_threshold: robust standard deviations from the median class beyond which a class is a target label.
         evidence_prior: share of every class counted as extra samples that did not move, so that a class with hardly any moved sample is not flagged (published 0).
         mad_floor: least median absolute deviation in nats that the outlier test divides by (published 0).
+        inflow_threshold: robust standard deviations from the median class beyond which the share of other classes' samples that a class has taken in makes it a target label too; null = never (as published).
         ssim: pixel distance by SSIM averaged over each channel, or over the image as a volume (as published under scikit-image 0.24).
         original_eligible: whether the original, possibly triggered image may be chosen as its own purified image (published true).
         selection_rank: the chosen image is farther from the original than this share of its candidates.
@@ -81,6 +82,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
     outlier_threshold: PositiveFloat = 2.0
     evidence_prior: NonNegativeFloat = 0.05
     mad_floor: NonNegativeFloat = 0.2
+    inflow_threshold: Optional[PositiveFloat] = 4.0
     ssim: Literal["channel", "volume"] = "channel"
     original_eligible: bool = False
     selection_rank: Fraction = 0.8
@@ -98,7 +100,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
 
     @property
     def target_rule(self) -> TargetRule:
-        return TargetRule(self.outliers == "two_sided", self.outlier_threshold, self.evidence_prior, self.mad_floor)
+        return TargetRule(self.outliers == "two_sided", self.outlier_threshold, self.evidence_prior, self.mad_floor, self.inflow_threshold)
 
 
 Config = DataElixirConfig
@@ -216,8 +218,8 @@ def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Dra
     warn_if_destroyed(rounds_survived(votes, labels, config.last_steps_m, found.is_target)[0].item(), config.steps_T)
     for line in self_agreement(votes, labels, config.last_steps_m, found.is_target):
         log.info(line)
-    for label, (metric, score, evidence) in enumerate(zip(found.metric, found.score, found.evidence)):
-        log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f%s", label, evidence, metric, score,
+    for label, row in enumerate(zip(found.evidence, found.metric, found.score, found.inflow, found.inflow_score)):
+        log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f, taken in %.4f of the others, score %.2f%s", label, *row,
                  "  <- target label" if label in found.targets else "")
     log.info("verdicts: %s", ", ".join(f"{int((draft.verdict == v).sum())} {v.name}" for v in Verdict))
 

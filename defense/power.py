@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from defense.store import UNKNOWN
-from defense.target_label import Discrepancy, TargetRule, class_scores, discrepancy, label_shares
+from defense.inflow import Leaving, inflow
+from defense.target_label import Discrepancy, TargetRule, class_scores, discrepancy, inflow_scores, label_shares
 from defense.verdict import filter_candidates
 from utils.randomness import keyed_generator
 
@@ -42,15 +43,23 @@ def detection_power(votes: Tensor, labels: Tensor, nothing: Discrepancy, tau: in
     for size in SIZES:
         generator, hits = keyed_generator(seed, "power", int(1000 * size)), []
         for target in present.nonzero().flatten().repeat(-(-DRAWS // int(present.sum()))).tolist():
-            share = size * counts.sum() / (size * counts.sum() + counts[target])
+            grown = counts.double()
+            grown[target] += size * counts.sum()
+            share = 1 - counts[target] / grown[target]
             planted = _planted(votes, labels, target, share.item(), weight, generator)
-            row = torch.full((len(planted),), target)
-            shares = label_shares(planted, filter_candidates(planted, tau), row, num_classes, rule.evidence_prior)
-            changed = nothing.metric.clone()
-            changed[target] = discrepancy(shares.share)[target]
-            hits.append(bool(class_scores(changed, present, rule).score[target] > rule.threshold))
+            hits.append(_is_found(planted, target, grown, present, nothing, tau, rule))
         found[str(size)] = sum(hits) / len(hits)
     return found
+
+
+def _is_found(planted: Tensor, target: int, sizes: Tensor, present: Tensor, nothing: Discrepancy, tau: int, rule: TargetRule) -> bool:
+    """Whether class `target` is flagged when its samples have the votes `planted`, and the other classes are as in `nothing`."""
+    row = torch.full((len(planted),), target)
+    shares = label_shares(planted, filter_candidates(planted, tau), row, len(sizes), rule.evidence_prior)
+    flow = Leaving.of(planted, row, len(sizes)).flow((sizes[target] / len(planted)).expand(len(planted)))
+    metric, taken = nothing.metric.clone(), nothing.inflow.clone()
+    metric[target], taken[target] = discrepancy(shares.share)[target], inflow(flow, sizes)[target]
+    return bool((class_scores(metric, present, rule).outlies | inflow_scores(taken, present, rule).outlies)[target])
 
 
 def _planted(votes: Tensor, labels: Tensor, target: int, share: float, weight: Tensor, generator: torch.Generator) -> Tensor:

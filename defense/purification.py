@@ -42,7 +42,7 @@ class Purification:
     def __init__(self, data: LabeledImages, rounds: Rounds, store: IntermediaryStore, rule: TargetRule, num_classes: int,
                  deal: Optional[Deal] = None, pace: Optional[float] = None):
         self.data, self.rounds, self.store, self.rule, self.num_classes = data, rounds, store, rule, num_classes
-        self.pace = pace
+        self.sizes, self.pace = data.labels.bincount(minlength=num_classes), pace
         self.deal = deal or (lambda parts, ends: (rounds(part, ends) for part in parts))
 
     def run(self, wanted: Tensor, ends: Optional[Ending] = None, name: str = "purify") -> None:
@@ -62,7 +62,7 @@ class Purification:
         return self._found(self.votes()[rows], self.data.labels[rows])
 
     def _found(self, votes: Tensor, labels: Tensor) -> Discrepancy:
-        return target_labels(votes, filter_candidates(votes, self.rounds.tau), labels, self.num_classes, self.rule)
+        return target_labels(votes, filter_candidates(votes, self.rounds.tau), labels, self.num_classes, self.rule, self.sizes)
 
     def everything(self, doubt: Optional[float], first: int) -> Discrepancy:
         """Purify every sample; where rounds may end early, `first` samples of each class come first and are given all."""
@@ -101,14 +101,13 @@ class Purification:
 
     def _sample_until_settled(self, first: int, error: float) -> Tensor:
         labels, seed = self.data.labels, self.rounds.purifier.seed
-        counts = labels.bincount(minlength=self.num_classes)
-        sizes = torch.full_like(counts, first)
+        sizes = torch.full_like(self.sizes, first)
         while True:
             rows = stratified(labels, sizes, seed)
             self.run(rows, name="sample")
             votes = self.votes()[rows]
             found = self._found(votes, labels[rows])
-            open_ = undecided(votes, filter_candidates(votes, self.rounds.tau), labels[rows], sizes >= counts, found, self.rule, error, seed)
+            open_ = undecided(votes, filter_candidates(votes, self.rounds.tau), labels[rows], self.sizes, sizes >= self.sizes, found, self.rule, error, seed)
             log.info("sample: %d of %d images purified, target labels %s, undecided classes %s", len(rows), len(labels),
                      list(found.targets) or "none", open_.nonzero().flatten().tolist() or "none")
             if not open_.any():

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from defense.target_label import Discrepancy, TargetRule, class_scores, class_share, discrepancy, support
+from defense.inflow import Leaving, inflow
+from defense.target_label import Discrepancy, TargetRule, class_scores, class_share, class_weights, discrepancy, inflow_scores, support
 from defense.verdict import Candidates
 from utils.randomness import keyed_generator
 
@@ -36,14 +37,15 @@ def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
     return by_class[rank < sizes[labels[by_class]]].sort().values
 
 
-def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, whole: Tensor, found: Discrepancy, rule: TargetRule,
-              error: float, seed: int) -> Tensor:
+def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tensor, whole: Tensor, found: Discrepancy,
+              rule: TargetRule, error: float, seed: int) -> Tensor:
     """Classes whose verdict a resample turns over too often.
 
     Args:
         votes: int64 (S, 1+nm) of the samples purified so far.
         candidates: of the same samples.
         labels: int64 (S,), their given labels.
+        sizes: int64 (K,), samples of each class in the whole set.
         whole: bool (K,), classes that are purified whole; they are decided as far as they themselves go.
         found: the verdicts on all S samples.
         rule: how verdicts are made.
@@ -58,9 +60,11 @@ def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, whole: Tens
     counts[:, whole[labels]] = 1
     own, total = (counts @ _by_class(values, labels, len(whole)) for values in support(votes, candidates, labels, len(whole)))
     size = counts @ _by_class(torch.ones_like(labels), labels, len(whole))
-    flips = torch.zeros(len(whole), dtype=torch.float64)
-    for share, present in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size > 0):
-        flips += (class_scores(discrepancy(share), present, rule).score > rule.threshold) != found.is_target
+    leaving, flips = Leaving.of(votes, labels, len(whole)), torch.zeros(len(whole), dtype=torch.float64)
+    for share, drawn, count in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size, counts):
+        taken = inflow(leaving.flow(count * class_weights(sizes, drawn)[labels]), sizes)
+        outlies = class_scores(discrepancy(share), drawn > 0, rule).outlies | inflow_scores(taken, drawn > 0, rule).outlies
+        flips += outlies != found.is_target
     return (flips > error * RESAMPLES) & ~whole
 
 

@@ -3,17 +3,23 @@
 Samples that were poisoned into class c carry the label c and leave it when they are purified; benign samples mostly
 keep theirs. So among the votes of the class's samples that moved, the share q_c of votes for c is small for a target
 class. The discrepancy KL(onehot_c || q) = -ln q_c is compared with the other classes' by the median
-absolute deviation (1.4826 MAD estimates a standard deviation under normality).
+absolute deviation (1.4826 MAD estimates a standard deviation under normality). So is, beyond what was published, the
+share of the other classes that a class has taken in (inflow.py): where purification harms clean images too, the
+discrepancies of all classes are alike, while poison comes from everywhere and drift goes to a few.
 """
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from defense.inflow import Leaving, inflow
 from defense.verdict import Candidates, Kind
 
 MAD_TO_SIGMA = 1.4826
 EPSILON = 1e-6
+INFLOW_FLOOR = 0.0005   # least deviation that inflows are told apart by, and
+INFLOW_ALIKE = 1 / 3    # that as a share of the median inflow
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class TargetRule:
             with hardly any moved sample is drawn towards metric 0, and no metric is infinite. 0 as published.
         mad_floor: least median absolute deviation, in nats, that is divided by: where all classes agree, small
             differences are noise. 0 as published.
+        inflow_threshold: the same for the inflow, always on the upper side; None as published: the inflow flags no class.
 
     Raises:
         ValueError: `evidence_prior` or `mad_floor` is negative.
@@ -36,13 +43,14 @@ class TargetRule:
     threshold: float = 2.0
     evidence_prior: float = 0.05
     mad_floor: float = 0.2
+    inflow_threshold: Optional[float] = 4.0
 
     def __post_init__(self):
         if self.evidence_prior < 0 or self.mad_floor < 0:
             raise ValueError(f"evidence_prior and mad_floor must be 0 or more: {self}")
 
 
-PUBLISHED_RULE = TargetRule(two_sided=True, threshold=2.0, evidence_prior=0.0, mad_floor=0.0)
+PUBLISHED_RULE = TargetRule(two_sided=True, threshold=2.0, evidence_prior=0.0, mad_floor=0.0, inflow_threshold=None)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,9 @@ class Discrepancy:
         evidence: int64 (K,), samples of the class that are not unanimous.
         share: float64 (K,), q_c in [0, 1].
         threshold: the metric above which a class is flagged, in nats; inf or nan where the median is.
+        inflow: float64 (K,), the share of the other classes' samples that a class is estimated to have taken in.
+        inflow_score: float64 (K,), as `score`.
+        inflow_limit: the inflow above which a class is flagged; inf where none is.
     """
 
     metric: Tensor
@@ -80,6 +91,9 @@ class Discrepancy:
     evidence: Tensor
     share: Tensor
     threshold: float
+    inflow: Tensor
+    inflow_score: Tensor
+    inflow_limit: float
 
     @property
     def is_target(self) -> Tensor:
@@ -139,15 +153,17 @@ class Scores:
 
     Attributes:
         score: float64 (K,), robust standard deviations; 0 for a class without samples.
-        threshold: the metric in nats above which a class is flagged (on the upper side).
+        threshold: the value above which a class is flagged (on the upper side).
+        outlies: bool (K,), whether it is flagged.
     """
 
     score: Tensor
     threshold: float
+    outlies: Tensor
 
 
 def class_scores(metric: Tensor, present: Tensor, rule: TargetRule) -> Scores:
-    """Distance of each class's metric from the median class, in robust standard deviations.
+    """Distance of each class's discrepancy from the median class, in robust standard deviations.
 
     Args:
         metric: float64 (K,), may hold inf.
@@ -156,15 +172,25 @@ def class_scores(metric: Tensor, present: Tensor, rule: TargetRule) -> Scores:
     Returns:
         Scores; if half of the metrics or more are inf, so is the median, and every score is nan.
     """
-    centre = _median(metric[present])
-    deviation = metric - centre
-    unit = MAD_TO_SIGMA * (_median(deviation.abs()[present]).clamp(min=rule.mad_floor) + EPSILON)
-    score = (deviation.abs() if rule.two_sided else deviation) / unit
-    return Scores(torch.where(present, score, 0.0), (centre + rule.threshold * unit).item())
+    return _scores(metric, present, rule.threshold, rule.mad_floor, rule.two_sided)
 
 
-def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int,
-                  rule: TargetRule) -> Discrepancy:
+def inflow_scores(taken: Tensor, present: Tensor, rule: TargetRule) -> Scores:
+    """The same for inflows, float64 (K,). They lie close to 0 where little drifts, and vary by their size where much does."""
+    floor = max(INFLOW_FLOOR, INFLOW_ALIKE * _median(taken[present]).item())
+    return _scores(taken, present, torch.inf if rule.inflow_threshold is None else rule.inflow_threshold, floor, two_sided=False)
+
+
+def _scores(values: Tensor, present: Tensor, limit: float, floor: float, two_sided: bool) -> Scores:
+    centre = _median(values[present])
+    deviation = values - centre
+    unit = MAD_TO_SIGMA * (_median(deviation.abs()[present]).clamp(min=floor) + EPSILON)
+    score = torch.where(present, (deviation.abs() if two_sided else deviation) / unit, 0.0)
+    return Scores(score, (centre + limit * unit).item(), score > limit)
+
+
+def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int, rule: TargetRule,
+                  sizes: Optional[Tensor] = None) -> Discrepancy:
     """Find the classes that poisoned samples were labelled as (DataElixir, target-label detection).
 
     Any number of classes may be flagged, none included; a class without samples never is.
@@ -176,6 +202,7 @@ def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_cla
         num_classes: K.
         rule: `PUBLISHED_RULE` decides as the published code does, except that a class without any non-unanimous
             sample, where that stops with a division by zero, has metric 0 here.
+        sizes: int64 (K,), samples of each class in the whole set, of which the N are a part; None = the N are all.
 
     Raises:
         ValueError: shapes do not fit, a label lies outside 0..K-1, or there are no samples.
@@ -184,9 +211,16 @@ def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_cla
         raise ValueError("target labels cannot be detected without samples")
     shares = label_shares(votes, candidates, labels, num_classes, rule.evidence_prior)
     metric = discrepancy(shares.share)
-    scores = class_scores(metric, shares.size > 0, rule)
-    targets = tuple((scores.score > rule.threshold).nonzero().flatten().tolist())
-    return Discrepancy(metric, scores.score, targets, shares.evidence, shares.share, scores.threshold)
+    sizes, present = shares.size if sizes is None else sizes, shares.size > 0
+    taken = inflow(Leaving.of(votes, labels, num_classes).flow(class_weights(sizes, shares.size)[labels.cpu()]), sizes)
+    scores, taking = class_scores(metric, present, rule), inflow_scores(taken, present, rule)
+    targets = tuple((scores.outlies | taking.outlies).nonzero().flatten().tolist())
+    return Discrepancy(metric, scores.score, targets, shares.evidence, shares.share, scores.threshold, taken, taking.score, taking.threshold)
+
+
+def class_weights(sizes: Tensor, sampled: Tensor) -> Tensor:
+    """float64 (K,): for how many samples of a class of `sizes` (K,) each of the `sampled` (K,) ones stands; 0 where none is."""
+    return torch.where(sampled > 0, sizes / sampled.clamp(min=1).double(), 0.0)
 
 
 def discrepancy(share: Tensor) -> Tensor:

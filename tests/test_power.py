@@ -25,7 +25,7 @@ def irritated(share=0.6):
 
 def power(votes, labels=LABELS, rule=TargetRule(), seed=0):
     known = votes[:, 0] >= 0
-    nothing = target_labels(votes[known], filter_candidates(votes[known], TAU), labels[known], CLASSES, rule)
+    nothing = target_labels(votes[known], filter_candidates(votes[known], TAU), labels[known], CLASSES, rule, labels.bincount(minlength=CLASSES))
     return detection_power(votes, labels, nothing, TAU, rule, seed)
 
 
@@ -36,30 +36,35 @@ def test_where_nothing_moves_all_is_found_and_where_all_moves_nothing_is():
     assert list(lost.values()) == sorted(lost.values(), reverse=True)
 
 
-def test_it_is_what_happens_to_sets_that_are_really_poisoned():
+@pytest.mark.parametrize("rule, share", [(TargetRule(), 0.3), (TargetRule(inflow_threshold=None), 0.2)])
+def test_it_is_what_happens_to_sets_that_are_really_poisoned(rule, share):
     """Poison made by hand, class by class, flagged by the rule itself, about as often as foretold."""
-    votes, draw, hits = irritated(0.2), torch.Generator().manual_seed(1), []
+    votes, draw, hits = irritated(share), torch.Generator().manual_seed(1), []
     for target in torch.arange(CLASSES).repeat(40).tolist():
-        poisoned, own = votes.clone(), (LABELS == target).nonzero().flatten()
+        poisoned, own, sizes = votes.clone(), (LABELS == target).nonzero().flatten(), LABELS.bincount()
         own = own[torch.randperm(EACH, generator=draw)[:round(EACH * 0.05 / 0.15)]]    # 5 % of all is half as much as a class
         donors = (LABELS != target).nonzero().flatten()
         poisoned[own] = votes[donors[torch.randint(0, len(donors), (len(own),), generator=draw)]]
-        poisoned[own, 0] = target
-        hits.append(target in target_labels(poisoned, filter_candidates(poisoned, TAU), LABELS, CLASSES, TargetRule()).targets)
-    foretold = sum(power(votes, seed=seed)["0.05"] for seed in range(10)) / 10
+        poisoned[own, 0], sizes[target] = target, EACH * 3 // 2
+        hits.append(target in target_labels(poisoned, filter_candidates(poisoned, TAU), LABELS, CLASSES, rule, sizes).targets)
+    foretold = sum(power(votes, rule=rule, seed=seed)["0.05"] for seed in range(10)) / 10
     assert 0.1 < foretold < 0.9 and foretold == pytest.approx(sum(hits) / len(hits), abs=0.08)
 
 
+def test_the_inflow_finds_what_the_discrepancy_does_not():
+    assert power(irritated(0.4))["0.1"] > 0.9 and power(irritated(0.4), rule=TargetRule(inflow_threshold=None))["0.1"] == 0
+
+
 def test_samples_that_were_not_purified_count_towards_the_size_alone():
-    more = torch.cat([LABELS, LABELS]), torch.cat([irritated(0.2), torch.full((len(LABELS), VOTES), -1)])
-    assert power(more[1], more[0]) == power(irritated(0.2))
+    more = torch.cat([LABELS, LABELS]), torch.cat([irritated(0.4), torch.full((len(LABELS), VOTES), -1)])
+    assert power(more[1], more[0]) == power(irritated(0.4))
     large_class = torch.cat([LABELS, torch.zeros(30 * EACH, dtype=torch.int64)])
     unknown = torch.full((30 * EACH, VOTES), -1)
-    assert power(torch.cat([irritated(0.2), unknown]), large_class)["0.05"] > power(irritated(0.2))["0.05"]   # the others are small beside it
+    assert power(torch.cat([irritated(0.4), unknown]), large_class)["0.05"] > power(irritated(0.4))["0.05"]   # the others are small beside it
 
 
 def test_draws_are_keyed_and_the_votes_left_alone():
-    votes = irritated(0.2)
+    votes = irritated(0.4)
     before = votes.clone()
     assert power(votes, seed=3) == power(votes, seed=3) and torch.equal(votes, before)
     assert len({str(power(votes, seed=seed)) for seed in range(4)}) > 1

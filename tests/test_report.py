@@ -41,7 +41,8 @@ def write_record(folder, changed=12, n=N, side=SIDE, **without):
     save_arrays(folder / "purified.npz", images=torch.where(torch.tensor(moved)[:, None, None, None], 255 - images, images), labels=new)
     save_arrays(folder / "truth.npz", original_labels=new, poison=moved, cover=np.zeros(n, bool), targets=np.array([1]))
     save_arrays(folder / "examples.npz", index=np.arange(min(3, changed)), images=random_images(min(3, changed), 4, 3, side, side))
-    write_json(folder / "classes.json", {"names": NAMES, "discrepancy": [0.1, 2.5, None, 0.0], "score": [0, 5, 9, 0], "evidence": [1, 20, 3, 0], "threshold": 0.6})
+    write_json(folder / "classes.json", {"names": NAMES, "discrepancy": [0.1, 2.5, None, 0.0], "score": [0, 5, 9, 0], "evidence": [1, 20, 3, 0], "threshold": 0.6,
+                                       "inflow": [0, 0.094, 0.001, 0], "inflow_score": [0, 40, 0.2, 0], "inflow_limit": 0.012})
     (folder / "config.yaml").write_text(yaml.safe_dump({"steps_T": 60, "ddpm": "toy"}))
     (folder / "metrics.csv").write_text("stage,epoch,lr,train_loss,c_acc,asr,r_acc\nvictim,1,.1,1,0.5,,\nvictim,2,.1,1,0.91,0.875,0.125\n")
     write_json(folder / "report.json", REPORT)
@@ -114,7 +115,18 @@ def test_transitions_and_classes_by_hand(tmp_path):
     assert moves["counts"] == {(0, 1): 2, (1, 2): 2, (2, 3): 1, (3, 0): 1} and moves["rows"] == [0, 1, 2, 3] and moves["most"] == 2
     rows = report.class_rows(source)
     assert [row["samples"] for row in rows] == [10] * 4 and [row["flagged"] for row in rows] == [False, True, False, False] and rows[2]["discrepancy"] is None
+    assert [row["inflow"] for row in rows] == [0, 0.094, 0.001, 0]
     assert "6 of 40 labels and 6 images" in report.verdict(source, {"labels": 6, "images": 6, "of": 40})
+    assert "About 9.4% of the other classes' samples" in report.verdict(source, {})
+
+
+def test_a_record_from_before_the_inflow_was_measured_has_its_page(tmp_path):
+    folder = write_record(tmp_path / "r")
+    kept = json.loads((folder / "classes.json").read_text())
+    write_json(folder / "classes.json", {key: value for key, value in kept.items() if not key.startswith("inflow")})
+    html = page(folder)
+    assert "samples seem to be poisoned" in html and "seem to carry that label" not in html and "Share of the other classes" not in html
+    assert "Share of the other classes taken in" in page(write_record(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("missing", ["classes.json", "examples.npz", "truth.npz", "poisoned.npz", "purified.npz", "decisions.csv", "metrics.csv", "config.yaml"])

@@ -38,7 +38,7 @@ def open_classes(moved, whole=(), error=0.02, per_class=40):
     candidates, mask = filter_candidates(votes, TAU), torch.zeros(K, dtype=torch.bool)
     mask[list(whole)] = True
     found = target_labels(votes, candidates, labels, K, RULE)
-    return found.targets, undecided(votes, candidates, labels, mask, found, RULE, error, seed=0).nonzero().flatten().tolist()
+    return found.targets, undecided(votes, candidates, labels, labels.bincount(minlength=K), mask, found, RULE, error, seed=0).nonzero().flatten().tolist()
 
 
 def test_clear_verdicts_are_settled():

@@ -36,7 +36,8 @@ def _bar(x: float, height: float, width: float, kind: str, tip: str) -> str:
             f'class="{kind}"><title>{escape(tip)}</title></rect>')
 
 
-def class_bars(values: Sequence[Optional[float]], names: Sequence[str], flagged: Sequence[int], threshold: Optional[float]) -> Markup:
+def class_bars(values: Sequence[Optional[float]], names: Sequence[str], flagged: Sequence[int], threshold: Optional[float],
+               title: str, unit: str = "") -> Markup:
     """A bar for each class, flagged ones marked, with the threshold as a dashed line; None is an infinite value."""
     finite = [value for value in [*values, threshold] if value is not None]
     top, step = max([*finite, 1e-3]) * 1.1, max(14, min(40, 640 / max(1, len(values))))
@@ -44,13 +45,13 @@ def class_bars(values: Sequence[Optional[float]], names: Sequence[str], flagged:
     for k, (value, name) in enumerate(zip(values, names)):
         height = HEIGHT * (1 if value is None else value / top)
         parts.append(_bar(LEFT + k * step + 2, height, step - 4, "bar hot" if k in flagged else "bar",
-                          f"{name}: {'infinite' if value is None else f'{value:.3f}'} nats"))
+                          f"{name}: {'infinite' if value is None else f'{value:.3g}'}{unit}"))
         short = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
         parts.append(_text(LEFT + (k + 0.5) * step + 4, HEIGHT + 24, short, "end", -60))
     if threshold is not None:
         y = 10 + HEIGHT * (1 - threshold / top)
-        parts.append(_line(LEFT, y, width, y, "threshold") + _text(width - 4, y - 4, f"threshold {threshold:.2f}", "end"))
-    return _svg(width, HEIGHT + BELOW, "Discrepancy of each class", _scale(top, width), *parts)
+        parts.append(_line(LEFT, y, width, y, "threshold") + _text(width - 4, y - 4, f"threshold {threshold:.3g}", "end"))
+    return _svg(width, HEIGHT + BELOW, title, _scale(top, width), *parts)
 
 
 def histogram(values: np.ndarray, title: str, bins: int = 24) -> Markup:

@@ -58,19 +58,21 @@ def trigger_sheet(path: Path, clean: Tensor, triggered: Tensor, captions: Sequen
     image_grid(path, [("clean", clean), ("triggered", triggered), (f"residual x{factor}", residual)], captions)
 
 
-def discrepancy_chart(path: Path, metric: np.ndarray, threshold: float | None, flagged: Sequence[int], classes: Sequence[str]) -> None:
-    """Discrepancy of every class as bars, flagged ones coloured, with the threshold as a line."""
-    figure, axes = _subplots(1, 1, (max(5, 0.28 * len(metric) + 2), 3.2))
-    axis, finite = axes[0, 0], metric[np.isfinite(metric)]
-    top = (finite.max() if len(finite) else 1.0) * 1.1 + 1e-3
-    heights = np.where(np.isfinite(metric), metric, top)
-    axis.bar(range(len(metric)), heights, color=[ACCENT if k in flagged else MUTED for k in range(len(metric))])
-    if threshold is not None and np.isfinite(threshold):
-        axis.axhline(threshold, color="black", linewidth=1, linestyle="--", label=f"threshold {threshold:.2f}")
-        axis.legend(frameon=False, fontsize=8)
-    axis.set_xticks(range(len(metric)), classes, rotation=90 if len(metric) > 12 else 0, fontsize=7)
-    axis.set(xlabel="class", ylabel="discrepancy (nats)", title="Target labels: " + (", ".join(classes[k] for k in flagged) or "none found"))
-    axis.spines[["top", "right"]].set_visible(False)
+def target_label_chart(path: Path, measures: dict[str, tuple[np.ndarray, float]], flagged: Sequence[int], classes: Sequence[str]) -> None:
+    """What target labels were found by, {name: (values of every class, threshold)}, as bars, flagged ones coloured, thresholds as lines."""
+    figure, axes = _subplots(len(measures), 1, (max(5, 0.28 * len(classes) + 2), 2.8 * len(measures) + 0.4))
+    for axis, (name, (values, threshold)) in zip(axes[:, 0], measures.items()):
+        finite = values[np.isfinite(values)]
+        top = (finite.max() if len(finite) else 1.0) * 1.1 + 1e-3
+        axis.bar(range(len(values)), np.where(np.isfinite(values), values, top), color=[ACCENT if k in flagged else MUTED for k in range(len(values))])
+        if np.isfinite(threshold):
+            axis.axhline(threshold, color="black", linewidth=1, linestyle="--", label=f"threshold {threshold:.3g}")
+            axis.legend(frameon=False, fontsize=8)
+        axis.set_xticks(range(len(values)), classes, rotation=90 if len(values) > 12 else 0, fontsize=7)
+        axis.set(ylabel=name)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set(title="Target labels: " + (", ".join(classes[k] for k in flagged) or "none found"))
+    axes[-1, 0].set(xlabel="class")
     _save(figure, path)
 
 

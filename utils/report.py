@@ -66,20 +66,22 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     counts += f" {changed['removed']:,} samples were removed." if changed.get("removed") else ""
     if detected:
         words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
-        return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}. {counts}"
+        taken = " and ".join(f"{source.classes['inflow'][k]:.1%}" for k in detected) if source.classes.get("inflow") else ""
+        taken = f" About {taken} of the other classes' samples seem to carry that label." if taken else ""
+        return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}.{taken} {counts}"
     if detected is None:
         return counts or "Nothing is recorded about single samples."
     return f"No backdoor was found: no class stands out from the others. {counts}"
 
 
 def class_rows(source: Source) -> list[dict[str, Any]]:
-    """One row for each class: samples, how many were purified, samples that moved, discrepancy, score, whether it is a detected target label."""
+    """One row for each class: samples, how many were purified, samples that moved, discrepancy and inflow with their scores, whether it is a detected target label."""
     kept, given = source.classes, source.decisions.get("given_label", np.zeros(0, np.int64))
     detected = dig(source.report, ("target_labels", "detected")) or []
     at = lambda key, k: kept[key][k] if kept.get(key) else None
     purified = source.decisions.get("votes_old", np.zeros_like(given)) >= 0
     return [{"name": name, "samples": int((given == k).sum()), "purified": int(((given == k) & purified).sum()), "flagged": k in detected,
-             **{key: at(key, k) for key in ("evidence", "discrepancy", "score")}} for k, name in enumerate(kept["names"])]
+             **{key: at(key, k) for key in ("evidence", "discrepancy", "score", "inflow", "inflow_score")}} for k, name in enumerate(kept["names"])]
 
 
 def transitions(table: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -97,7 +99,9 @@ def draw(source: Source) -> dict[str, Any]:
     kept, table, drawn = source.classes, source.decisions, {}
     if kept.get("discrepancy"):
         flagged = dig(source.report, ("target_labels", "detected")) or []
-        drawn["classes"] = charts.class_bars(kept["discrepancy"], kept["names"], flagged, charts.finite(kept.get("threshold")))
+        bars = lambda key, limit, *words: charts.class_bars(kept[key], kept["names"], flagged, charts.finite(kept.get(limit)), *words)
+        drawn["classes"] = bars("discrepancy", "threshold", "Discrepancy of each class", " nats")
+        drawn["inflow"] = bars("inflow", "inflow_limit", "Share of the other classes taken in") if kept.get("inflow") else None
     elif picture := source.find("discrepancy.png"):
         drawn["classes_png"] = base64.b64encode(picture.read_bytes()).decode()
     for key, words in (("pixel_distance", "pixel distance"), ("feature_distance", "feature distance")):
