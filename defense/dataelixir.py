@@ -218,7 +218,7 @@ def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Dra
     warn_if_destroyed(rounds_survived(votes, labels, config.last_steps_m, found.is_target)[0].item(), config.steps_T)
     for line in self_agreement(votes, labels, config.last_steps_m, found.is_target):
         log.info(line)
-    for label, row in enumerate(zip(found.evidence, found.metric, found.score, found.inflow, found.inflow_score)):
+    for label, row in enumerate(zip(found.evidence, found.metric, found.score, found.inflow.share, found.inflow_score)):
         log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f, taken in %.4f of the others, score %.2f%s", label, *row,
                  "  <- target label" if label in found.targets else "")
     log.info("verdicts: %s", ", ".join(f"{int((draft.verdict == v).sum())} {v.name}" for v in Verdict))

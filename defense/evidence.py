@@ -80,5 +80,5 @@ def _seen(found: Optional[Discrepancy]) -> dict[str, object]:
     if found is None:
         return {}
     return {"discrepancy": found.metric.tolist(), "score": found.score.tolist(), "evidence": found.evidence.tolist(),
-            "share": found.share.tolist(), "threshold": found.threshold, "inflow": found.inflow.tolist(),
+            "share": found.share.tolist(), "threshold": found.threshold, "inflow": found.inflow.share.tolist(),
             "inflow_score": found.inflow_score.tolist(), "inflow_limit": found.inflow_limit}

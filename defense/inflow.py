@@ -10,11 +10,19 @@ samples that moved stayed; it cannot tell a class that lost a twentieth of its s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from defense.outliers import Scores, median, robust_scores
+
 DRIFT = 1 / 3   # of the classes that a class's votes go to, those left out: where its own images drift
+FEW = 4         # other classes at least, of which a third is left out
+FLOOR = 0.0005  # least median absolute deviation that inflows are told apart by
+ALIKE = 1 / 3   # the same as a share of the mean inflow
+CHANCE = 0.01   # of a clean set, that any class is flagged for what few samples do
+APART = 2.0     # times as much as any other class, flagged classes have taken in
 
 
 @dataclass(frozen=True)
@@ -47,20 +55,72 @@ class Leaving:
         return cells.index_add_(0, self.cell, self.weight * counts[self.row]).view(self.num_classes, -1)
 
 
-def inflow(flow: Tensor, sizes: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Inflow:
+    """What K classes have taken in.
+
+    Attributes:
+        share: float64 (K,), samples for each sample of the other classes, 0 or more.
+        unit: float64 (K,), how much of that is one sample that was looked at.
+    """
+
+    share: Tensor
+    unit: Tensor
+
+    def with_class(self, k: int, other: "Inflow") -> "Inflow":
+        """A copy in which class k has what it has in `other`."""
+        at = torch.arange(len(self.share)) == k
+        return Inflow(torch.where(at, other.share, self.share), torch.where(at, other.unit, self.unit))
+
+    def surprise(self, expected: Tensor) -> Tensor:
+        """float64 (K,): the probability that as many samples or more would be seen where the share is `expected` (K,) (Poisson)."""
+        seen, mean = self.share / self.unit, expected / self.unit
+        return torch.where(seen > 0, torch.special.gammainc(seen.clamp(min=1e-12), mean), 1.0)
+
+
+def inflow(flow: Tensor, weight: Tensor, sizes: Tensor) -> Inflow:
     """The share of the other classes' samples that each class is estimated to have taken in.
 
     Args:
         flow: float64 (K, K), samples of the whole set that left a class for each other class; the diagonal does not count.
+        weight: float64 (K,), samples of the whole set that each sample of a class stands for; 0 where none was looked at.
         sizes: int64 (K,), samples of each class.
 
     Returns:
-        float64 (K,), 0 or more; 0 where no other class has samples.
+        Inflow; nothing was taken in where fewer than FEW other classes have samples, as drift cannot be told then.
     """
     others = (sizes > 0) & ~torch.eye(len(sizes), dtype=torch.bool)
+    count = others.sum(1, keepdim=True)
     rate = torch.where(others, flow / sizes.clamp(min=1), torch.inf)
     order = rate.argsort(dim=1, stable=True)
-    kept = torch.arange(len(sizes)) < ((1 - DRIFT) * others.sum(1, keepdim=True)).round().clamp(min=1)
-    kept &= others.gather(1, order)
-    base = (sizes.expand_as(order).gather(1, order) * kept).sum(1)
-    return (flow.gather(1, order) * kept).sum(1) / base.clamp(min=1)
+    kept = others.gather(1, order) & (torch.arange(len(sizes)) < ((1 - DRIFT) * count).round()) & (count >= FEW)
+    base = (sizes.expand_as(order).gather(1, order) * kept).sum(1).clamp(min=1)
+    return Inflow((flow.gather(1, order) * kept).sum(1) / base, weight / base)
+
+
+def inflow_scores(taken: Inflow, present: Tensor, limit: Optional[float]) -> Scores:
+    """Distance of each class's inflow from the median class, in robust standard deviations.
+
+    A class is flagged if its score exceeds `limit` (None: never); if so many samples would not be seen by chance, at a level of
+    CHANCE for all classes together (Bonferroni), in a class that lies one deviation above the median; and if the flagged
+    classes stand apart from the others: where purification harms much, some classes drift far more than most.
+
+    Args:
+        present: bool (K,), see `robust_scores`.
+    """
+    floor = max(FLOOR, ALIKE * taken.share[present].mean().item())
+    scores = robust_scores(taken.share, present, torch.inf if limit is None else limit, floor, two_sided=False)
+    centre = median(taken.share[present]).item()
+    one_above = (centre + (scores.threshold - centre) / limit) if limit else torch.inf
+    rare = taken.surprise(torch.full_like(taken.share, one_above)) < CHANCE / present.sum()
+    return Scores(scores.score, scores.threshold, _apart(taken.share, scores.outlies & rare))
+
+
+def _apart(share: Tensor, candidates: Tensor) -> Tensor:
+    """bool (K,): of the candidates, as many as stand APART from all classes below them."""
+    order = share.argsort(descending=True, stable=True)
+    below = torch.cat([share[order][1:], share.new_zeros(1)])
+    gaps = ((share[order] > APART * below) & (candidates[order].cumprod(0) == 1)).nonzero().flatten()
+    chosen = torch.zeros_like(candidates)
+    chosen[order[: int(gaps[-1]) + 1 if len(gaps) else 0]] = True
+    return chosen

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from defense.store import UNKNOWN
-from defense.inflow import Leaving, inflow
-from defense.target_label import Discrepancy, TargetRule, class_scores, discrepancy, inflow_scores, label_shares
+from defense.inflow import Leaving, inflow, inflow_scores
+from defense.target_label import Discrepancy, TargetRule, class_scores, class_weights, discrepancy, label_shares
 from defense.verdict import filter_candidates
 from utils.randomness import keyed_generator
 
@@ -56,10 +56,11 @@ def _is_found(planted: Tensor, target: int, sizes: Tensor, present: Tensor, noth
     """Whether class `target` is flagged when its samples have the votes `planted`, and the other classes are as in `nothing`."""
     row = torch.full((len(planted),), target)
     shares = label_shares(planted, filter_candidates(planted, tau), row, len(sizes), rule.evidence_prior)
-    flow = Leaving.of(planted, row, len(sizes)).flow((sizes[target] / len(planted)).expand(len(planted)))
-    metric, taken = nothing.metric.clone(), nothing.inflow.clone()
-    metric[target], taken[target] = discrepancy(shares.share)[target], inflow(flow, sizes)[target]
-    return bool((class_scores(metric, present, rule).outlies | inflow_scores(taken, present, rule).outlies)[target])
+    weight = class_weights(sizes, shares.size)
+    taken = nothing.inflow.with_class(target, inflow(Leaving.of(planted, row, len(sizes)).flow(weight[row]), weight, sizes))
+    metric = nothing.metric.clone()
+    metric[target] = discrepancy(shares.share)[target]
+    return bool((class_scores(metric, present, rule).outlies | inflow_scores(taken, present, rule.inflow_threshold).outlies)[target])
 
 
 def _planted(votes: Tensor, labels: Tensor, target: int, share: float, weight: Tensor, generator: torch.Generator) -> Tensor:

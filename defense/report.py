@@ -61,7 +61,7 @@ def write_figures(result: Result, case: Case, config: Any, record: Record) -> No
     """discrepancy.png, suspicion.png, purified.png, curves.png, of these what the defence has."""
     found, classes = result.discrepancy, case.dataset.classes
     if found:
-        measures = {"discrepancy (nats)": (found.metric.numpy(), found.threshold), "share of others taken in": (found.inflow.numpy(), found.inflow_limit)}
+        measures = {"discrepancy (nats)": (found.metric.numpy(), found.threshold), "share of others taken in": (found.inflow.share.numpy(), found.inflow_limit)}
         figures.target_label_chart(record / "discrepancy.png", measures, found.targets, classes)
     elif result.score is not None:
         figures.suspicion_chart(record / "suspicion.png", result.score.numpy(), case.truth.poison.numpy(), result.flagged.numpy())

@@ -13,13 +13,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from defense.inflow import Leaving, inflow
+from defense.inflow import Inflow, Leaving, inflow, inflow_scores
+from defense.outliers import Scores, robust_scores
 from defense.verdict import Candidates, Kind
-
-MAD_TO_SIGMA = 1.4826
-EPSILON = 1e-6
-INFLOW_FLOOR = 0.0005   # least deviation that inflows are told apart by, and
-INFLOW_ALIKE = 1 / 3    # that as a share of the median inflow
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class Discrepancy:
         evidence: int64 (K,), samples of the class that are not unanimous.
         share: float64 (K,), q_c in [0, 1].
         threshold: the metric above which a class is flagged, in nats; inf or nan where the median is.
-        inflow: float64 (K,), the share of the other classes' samples that a class is estimated to have taken in.
+        inflow: the share of the other classes' samples that each class is estimated to have taken in.
         inflow_score: float64 (K,), as `score`.
         inflow_limit: the inflow above which a class is flagged; inf where none is.
     """
@@ -91,7 +87,7 @@ class Discrepancy:
     evidence: Tensor
     share: Tensor
     threshold: float
-    inflow: Tensor
+    inflow: Inflow
     inflow_score: Tensor
     inflow_limit: float
 
@@ -147,46 +143,9 @@ def class_share(own: Tensor, total: Tensor, size: Tensor, width: int, evidence_p
     return torch.where(total > 0, (own + prior) / (total + prior), 1.0)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """How far each class lies from the median class.
-
-    Attributes:
-        score: float64 (K,), robust standard deviations; 0 for a class without samples.
-        threshold: the value above which a class is flagged (on the upper side).
-        outlies: bool (K,), whether it is flagged.
-    """
-
-    score: Tensor
-    threshold: float
-    outlies: Tensor
-
-
 def class_scores(metric: Tensor, present: Tensor, rule: TargetRule) -> Scores:
-    """Distance of each class's discrepancy from the median class, in robust standard deviations.
-
-    Args:
-        metric: float64 (K,), may hold inf.
-        present: bool (K,), the classes that have samples; only they enter median and deviation.
-
-    Returns:
-        Scores; if half of the metrics or more are inf, so is the median, and every score is nan.
-    """
-    return _scores(metric, present, rule.threshold, rule.mad_floor, rule.two_sided)
-
-
-def inflow_scores(taken: Tensor, present: Tensor, rule: TargetRule) -> Scores:
-    """The same for inflows, float64 (K,). They lie close to 0 where little drifts, and vary by their size where much does."""
-    floor = max(INFLOW_FLOOR, INFLOW_ALIKE * _median(taken[present]).item())
-    return _scores(taken, present, torch.inf if rule.inflow_threshold is None else rule.inflow_threshold, floor, two_sided=False)
-
-
-def _scores(values: Tensor, present: Tensor, limit: float, floor: float, two_sided: bool) -> Scores:
-    centre = _median(values[present])
-    deviation = values - centre
-    unit = MAD_TO_SIGMA * (_median(deviation.abs()[present]).clamp(min=floor) + EPSILON)
-    score = torch.where(present, (deviation.abs() if two_sided else deviation) / unit, 0.0)
-    return Scores(score, (centre + limit * unit).item(), score > limit)
+    """Distance of each class's discrepancy, float64 (K,), from the median class, in robust standard deviations; `present`: see `robust_scores`."""
+    return robust_scores(metric, present, rule.threshold, rule.mad_floor, rule.two_sided)
 
 
 def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int, rule: TargetRule,
@@ -212,8 +171,9 @@ def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_cla
     shares = label_shares(votes, candidates, labels, num_classes, rule.evidence_prior)
     metric = discrepancy(shares.share)
     sizes, present = shares.size if sizes is None else sizes, shares.size > 0
-    taken = inflow(Leaving.of(votes, labels, num_classes).flow(class_weights(sizes, shares.size)[labels.cpu()]), sizes)
-    scores, taking = class_scores(metric, present, rule), inflow_scores(taken, present, rule)
+    weight = class_weights(sizes, shares.size)
+    taken = inflow(Leaving.of(votes, labels, num_classes).flow(weight[labels.cpu()]), weight, sizes)
+    scores, taking = class_scores(metric, present, rule), inflow_scores(taken, present, rule.inflow_threshold)
     targets = tuple((scores.outlies | taking.outlies).nonzero().flatten().tolist())
     return Discrepancy(metric, scores.score, targets, shares.evidence, shares.share, scores.threshold, taken, taking.score, taking.threshold)
 
@@ -240,9 +200,3 @@ def _per_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """int64 (K,) on the CPU: `values` (N,) summed over the samples of each class; exact, whatever the order."""
     sums = torch.zeros(num_classes, dtype=torch.int64, device=labels.device)
     return sums.index_add_(0, labels, values.long()).cpu()
-
-
-def _median(values: Tensor) -> Tensor:
-    """The mean of the two middle values, as numpy.median (torch.median takes the lower one)."""
-    ordered = values.sort().values
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -52,7 +52,7 @@ def test_it_is_what_happens_to_sets_that_are_really_poisoned(rule, share):
 
 
 def test_the_inflow_finds_what_the_discrepancy_does_not():
-    assert power(irritated(0.4))["0.1"] > 0.9 and power(irritated(0.4), rule=TargetRule(inflow_threshold=None))["0.1"] == 0
+    assert power(irritated(0.4))["0.1"] > 0.7 and power(irritated(0.4), rule=TargetRule(inflow_threshold=None))["0.1"] == 0
 
 
 def test_samples_that_were_not_purified_count_towards_the_size_alone():
