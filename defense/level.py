@@ -24,7 +24,7 @@ from utils.models import Classifier
 from utils.training import predict
 
 log = logging.getLogger("dataelixir")
-AGREEMENT = 0.85   # share of predictions that must survive a round
+AGREEMENT = 0.75   # share of predictions that must survive a round; a tenth of poison that moves, as it should, takes a tenth of them
 DESTROYED = 0.6    # below it the classifier can hardly read what comes out
 SAMPLE, GRAIN, TOP = 256, 10, 300
 

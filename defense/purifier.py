@@ -32,7 +32,7 @@ class PurifyConfig:
     Args:
         ddpm: the denoiser: auto (the card for the data set), a card, a diffusers folder, a checkpoint file, or a hub id.
         purify_batch_size: images purified at once; changes speed and memory, not results.
-        steps_T: noise level each round goes up to, in steps of the 1000-step schedule; auto = the highest, in tens, at which the classifier still reads 85 % of a sample as before.
+        steps_T: noise level each round goes up to, in steps of the 1000-step schedule; auto = the highest, in tens, at which the classifier still reads 75 % of a sample as before.
         rounds_n: rounds of forward and reverse diffusion.
         last_steps_m: last states of each round that are kept as intermediaries.
         reverse_steps: reverse steps a round takes, the last_steps_m last ones among them; null = all steps_T.
