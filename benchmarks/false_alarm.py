@@ -25,7 +25,7 @@ from utils.record import Record, load_arrays
 from utils.source import Source
 
 RULES = {"default": TargetRule(), "discrepancy alone": TargetRule(inflow_threshold=None), "two-sided, as published": PUBLISHED_RULE,
-         "one-sided, no prior, no floor": TargetRule(evidence_prior=0.0, mad_floor=0.0), "threshold 3": TargetRule(threshold=3.0)}
+         "discrepancy alone, no prior, no floor": TargetRule(evidence_prior=0.0, mad_floor=0.0, inflow_threshold=None)}
 
 
 def arguments() -> argparse.Namespace:
