@@ -9,13 +9,13 @@ samples that moved stayed; it cannot tell a class that lost a twentieth of its s
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from defense.outliers import Scores, median, robust_scores
+from defense.outliers import Scores, robust_scores
 
 DRIFT = 1 / 3   # of the classes that a class's votes go to, those left out: where its own images drift
 FEW = 4         # other classes at least, of which a third is left out
@@ -30,12 +30,14 @@ class Leaving:
     """Those votes of S samples that left their given label.
 
     Attributes:
+        labels: int64 (S,), the given labels.
         row: int64 (M,), the sample, 0..S-1.
         cell: int64 (M,), given label * K + the label voted for.
         weight: float64 (M,), 1 / votes cast by the sample's intermediaries.
         num_classes: K.
     """
 
+    labels: Tensor
     row: Tensor
     cell: Tensor
     weight: Tensor
@@ -47,12 +49,23 @@ class Leaving:
         votes, labels = votes[:, 1:].cpu(), labels.cpu()
         cast = (votes >= 0) & (votes < num_classes)
         row, column = (cast & (votes != labels[:, None])).nonzero(as_tuple=True)
-        return cls(row, labels[row] * num_classes + votes[row, column], 1 / cast.sum(1)[row].double(), num_classes)
+        return cls(labels, row, labels[row] * num_classes + votes[row, column], 1 / cast.sum(1)[row].double(), num_classes)
 
     def flow(self, counts: Tensor) -> Tensor:
         """float64 (K, K): samples' worth of votes from the given label to another, where sample i is counted counts[i] times, float64 (S,)."""
         cells = torch.zeros(self.num_classes**2, dtype=torch.float64)
         return cells.index_add_(0, self.cell, self.weight * counts[self.row]).view(self.num_classes, -1)
+
+    def inflow(self, sizes: Tensor, counts: Optional[Tensor] = None) -> "Inflow":
+        """What the classes of a whole set, of int64 (K,) samples each, have taken in, where sample i is counted counts[i] times; None = once."""
+        counts = torch.ones(len(self.labels), dtype=torch.float64) if counts is None else counts
+        weight = class_weights(sizes, torch.zeros(self.num_classes, dtype=torch.float64).index_add_(0, self.labels, counts))
+        return inflow(self.flow(counts * weight[self.labels]), weight, sizes)
+
+
+def class_weights(sizes: Tensor, sampled: Tensor) -> Tensor:
+    """float64 (K,): for how many samples of a class of `sizes` (K,) each of the `sampled` (K,) ones stands; 0 where none is."""
+    return torch.where(sampled > 0, sizes / sampled.clamp(min=1).double(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class Inflow:
         return Inflow(torch.where(at, other.share, self.share), torch.where(at, other.unit, self.unit))
 
     def surprise(self, expected: Tensor) -> Tensor:
-        """float64 (K,): the probability that as many samples or more would be seen where the share is `expected` (K,) (Poisson)."""
+        """float64 (K,): the probability that as many samples or more would be seen where the share is `expected`, () or (K,) (Poisson)."""
         seen, mean = self.share / self.unit, expected / self.unit
         return torch.where(seen > 0, torch.special.gammainc(seen.clamp(min=1e-12), mean), 1.0)
 
@@ -110,10 +123,8 @@ def inflow_scores(taken: Inflow, present: Tensor, limit: Optional[float]) -> Sco
     """
     floor = max(FLOOR, ALIKE * taken.share[present].mean().item())
     scores = robust_scores(taken.share, present, torch.inf if limit is None else limit, floor, two_sided=False)
-    centre = median(taken.share[present]).item()
-    one_above = (centre + (scores.threshold - centre) / limit) if limit else torch.inf
-    rare = taken.surprise(torch.full_like(taken.share, one_above)) < CHANCE / present.sum()
-    return Scores(scores.score, scores.threshold, _apart(taken.share, scores.outlies & rare))
+    rare = taken.surprise(scores.one_above) < CHANCE / present.sum()
+    return replace(scores, outlies=_apart(taken.share, scores.outlies & rare))
 
 
 def _apart(share: Tensor, candidates: Tensor) -> Tensor:

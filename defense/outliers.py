@@ -18,11 +18,13 @@ class Scores:
         score: float64 (K,), robust standard deviations; 0 for a class without samples.
         threshold: the value above which a class is flagged (on the upper side).
         outlies: bool (K,), whether it is flagged.
+        one_above: the value one robust standard deviation above the median.
     """
 
     score: Tensor
     threshold: float
     outlies: Tensor
+    one_above: Tensor
 
 
 def robust_scores(values: Tensor, present: Tensor, limit: float, floor: float, two_sided: bool) -> Scores:
@@ -39,7 +41,7 @@ def robust_scores(values: Tensor, present: Tensor, limit: float, floor: float, t
     deviation = values - centre
     unit = MAD_TO_SIGMA * (median(deviation.abs()[present]).clamp(min=floor) + EPSILON)
     score = torch.where(present, (deviation.abs() if two_sided else deviation) / unit, 0.0)
-    return Scores(score, (centre + limit * unit).item(), score > limit)
+    return Scores(score, (centre + limit * unit).item(), score > limit, centre + unit)
 
 
 def median(values: Tensor) -> Tensor:

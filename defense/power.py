@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from defense.inflow import Leaving, class_weights
 from defense.store import UNKNOWN
-from defense.inflow import Leaving, inflow, inflow_scores
-from defense.target_label import Discrepancy, TargetRule, class_scores, class_weights, discrepancy, label_shares
+from defense.target_label import Discrepancy, TargetRule, discrepancy, judge, label_shares
 from defense.verdict import filter_candidates
 from utils.randomness import keyed_generator
 
@@ -38,7 +38,7 @@ def detection_power(votes: Tensor, labels: Tensor, nothing: Discrepancy, tau: in
     counts = labels.bincount(minlength=num_classes)
     votes, labels = votes[known], labels[known]
     sampled = labels.bincount(minlength=num_classes)
-    weight = (counts / sampled.clamp(min=1))[labels].double()
+    weight = class_weights(counts, sampled)[labels]
     present, found = sampled > 0, {}
     for size in SIZES:
         generator, hits = keyed_generator(seed, "power", int(1000 * size)), []
@@ -56,11 +56,10 @@ def _is_found(planted: Tensor, target: int, sizes: Tensor, present: Tensor, noth
     """Whether class `target` is flagged when its samples have the votes `planted`, and the other classes are as in `nothing`."""
     row = torch.full((len(planted),), target)
     shares = label_shares(planted, filter_candidates(planted, tau), row, len(sizes), rule.evidence_prior)
-    weight = class_weights(sizes, shares.size)
-    taken = nothing.inflow.with_class(target, inflow(Leaving.of(planted, row, len(sizes)).flow(weight[row]), weight, sizes))
+    taken = nothing.inflow.with_class(target, Leaving.of(planted, row, len(sizes)).inflow(sizes))
     metric = nothing.metric.clone()
     metric[target] = discrepancy(shares.share)[target]
-    return bool((class_scores(metric, present, rule).outlies | inflow_scores(taken, present, rule.inflow_threshold).outlies)[target])
+    return bool(judge(metric, taken, present, rule).outlies[target])
 
 
 def _planted(votes: Tensor, labels: Tensor, target: int, share: float, weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from defense.inflow import Leaving, inflow, inflow_scores
-from defense.target_label import Discrepancy, TargetRule, class_scores, class_share, class_weights, discrepancy, support
+from defense.inflow import Leaving
+from defense.target_label import Discrepancy, TargetRule, class_share, discrepancy, judge, support
 from defense.verdict import Candidates
 from utils.randomness import keyed_generator
 
@@ -62,10 +62,7 @@ def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tens
     size = counts @ _by_class(torch.ones_like(labels), labels, len(whole))
     leaving, flips = Leaving.of(votes, labels, len(whole)), torch.zeros(len(whole), dtype=torch.float64)
     for share, drawn, count in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size, counts):
-        weight = class_weights(sizes, drawn)
-        taken = inflow(leaving.flow(count * weight[labels]), weight, sizes)
-        outlies = class_scores(discrepancy(share), drawn > 0, rule).outlies | inflow_scores(taken, drawn > 0, rule.inflow_threshold).outlies
-        flips += outlies != found.is_target
+        flips += judge(discrepancy(share), leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
     return (flips > error * RESAMPLES) & ~whole
 
 

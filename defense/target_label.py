@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from defense.inflow import Inflow, Leaving, inflow, inflow_scores
+from defense.inflow import Inflow, Leaving, inflow_scores
 from defense.outliers import Scores, robust_scores
 from defense.verdict import Candidates, Kind
 
@@ -170,17 +170,29 @@ def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_cla
         raise ValueError("target labels cannot be detected without samples")
     shares = label_shares(votes, candidates, labels, num_classes, rule.evidence_prior)
     metric = discrepancy(shares.share)
-    sizes, present = shares.size if sizes is None else sizes, shares.size > 0
-    weight = class_weights(sizes, shares.size)
-    taken = inflow(Leaving.of(votes, labels, num_classes).flow(weight[labels.cpu()]), weight, sizes)
-    scores, taking = class_scores(metric, present, rule), inflow_scores(taken, present, rule.inflow_threshold)
-    targets = tuple((scores.outlies | taking.outlies).nonzero().flatten().tolist())
-    return Discrepancy(metric, scores.score, targets, shares.evidence, shares.share, scores.threshold, taken, taking.score, taking.threshold)
+    taken = Leaving.of(votes, labels, num_classes).inflow(shares.size if sizes is None else sizes)
+    judged = judge(metric, taken, shares.size > 0, rule)
+    targets = tuple(judged.outlies.nonzero().flatten().tolist())
+    return Discrepancy(metric, judged.discrepancy.score, targets, shares.evidence, shares.share, judged.discrepancy.threshold,
+                       taken, judged.inflow.score, judged.inflow.threshold)
 
 
-def class_weights(sizes: Tensor, sampled: Tensor) -> Tensor:
-    """float64 (K,): for how many samples of a class of `sizes` (K,) each of the `sampled` (K,) ones stands; 0 where none is."""
-    return torch.where(sampled > 0, sizes / sampled.clamp(min=1).double(), 0.0)
+@dataclass(frozen=True)
+class Judged:
+    """What both measures say of K classes; a class that outlies by either is a target label."""
+
+    discrepancy: Scores
+    inflow: Scores
+
+    @property
+    def outlies(self) -> Tensor:
+        """bool (K,)."""
+        return self.discrepancy.outlies | self.inflow.outlies
+
+
+def judge(metric: Tensor, taken: Inflow, present: Tensor, rule: TargetRule) -> Judged:
+    """Scores of discrepancies float64 (K,) and inflows; `present`: see `robust_scores`."""
+    return Judged(class_scores(metric, present, rule), inflow_scores(taken, present, rule.inflow_threshold))
 
 
 def discrepancy(share: Tensor) -> Tensor:

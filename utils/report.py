@@ -66,9 +66,10 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     counts += f" {changed['removed']:,} samples were removed." if changed.get("removed") else ""
     if detected:
         words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
-        taken = " and ".join(f"{source.classes['inflow'][k]:.1%}" for k in detected) if source.classes.get("inflow") else ""
-        taken = f" About {taken} of the other classes' samples seem to carry that label." if taken else ""
-        return f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}.{taken} {counts}"
+        said = f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}."
+        if inflow := source.classes.get("inflow"):
+            said += f" About {' and '.join(f'{inflow[k]:.1%}' for k in detected)} of the other classes' samples seem to carry that label."
+        return f"{said} {counts}"
     if detected is None:
         return counts or "Nothing is recorded about single samples."
     return f"No backdoor was found: no class stands out from the others. {counts}"

@@ -91,7 +91,7 @@ class Source:
 
     @cached_property
     def classes(self) -> dict[str, Any]:
-        """names, and where they were kept discrepancy, score, evidence (per class) and threshold."""
+        """names, and where they were kept discrepancy, inflow, their scores, evidence (per class) and thresholds."""
         kept = self.json("classes.json")
         labels = [self.decisions[key].max(initial=0) for key in ("given_label", "new_label") if key in self.decisions]
         return kept if kept.get("names") else {"names": [str(k) for k in range(int(max(labels, default=-1)) + 1)]}
