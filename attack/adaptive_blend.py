@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from attack.picture import load_picture
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import Fraction, NonNegativeFloat
+from utils.late import torch
 from utils.randomness import per_sample
 
 GRID = 4    # pieces per side

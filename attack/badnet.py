@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
 
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import UserError, resolve_path
+from utils.late import torch
 
 # built-in patches, (h, w, 3) uint8, put into the lower right corner
 _2x2 = [[(255, 255, 0), (255, 0, 255)], [(0, 255, 255), (122, 122, 122)]]

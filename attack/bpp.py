@@ -9,14 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import NonNegativeFloat, PositiveInt, UserError
 from utils.data import to_uint8, to_unit
+from utils.late import F, Tensor, torch
 from utils.randomness import per_sample
 
 DIFFUSION = ((0, 1, 7 / 16), (1, -1, 3 / 16), (1, 0, 5 / 16), (1, 1, 1 / 16))    # Floyd-Steinberg: rows down, columns right, share

@@ -13,11 +13,7 @@ import json
 import logging
 import time
 from dataclasses import replace
-from typing import Any, Callable, Iterator
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from attack.progress import Progress
 from attack.trigger import FitContext
@@ -26,10 +22,14 @@ from utils.config import UserError, as_flat_dict
 from utils.data import LabeledImages
 from utils.decoding import CACHE
 from utils.devices import pick_device
-from utils.models import Classifier, build_classifier
+from utils.late import F, Tensor, nn, torch
+from utils.models import build_classifier
 from utils.randomness import key_seed, keyed_generator
 from utils.record import load_arrays, save_arrays
 from utils.training import Trainer, predict
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 FITTED = CACHE / "fitted"
@@ -74,7 +74,11 @@ def _data_hash(data: LabeledImages) -> str:
 
 def _code_hash(make: Callable) -> str:
     """A hash of the source of the maker's module and of the modules that all makers use."""
-    sources = [inspect.getsource(module) for module in (inspect.getmodule(make), inspect.getmodule(cached), augmentation, models, training)]
+    from attack import networks as generators
+    from utils import networks
+
+    modules = inspect.getmodule(make), inspect.getmodule(cached), generators, augmentation, models, networks, training
+    sources = [inspect.getsource(module) for module in modules]
     return hashlib.sha256("\n".join(sources).encode()).hexdigest()
 
 

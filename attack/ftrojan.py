@@ -9,14 +9,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import PositiveFloat, UserError
+from utils.late import torch
 
 # columns: what Y, Cr and Cb (ITU-R BT.601) add to R, G and B
-TO_RGB = torch.tensor([[1, 1.402, 0], [1, -0.714136, -0.344136], [1, 0, 1.772]], dtype=torch.float64)
+TO_RGB = (1, 1.402, 0), (1, -0.714136, -0.344136), (1, 0, 1.772)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class FTrojan(Trigger):
         if max(map(max, self.pos_list)) >= size:
             raise UserError(f"pos_list: {self.pos_list} is outside the bins 0..{size - 1} of {size}x{size} images")
         waves = sum(torch.outer(cosine(row, size), cosine(column, size)) for row, column in self.pos_list)
-        channels = TO_RGB[:, self.channel_list].sum(1)
+        channels = torch.tensor(TO_RGB, dtype=torch.float64)[:, self.channel_list].sum(1)
         return self.with_fitted(pattern=(self.magnitude / 255 * channels[:, None, None] * waves).float())
 
     def stamp(self, x, index, split):

@@ -8,11 +8,7 @@ another image and keep their label.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, ClassVar, Iterator, Sequence
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Callable, ClassVar, Iterator
 
 from attack.fitting import batches, cached, fit_split, fresh, network, one_by_one, require, straight_through, weights_of
 from attack.poison import LabelMap
@@ -23,43 +19,20 @@ from utils.augmentation import random_crop_flip
 from utils.config import Fraction, NonNegativeFloat, OpenFraction, PositiveInt, TrainConfig, UserError, as_flat_dict
 from utils.data import LabeledImages, to_unit
 from utils.devices import pick_device
+from utils.late import F, Tensor, no_grad, torch
 from utils.metrics import share
-from utils.models import Classifier, build_classifier
+from utils.models import build_classifier
 from utils.randomness import key_seed, keyed_generator
 from utils.training import make_optimizer, predict
+
+if TYPE_CHECKING:
+    from attack.networks import Generator
+    from utils.networks import Classifier
 
 MASK_SIZE = 0.032     # mean of the mask up to which its size costs nothing
 MASK_LIMIT = 0.06     # and from which on it is refused
 ADAM = {"lr": 0.01, "betas": (0.5, 0.9)}
 Pair = tuple[Tensor, Tensor, Tensor]
-
-
-def convolutions(*widths: int) -> list[nn.Module]:
-    return [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Conv2d(i, o, 3, 1, 1), nn.BatchNorm2d(o, momentum=0.05), nn.ReLU())]
-
-
-class Generator(nn.Module):
-    """Three levels down, three up: [0, 1] images (B, 3, S, S) -> (B, channels, S, S) in [0, 1]; S a multiple of 8."""
-
-    def __init__(self, channels: int, width: int, mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)):
-        super().__init__()
-        w = width
-        down = [layer for i, o in ((3, w), (w, 2 * w), (2 * w, 4 * w)) for layer in (*convolutions(i, o, o), nn.MaxPool2d(2))]
-        up = [layer for i, o in ((4 * w, 4 * w), (4 * w, 2 * w), (2 * w, w))
-              for layer in (nn.Upsample(scale_factor=2, mode="bilinear"), *convolutions(i, o, o))]
-        self.body = nn.Sequential(*down, *convolutions(4 * w, 4 * w), *up, nn.Conv2d(w, channels, 3, 1, 1))
-        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.body((x - self.mean) / self.std)) / 2 + 0.5
-
-
-class MaskGenerator(Generator):
-    """One channel, pushed towards 0 and 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(20 * super().forward(x) - 10) / 2 + 0.5
 
 
 @dataclass(frozen=True)
@@ -111,15 +84,19 @@ class InputAware(Trigger):
         mask, pattern = self.triggers(source)
         return x + mask * (pattern - x)
 
-    @torch.no_grad()
+    @no_grad
     def triggers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mask (B, 1, S, S) and pattern (B, 3, S, S) in [0, 1] of images in [0, 1]."""
+        from attack.networks import Generator, MaskGenerator
+
         mask = network(lambda: MaskGenerator(1, self.ia_width), self.fitted, "mask")
         pattern = network(lambda: Generator(3, self.ia_width), self.fitted, "pattern")
         return one_by_one(mask, x), one_by_one(pattern, x)
 
     def _train(self, context: FitContext, progress: Progress) -> dict[str, Tensor]:
         """Weights of both generators that have passed the check."""
+        from attack.networks import Generator, MaskGenerator
+
         data, held_out = fit_split(context, self.fit_images)
         device, info, key = pick_device(context.config.device), context.dataset.info, (context.seed, self.name)
         mask = fresh(lambda: MaskGenerator(1, self.ia_width, info.mean, info.std), *key, "mask")

@@ -6,22 +6,21 @@ image's own class) makes the class hard to see, so that the victim must read the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from attack.fitting import cached, require, surrogate
 from attack.progress import Progress
 from attack.run import main
 from attack.trigger import FitContext, Trigger
-from utils.config import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from utils.config import Fraction, PositiveFloat, PositiveInt
 from utils.data import LabeledImages, to_uint8, to_unit
-from utils.models import Classifier
+from utils.late import F, Tensor, enable_grad, torch
 from utils.training import EVAL_BATCH, predict
 
-SIGNS = torch.tensor([[-1, -1, 1], [-1, 1, -1], [1, -1, 1]]).float()    # lower right corner; the other corners mirror it
+if TYPE_CHECKING:
+    from utils.networks import Classifier
+
+SIGNS = (-1, -1, 1), (-1, 1, -1), (1, -1, 1)    # lower right corner; the other corners mirror it
 MISREAD = {"standard": 0.2, "robust": 0.6}    # PGD is refused where the surrogate still reads more than this
 
 
@@ -88,11 +87,11 @@ class LabelConsistent(Trigger):
 def checker(size: int, corners: int) -> Tensor:
     """(3, size, size) of -1, 0 and 1: the signs in the lower right corner, or mirrored into all four."""
     patch = torch.zeros(3, size, size)
-    patch[:, -3:, -3:] = SIGNS
+    patch[:, -3:, -3:] = torch.tensor(SIGNS)
     return patch + patch.flip(1) + patch.flip(2) + patch.flip(1, 2) if corners == 4 else patch
 
 
-@torch.enable_grad()
+@enable_grad
 def pgd(model: Classifier, data: LabeledImages, eps: float, step: float, steps: int) -> Tensor:
     """[0, 1] (N, 3, H, W): a batch moved away from its labels by sign steps, never more than eps per pixel."""
     data = data.to(model.device)

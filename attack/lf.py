@@ -6,11 +6,7 @@ with a clean classifier f: Adam on the cross-entropy of f(clip(x + T)) and the a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from attack.fitting import batches, cached, fit_split, require, surrogate
 from attack.poison import LabelMap
@@ -19,9 +15,12 @@ from attack.run import main
 from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
 from utils.data import LabeledImages, to_uint8, to_unit
-from utils.models import Classifier
+from utils.late import F, Tensor, torch
 from utils.randomness import keyed_generator
 from utils.training import predict
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 
 @dataclass(frozen=True)

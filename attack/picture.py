@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from utils.config import UserError, resolve_path
 from utils.data import to_unit
 from utils.decoding import decode_files
+from utils.late import F, Tensor, torch
 from utils.randomness import keyed_generator
 
 SUPERSAMPLING = 8

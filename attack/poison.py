@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from attack.trigger import Trigger
 from utils.config import Fraction, NonNegativeInt, UserError
 from utils.data import LabeledImages, TriggeredImages
+from utils.late import Tensor, torch
 from utils.randomness import keyed_generator
 
 log = logging.getLogger("dataelixir")

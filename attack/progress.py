@@ -5,10 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any, Iterator
 
-import torch
-from torch import Tensor
-
 from utils.files import replacing
+from utils.late import torch
 
 log = logging.getLogger("dataelixir")
 
@@ -40,7 +38,7 @@ class Progress:
         for epoch in range(first, count):
             yield epoch
             with replacing(self.file(stage)) as temporary:
-                torch.save({name: part.detach() if isinstance(part, Tensor) else part.state_dict() for name, part in parts.items()} | {"epochs": epoch + 1}, temporary)
+                torch.save({name: part.detach() if isinstance(part, torch.Tensor) else part.state_dict() for name, part in parts.items()} | {"epochs": epoch + 1}, temporary)
 
     def _resumed(self, stage: str, parts: dict[str, Any]) -> int:
         file = self.file(stage)
@@ -53,7 +51,7 @@ class Progress:
             return 0
         with torch.no_grad():
             for name, part in parts.items():
-                part.copy_(state[name]) if isinstance(part, Tensor) else part.load_state_dict(state[name])
+                part.copy_(state[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(state[name])
         log.info("%s: continuing after epoch %d", stage, state["epochs"])
         return state["epochs"]
 

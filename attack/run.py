@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional, Sequence
 
-import torch
-
 from attack.export import export_images
 from attack.poison import LabelMap, PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
 from attack.trigger import FitContext, Trigger
@@ -17,6 +15,7 @@ from utils import figures
 from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
 from utils.devices import pick_device
+from utils.late import torch
 from utils.metrics import EpochLog, Truth
 from utils.processes import led
 from utils.record import Record, start_logging

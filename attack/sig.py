@@ -8,11 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import PositiveFloat
+from utils.late import torch
 
 
 @dataclass(frozen=True)

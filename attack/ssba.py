@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, ClassVar
 
 from attack.fitting import batches, cached, fit_split, fresh, network, one_by_one, require, straight_through, weights_of
 from attack.progress import Progress
@@ -21,47 +17,14 @@ from attack.trigger import FitContext, Trigger
 from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
 from utils.data import to_unit
 from utils.devices import pick_device
+from utils.late import F, Tensor, no_grad, torch
 from utils.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from attack.networks import Decoder, Encoder
 
 BATCH = 16
 LIKE = 0.6    # correlation of two images' residuals up to which likeness costs nothing
-
-
-class Encoder(nn.Module):
-    """A U-Net on the image and a picture of the bits: x (B, 3, S, S) in [0, 1], bits (B, L) of 0 and 1 -> residual within +-limit."""
-
-    def __init__(self, side: int, bits: int, width: int, limit: float):
-        super().__init__()
-        self.limit, sizes = limit, [width, width, 2 * width, 4 * width, 8 * width]
-        self.picture = nn.Linear(bits, 3 * side * side)
-        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, 1 if level == 0 else 2, 1) for level, (i, o) in enumerate(zip([6, *sizes], sizes)))
-        self.up = nn.ModuleList(nn.Conv2d(i, o, 3, 1, 1) for i, o in zip(sizes[:0:-1], sizes[-2::-1]))
-        self.join = nn.ModuleList(nn.Conv2d(2 * o, o, 3, 1, 1) for o in sizes[-2::-1])
-        self.last = nn.Conv2d(width + 6, 3, 3, 1, 1)
-
-    def forward(self, x: Tensor, bits: Tensor) -> Tensor:
-        start = torch.cat([x - 0.5, self.picture(2 * bits - 1).view_as(x)], 1)
-        levels = [start]
-        for conv in self.down:
-            levels.append(F.relu(conv(levels[-1])))
-        out = levels.pop()
-        for up, join, skip in zip(self.up, self.join, levels[:0:-1]):
-            out = F.relu(up(F.interpolate(out, size=skip.shape[-2:])))
-            out = F.relu(join(torch.cat([out, skip], 1)))
-        return self.limit * torch.tanh(self.last(torch.cat([out, start], 1)))
-
-
-class Decoder(nn.Module):
-    """Seven convolutions down to a few pixels, and two dense layers: [0, 1] (B, 3, S, S) -> logits of the bits (B, L)."""
-
-    def __init__(self, side: int, bits: int, width: int):
-        super().__init__()
-        sizes, strides = [width, width, 2 * width, 2 * width, 2 * width, 4 * width, 4 * width], [2, 1, 2, 1, 2, 2, 2]
-        convs = [layer for i, o, stride in zip([3, *sizes], sizes, strides) for layer in (nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())]
-        self.body = nn.Sequential(*convs, nn.Flatten(), nn.Linear(sizes[-1] * (-(-side // 32)) ** 2, 512), nn.ReLU(), nn.Linear(512, bits))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x - 0.5)
 
 
 @dataclass(frozen=True)
@@ -95,22 +58,26 @@ class SampleSpecific(Trigger):
     def stamp(self, x, index, split):
         return x + self.residual(x)
 
-    @torch.no_grad()
+    @no_grad
     def residual(self, x: Tensor) -> Tensor:
         """What the encoder adds to images (B, 3, S, S) in [0, 1], to hide the secret."""
         encoder = network(lambda: self._encoder(x.shape[-1]), self.fitted, "encoder")
         return one_by_one(lambda image: encoder(image, self.fitted["secret"][None]), x)
 
-    @torch.no_grad()
+    @no_grad
     def read(self, images: Tensor) -> Tensor:
         """The bits (N, L), 0 or 1, that the decoder finds in uint8 images (N, 3, S, S)."""
         decoder = network(lambda: self._decoder(images.shape[-1]), self.fitted, "decoder")
         return one_by_one(decoder, to_unit(images)).gt(0).float()
 
     def _encoder(self, side: int) -> Encoder:
+        from attack.networks import Encoder
+
         return Encoder(side, self.ssba_bits, self.ssba_width, self.ssba_limit)
 
     def _decoder(self, side: int) -> Decoder:
+        from attack.networks import Decoder
+
         return Decoder(side, self.ssba_bits, self.ssba_width)
 
     def _random_bits(self, count: int, *key: int | str) -> Tensor:

@@ -10,11 +10,9 @@ import copy
 from dataclasses import dataclass, field
 from typing import Callable, ClassVar, Literal, Optional
 
-import torch
-from torch import Tensor
-
 from utils.config import TrainConfig
 from utils.data import Dataset, to_uint8, to_unit
+from utils.late import Tensor, no_grad, torch
 
 Split = Literal["train", "test"]
 BATCH = 512
@@ -92,7 +90,7 @@ class Trigger:
         return _rounded(self.stamp_cover, images, index)
 
 
-@torch.no_grad()
+@no_grad
 def _rounded(stamp: Callable[[Tensor, Tensor], Tensor], images: Tensor, index: Tensor) -> Tensor:
     if not len(images):
         return images.clone()

@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import NonNegativeFloat, PositiveInt
+from utils.late import F, torch
 from utils.randomness import keyed_generator, per_sample
 
 

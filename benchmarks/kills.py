@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -82,6 +83,8 @@ class World:
         code = 70
         try:
             code = self._run(["--yaml_path", str(self.folder / "config.yaml"), "--save_folder_name", name, *words], limit)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
-import torch
-import torch.nn.functional as F
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from jsonargparse.typing import PositiveFloat, PositiveInt
-from torch import Tensor
 
 from defense.baseline import BaselineConfig, Recipe
 from defense.baseline import nothing_to_check as check
@@ -26,10 +23,14 @@ from defense.result import Result
 from utils.config import UserError
 from utils.data import Dataset, LabeledImages, to_unit
 from utils.devices import autocast
-from utils.models import Classifier, build_classifier, save_classifier
+from utils.late import F, Tensor, torch
+from utils.models import build_classifier, save_classifier
 from utils.randomness import keyed_generator
 from utils.record import Record
 from utils.training import Epoch, Observer, batched, make_optimizer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = ()
 BatchLoss = Callable[[Tensor], Tensor]   # cross-entropies (B,) -> the number to minimise

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
-import torch
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from jsonargparse.typing import PositiveInt
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 
 from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, numpy_seed, victim_features
 from defense.baseline import nothing_to_check as check
 from defense.baseline import nothing_to_clean_up as clean_up
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
+from utils.late import torch
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = ()
@@ -49,6 +49,9 @@ class Config(BaselineConfig):
 
 def split(features: np.ndarray, components: int, seed: int) -> np.ndarray:
     """The cluster, 0 or 1, of each of n >= 2 samples (n, D) of one class."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
     reduced = PCA(min(components, *features.shape), svd_solver="full").fit_transform(features)
     return KMeans(2, n_init=10, random_state=seed).fit_predict(reduced)
 

@@ -3,23 +3,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import numpy as np
-import torch
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
-from torch import Tensor
 
 from defense.dataelixir import DataElixirConfig
 from defense.knowledge import CLEAN_IMAGES
 from defense.result import Result
 from utils.config import TrainConfig, UserError
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier, save_classifier
+from utils.late import Tensor, torch
+from utils.models import save_classifier
 from utils.randomness import key_seed
 from utils.record import Record
 from utils.trained import trained
 from utils.training import Observer, extract_features
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 

@@ -9,9 +9,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Protocol, Sequence
 
-from torch import Tensor
-
 from defense.store import Block
+from utils.late import Tensor
 from utils.memory import Halving
 from utils.processes import gathered, helped, rank, size, told
 

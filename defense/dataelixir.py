@@ -12,11 +12,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
-import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from defense.crew import crew_for
 from defense.denoising import warn_if_noise
@@ -32,14 +30,18 @@ from defense.rounds import Rounds
 from defense.store import UNKNOWN, IntermediaryStore
 from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
-from diffusion.denoiser import Denoiser
 from utils.config import Fraction, OpenFraction, TrainConfig
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier, save_classifier
+from utils.late import Tensor
+from utils.models import save_classifier
 from utils.processes import own_device, size
 from utils.record import Record
 from utils.trained import trained
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)

@@ -3,17 +3,14 @@ from __future__ import annotations
 
 import logging
 
-import torch
-from torch import Tensor
-
-from diffusion.sampler import Sampler, Schedule
+from utils.late import Tensor, inference_mode, torch
 from utils.randomness import keyed_generator
 
 log = logging.getLogger("dataelixir")
 SAMPLE = 32
 
 
-@torch.inference_mode()
+@inference_mode
 def denoising_check(denoiser, images: Tensor, level: int, seed: int, device: torch.device) -> tuple[float, float]:
     """(mean squared error of the predicted noise at level - 1, that of the best guess from each pixel alone).
 
@@ -27,6 +24,8 @@ def denoising_check(denoiser, images: Tensor, level: int, seed: int, device: tor
         seed: key of the choice and the noise.
         device: where the denoiser is.
     """
+    from diffusion.sampler import Sampler, Schedule
+
     generator = keyed_generator(seed, "denoising")
     x0 = images[torch.randperm(len(images), generator=generator)[:SAMPLE]].float() / 127.5 - 1
     noise, t = torch.randn(x0.shape, generator=generator), level - 1

@@ -2,17 +2,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from defense.result import Decisions, Example
 from defense.selection import choose, image_distances
 from defense.store import IntermediaryStore
 from defense.verdict import Candidates, Verdict
 from utils.data import LabeledImages
-from utils.models import Classifier
+from utils.late import Tensor, torch
 from utils.training import extract_features, predict
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 from typing import Optional, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from defense.target_label import Discrepancy
 from defense.verdict import Verdict
+from utils.late import Tensor, torch
 from utils.record import Record, save_arrays, write_json
 
 EXAMPLES = 240   # changed samples whose rounds are kept for the page

@@ -7,11 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from utils.config import UserError
 from utils.data import LabeledImages
+from utils.late import Tensor, torch
 from utils.layouts import Layout, Outcome
 from utils.record import Record, load_arrays
 from utils.source import Source

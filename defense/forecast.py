@@ -2,20 +2,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Optional
-
-import torch
+from typing import TYPE_CHECKING, Any, Optional
 
 from defense.level import TOP
 from defense.purifier import Purifier, PurifyConfig
-from diffusion.denoiser import Denoiser
 from utils.compiled import ROWS
 from utils.config import TrainConfig
 from utils.cost import clock, seconds
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier, build_classifier
+from utils.late import torch
+from utils.models import build_classifier
 from utils.record import peak_rss_bytes
 from utils.training import Trainer, predict
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
+    from utils.networks import Classifier
 
 PURIFIED, VOTED, TRAINED = ROWS, 512, 512   # images that are measured on
 

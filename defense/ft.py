@@ -5,7 +5,7 @@ https://arxiv.org/abs/1805.12185
 """
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from defense.baseline import CleanImagesConfig as Config
 from defense.baseline import Recipe
@@ -14,9 +14,11 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.knowledge import CLEAN_IMAGES, clean_images
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = (CLEAN_IMAGES,)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from defense.purifier import PurifyConfig, open_denoiser
-from diffusion.denoiser import CARDS, Denoiser
+from diffusion.card import CARDS
 from utils.config import UserError, candidate_paths
 from utils.data import LabeledImages, to_uint8
+from utils.late import torch
 from utils.layouts import ArrayFile, Layout, open_layout
 from utils.record import RECORDS, Record
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
 
 
 @dataclass(frozen=True)

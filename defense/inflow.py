@@ -12,10 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Optional
 
-import torch
-from torch import Tensor
-
 from defense.outliers import Scores, robust_scores
+from utils.late import Tensor, torch
 
 DRIFT = 1 / 3   # of the classes that a class's votes go to, those left out: where its own images drift
 FEW = 4         # other classes at least, of which a third is left out

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.config import UserError
 from utils.data import Dataset, LabeledImages, stratified_split
+from utils.late import Tensor, torch
 from utils.randomness import key_seed
 from utils.record import Record, load_arrays
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Callable, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Callable, Sequence
 
 from defense.purifier import PurifyConfig, Purifier
 from defense.sampling import stratified
 from defense.store import UNKNOWN
 from defense.verdict import reads_as_before
-from diffusion.denoiser import Denoiser
 from utils.data import LabeledImages
-from utils.models import Classifier
+from utils.late import Tensor, torch
 from utils.training import predict
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 AGREEMENT = 0.75   # share of predictions that must survive a round; a tenth of poison that moves, as it should, takes a tenth of them

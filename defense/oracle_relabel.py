@@ -4,7 +4,7 @@ What perfect relabelling reaches without purification; the trigger then stands f
 """
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from defense.baseline import BaselineConfig as Config
 from defense.baseline import Recipe
@@ -13,9 +13,11 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.knowledge import TRUTH, told_truth
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = (TRUTH,)
 

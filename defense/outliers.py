@@ -3,8 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from utils.late import Tensor, torch
 
 MAD_TO_SIGMA = 1.4826
 EPSILON = 1e-6

@@ -9,13 +9,11 @@ in part is found less often than that: the shares are upper bounds.
 """
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from defense.inflow import Leaving, class_weights
 from defense.store import UNKNOWN
 from defense.target_label import Discrepancy, TargetRule, discrepancy, judge, label_shares
 from defense.verdict import filter_candidates
+from utils.late import Tensor, torch
 from utils.randomness import keyed_generator
 
 SIZES = (0.1, 0.05, 0.01)   # poison as a share of the set without it

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 from typing import Callable, Iterable, Optional, Sequence
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from defense.crew import shares
@@ -21,6 +19,7 @@ from defense.target_label import Discrepancy, TargetRule, target_labels
 from defense.verdict import Kind, filter_candidates
 from utils.cost import clock
 from utils.data import LabeledImages
+from utils.late import Tensor, torch
 
 log = logging.getLogger("dataelixir")
 Deal = Callable[[Sequence[Tensor], Optional[Ending]], Iterable[Block]]   # index tensors -> their blocks, in this order

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
-import torch
 from jsonargparse.typing import PositiveInt
-from torch import Tensor
 
-from diffusion.denoiser import CARDS, Denoiser, DenoiserError, load_denoiser
-from diffusion.sampler import Sampler, subset_steps
+from diffusion.card import CARDS
+from diffusion.weights import DenoiserError
 from utils.compiled import Compiled, FixedRows
 from utils.config import UserError, candidate_paths
 from utils.devices import autocast
+from utils.late import Tensor, inference_mode, torch
 from utils.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
 
 NOISE_BLOCK = 8    # samples that share a random stream: keyed by data set index, so batches of any size draw the same
 COMPILING_PAYS = {"cpu": 4e3, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
@@ -71,6 +73,8 @@ def open_denoiser(config: PurifyConfig, resolution: int, dataset: str) -> Denois
     Raises:
         UserError: not found, damaged, of another resolution, or not trained up to steps_T.
     """
+    from diffusion.denoiser import load_denoiser
+
     here = next((str(path) for path in candidate_paths(config.ddpm) if path.exists()), config.ddpm)
     try:
         denoiser = load_denoiser(config.ddpm if config.ddpm in CARDS else here, resolution=resolution, dataset=dataset)
@@ -86,6 +90,8 @@ def open_denoiser(config: PurifyConfig, resolution: int, dataset: str) -> Denois
 
 
 def _steps(config: PurifyConfig) -> list[int]:
+    from diffusion.sampler import subset_steps
+
     try:
         return subset_steps(config.steps_T, config.reverse_steps, config.last_steps_m)
     except ValueError as error:
@@ -95,6 +101,8 @@ def _steps(config: PurifyConfig) -> list[int]:
 def worth_compiling(config: PurifyConfig, denoiser: Denoiser, passes: int, device: torch.device) -> bool:
     """Whether to compile for that many passes, over all images: as the config says, or where the minute it takes is won back."""
     if config.compile == "auto":
+        from diffusion.denoiser import Denoiser
+
         return isinstance(denoiser, Denoiser) and passes * denoiser.gflops() > COMPILING_PAYS.get(device.type, float("inf"))
     return config.compile == "on"
 
@@ -147,6 +155,8 @@ class Purifier:
     """
 
     def __init__(self, denoiser, config: PurifyConfig, seed: int, device: torch.device, amp: bool = False):
+        from diffusion.sampler import Sampler
+
         self.config, self.seed, self.device, self.amp = config, seed, device, amp
         self.denoiser, self.steps = denoiser, _steps(config)
         self.sampler = Sampler(self.predict_noise, method=config.sampler)
@@ -184,7 +194,7 @@ class Purifier:
         """Denoiser passes that one image costs that is given all rounds."""
         return self.config.rounds_n * len(self.steps)
 
-    @torch.inference_mode()
+    @inference_mode
     def intermediaries(self, images: Tensor, index: Tensor) -> Tensor:
         """The image and its intermediaries, after all rounds.
 

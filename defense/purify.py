@@ -14,11 +14,9 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Iterator, Literal, Optional, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from defense import dataelixir
 from defense.dataelixir import DataElixirConfig
@@ -32,11 +30,15 @@ from utils.config import UserError, as_flat_dict, command_line, parse_config, re
 from utils.data import DATASETS, Dataset, LabeledImages
 from utils.devices import pick_device
 from utils.files import write_table
-from utils.models import Classifier, build_classifier, load_weights
+from utils.late import Tensor, torch
+from utils.models import build_classifier, load_weights
 from utils.processes import led
 from utils.record import save_arrays, start_logging, write_json
 from utils.report import write_page
 from utils.trained import trained
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from defense.baseline import BaselineConfig, Recipe
@@ -22,12 +20,15 @@ from defense.purifier import PurifyConfig, Purifier, open_denoiser, purifier_for
 from defense.result import Result
 from defense.store import Block, IntermediaryStore
 from defense.verdict import reads_as_before
-from diffusion.denoiser import Denoiser
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
+from utils.late import Tensor, torch
 from utils.processes import own_device
 from utils.record import Record
 from utils.training import Observer, predict
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)

@@ -5,9 +5,8 @@ What this reaches, the other method owes to a smaller training set and not to wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
-import torch
 from jsonargparse.typing import NonNegativeInt
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
@@ -17,10 +16,13 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.result import Result
 from utils.config import UserError
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
+from utils.late import torch
 from utils.randomness import keyed_generator
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = ()
 

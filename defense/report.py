@@ -5,19 +5,20 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
-import numpy as np
-import torch
 
 from defense.power import in_words
 from defense.result import Result
 from utils import figures
 from utils.data import Dataset, LabeledImages, TriggeredImages
 from utils.files import write_table
+from utils.late import torch
 from utils.metrics import EpochLog, Truth, accuracy, defense_effectiveness, detection, relabelling, suspicion, survival
-from utils.models import Classifier
 from utils.record import Record, environment, peak_rss_bytes, save_arrays
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 SCHEMA = 1

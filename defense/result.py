@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from defense.target_label import Discrepancy
 from utils.data import LabeledImages
-from utils.models import Classifier
+from utils.late import Tensor, torch
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 
 @dataclass(frozen=True)

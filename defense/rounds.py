@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Optional
 
 from defense.purifier import KeyedNoise, Purifier
 from defense.store import Block
 from defense.verdict import Kind, filter_candidates
 from utils.data import LabeledImages
-from utils.models import Classifier
+from utils.late import Tensor, inference_mode, torch
 from utils.training import predict
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 CONFIDENCE = 0.95   # of the bound on how often an early verdict would still have changed
 
@@ -85,7 +85,7 @@ class Rounds:
     def __init__(self, data: LabeledImages, victim: Classifier, purifier: Purifier, tau: int):
         self.data, self.victim, self.purifier, self.tau = data, victim, purifier, tau
 
-    @torch.inference_mode()
+    @inference_mode
     def __call__(self, index: Tensor, ends: Optional[Ending] = None) -> Block:
         """Rounds and votes of the samples `index` (B,); of a sample that ends early, the last round stands for those not made."""
         m, n, images = self.purifier.config.last_steps_m, self.purifier.config.rounds_n, self.data.images[index]

@@ -113,12 +113,12 @@ def main(name: str) -> None:
 def defend_again(name: str) -> None:
     """Defend a record again, as the command line says."""
     module = find_defense(name)
-    again = peek(None, "result_file", "")
-    if not again:
-        raise UserError("result_file: give --result_file NAME, the name of a record that an attack script made")
-    source = Record(again, must_exist=True)
-    again, data_config, config = parse_config(None, AgainConfig, DataConfig, module.Config, defaults=source.config(),
+    given = peek(None, "result_file", "")
+    source = Record(given, must_exist=True) if given else None
+    again, data_config, config = parse_config(None, AgainConfig, DataConfig, module.Config, defaults=source.config() if source else None,
                                               description=f"Defend a record again with {name}.")
+    if source is None:
+        raise UserError("result_file: give --result_file NAME, the name of a record that an attack script made")
     dataset = load_dataset(data_config)
     module.check(config, dataset)
     if again.dry_run:

@@ -11,12 +11,10 @@ The bootstrap does not see what a sample has none of. A class of which the share
 """
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from defense.inflow import Leaving
 from defense.target_label import Discrepancy, TargetRule, class_share, discrepancy, judge, support
 from defense.verdict import Candidates
+from utils.late import Tensor, torch
 from utils.randomness import keyed_generator
 
 RESAMPLES = 400

@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
-import torch
 from jsonargparse.typing import PositiveFloat
-from scipy.linalg import eigh
-from sklearn.cluster import KMeans
-from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 
 from defense.baseline import CleanImagesConfig, Findings, Recipe, drop_and_retrain, numpy_seed, victim_features
 from defense.baseline import nothing_to_check as check
@@ -28,9 +24,12 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.knowledge import CLEAN_IMAGES, clean_images
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
+from utils.late import torch
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (CLEAN_IMAGES,)
@@ -72,6 +71,8 @@ def shared_variation(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         features: float (M, D) of clean images, centred.
         labels: int (M,).
     """
+    from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
+
     groups = [features[labels == label] for label in np.unique(labels)]
     means = np.stack([group.mean(0) for group in groups])
     residuals = np.concatenate([group - mean for group, mean in zip(groups, means)])
@@ -96,6 +97,8 @@ def shared_variation(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def split_class(received: np.ndarray, clean: np.ndarray, seed: int) -> Split:
     """Two groups of whitened features: received (n, D), and clean (c, D) of the same class, n + c >= 2."""
+    from sklearn.cluster import KMeans
+
     points = np.concatenate([received, clean])
     groups = KMeans(2, n_init=10, random_state=seed).fit(points)
     gain = (((points - points.mean(0)) ** 2).sum() - groups.inertia_) / len(points)
@@ -120,6 +123,8 @@ def inspect(received: LabeledImages, clean: LabeledImages, features: np.ndarray,
         features: float (N, D).
         clean_features: float (M, D).
     """
+    from scipy.linalg import eigh
+
     centre, labels, clean_labels = clean_features.mean(0), received.labels.numpy(), clean.labels.numpy()
     values, vectors = eigh(shared_variation(clean_features - centre, clean_labels))
     whiten = lambda x: (x - centre) @ vectors / np.sqrt(values)

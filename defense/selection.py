@@ -4,11 +4,11 @@ Of a sample's candidates, those close to the original may still show the trigger
 object. Distance is half structural (SSIM, Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) and half between
 the victim's features; the candidate that is farther away than four in five of the others is taken.
 """
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from utils.late import F, Tensor, torch
 
 WINDOW = 3
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -89,7 +89,7 @@ def image_distances(images: Tensor, features: Tensor, volume: bool) -> PairDista
         raise ValueError(f"images must be (B,M,3,H,W) and features (B,M,D), not {tuple(images.shape)} "
                          f"and {tuple(features.shape)}")
     ssim = torch.cat([ssim3(part[:, :1], part, volume) for part in images.split(SAMPLES_AT_ONCE)])
-    cosine = functional.cosine_similarity(features[:, :1], features, dim=-1, eps=1e-8)
+    cosine = F.cosine_similarity(features[:, :1], features, dim=-1, eps=1e-8)
     return PairDistances(to_distance(ssim), to_distance(cosine), distances(ssim, cosine))
 
 

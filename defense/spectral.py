@@ -12,10 +12,9 @@ and at 10 % of all samples the budget is half of every class: the method was mad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 import numpy as np
-import torch
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
 from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, victim_features
@@ -24,9 +23,12 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.knowledge import POISON_RATE, told_poison_rate
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
+from utils.late import torch
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = (POISON_RATE,)
 MARGIN = 1.5    # of the poison, as published

@@ -13,13 +13,9 @@ that is more compact than the rest passes for the rest from about a fifth of its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
-import torch
-from scipy.linalg import expm
-from sklearn.covariance import MinCovDet
-from sklearn.decomposition import PCA
 
 from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, numpy_seed, victim_features
 from defense.baseline import nothing_to_check as check
@@ -27,9 +23,12 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.knowledge import POISON_RATE, told_poison_rate
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
+from utils.late import torch
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = (POISON_RATE,)
 ALPHA, MARGIN = 4.0, 1.5                                        # as published
@@ -60,6 +59,8 @@ class Filtered:
 
 def quantum_scores(whitened: np.ndarray) -> np.ndarray:
     """Quantum entropy scores (n,) of whitened, centred rows (n, k): h' Q h / tr Q, with Q a matrix exponential of their covariance."""
+    from scipy.linalg import expm
+
     covariance = whitened.T @ whitened / len(whitened)
     norm = np.linalg.norm(covariance, 2)
     excess = (covariance - np.eye(len(covariance))) / max(norm - 1, 1e-9) if norm > 1 else np.zeros_like(covariance)
@@ -76,6 +77,9 @@ def whiten(rows: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.nda
 
 def filter_class(features: np.ndarray, expected: int, seed: int) -> Filtered:
     """The 1.5 times `expected` samples of one class (n, D) that stand out most, for the k that shows them best."""
+    from sklearn.covariance import MinCovDet
+    from sklearn.decomposition import PCA
+
     n, most = len(features), min(DIMENSIONS[-1], features.shape[1], len(features) // 4)
     all_dimensions = PCA(int(most), random_state=seed).fit_transform(features)
     best = Filtered(np.zeros(n), np.zeros(n, dtype=bool), -np.inf)

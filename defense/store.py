@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-import torch
-from torch import Tensor
-
+from utils.late import Tensor, torch
 from utils.record import load_arrays, save_arrays
 
 UNKNOWN = -1   # the vote of an intermediary that was never made

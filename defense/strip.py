@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
-import torch
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from jsonargparse.typing import PositiveInt
-from torch import Tensor
 from tqdm import tqdm
 
 from defense.baseline import CleanImagesConfig, Findings, Recipe, drop_and_retrain
@@ -25,10 +23,13 @@ from defense.result import Result
 from utils.config import UserError
 from utils.data import Dataset, LabeledImages, to_unit
 from utils.devices import autocast
-from utils.models import Classifier
+from utils.late import Tensor, inference_mode, torch
 from utils.randomness import keyed_generator
 from utils.record import Record
 from utils.training import EVAL_BATCH, Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (CLEAN_IMAGES,)
@@ -49,7 +50,7 @@ class Config(CleanImagesConfig):
     false_alarms: OpenFraction = 0.1
 
 
-@torch.inference_mode()
+@inference_mode
 def mean_entropies(victim: Classifier, images: Tensor, overlays: Tensor, mean: Tensor, config: Config) -> Tensor:
     """Mean entropy in nats, float64 (N,), of the victim's predictions on each image under each overlay.
 

@@ -3,8 +3,6 @@ from __future__ import annotations
 
 from typing import Any, Sequence
 
-import torch
-
 from defense.folder import OutputFolder, outcome
 from defense.given import Given
 from defense.level import DESTROYED, rounds_survived
@@ -12,6 +10,7 @@ from defense.power import in_words
 from defense.result import Result
 from defense.store import UNKNOWN
 from utils.data import LabeledImages
+from utils.late import torch
 from utils.record import environment, peak_rss_bytes
 
 SCHEMA = 1

@@ -7,15 +7,15 @@ absolute deviation (1.4826 MAD estimates a standard deviation under normality). 
 share of the other classes that a class has taken in (inflow.py): where purification harms clean images too, the
 discrepancies of all classes are alike, while poison comes from everywhere and drift goes to a few.
 """
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Optional
-
-import torch
-from torch import Tensor
 
 from defense.inflow import Inflow, Leaving, inflow_scores
 from defense.outliers import Scores, robust_scores
 from defense.verdict import Candidates, Kind
+from utils.late import Tensor, torch
 
 
 @dataclass(frozen=True)

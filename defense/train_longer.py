@@ -5,7 +5,7 @@ What this reaches, DataElixir owes to the epochs that it spends and not to what 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
@@ -15,9 +15,11 @@ from defense.baseline import nothing_to_clean_up as clean_up
 from defense.dataelixir import DataElixirConfig
 from defense.result import Result
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier
 from utils.record import Record
 from utils.training import Observer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 KNOWLEDGE = ()
 

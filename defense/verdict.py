@@ -5,11 +5,12 @@ Labels that only a few intermediaries hold are purification noise and are droppe
 nothing moved, everything moved to one other label, or the intermediaries disagree. A sample whose given label is no
 target label is benign whatever its kind; the victim's mistakes look like label transitions too.
 """
+from __future__ import annotations
+
 from dataclasses import dataclass
 from enum import IntEnum
 
-import torch
-from torch import Tensor
+from utils.late import Tensor, torch
 
 
 class Verdict(IntEnum):

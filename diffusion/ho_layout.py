@@ -4,11 +4,15 @@
 Level i of the U-Net is `down.i` and `up.i` there, while diffusers counts `up_blocks` from the lowest resolution
 upwards; the 1x1 convolutions of an attention block are linear layers there. Nothing else differs.
 """
+from __future__ import annotations
+
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNIT = {"nin_shortcut": "conv_shortcut", "temb_proj": "time_emb_proj"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

@@ -1,15 +1,19 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239; Luhman & Luhman, patches as channels, 2022: https://arxiv.org/abs/2207.04316
 """A denoiser that is to be trained: its keys, and the U-Net that they describe."""
+from __future__ import annotations
+
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
-from torch import nn
 
 from diffusion.ho_layout import FIXED
 from diffusion.weights import DenoiserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Channels = restricted_string_type("Channels", r"\d+(,\d+)*")
 

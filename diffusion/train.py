@@ -1,5 +1,7 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
 """Script that trains a denoiser for a data set that has no card: python diffusion/train.py --dataset NAME --out DIR"""
+from __future__ import annotations
+
 
 import contextlib
 import hashlib
@@ -10,25 +12,24 @@ import tempfile
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
-import torch
-from torch import Tensor
-
-from diffusion.denoiser import Denoiser, DenoiserError, load_denoiser
-from diffusion.quality import denoising_error, sample_sheet
-from diffusion.sampler import Schedule
 from diffusion.network import DenoiserConfig
-from diffusion.training import Training
+from diffusion.weights import DenoiserError
 from utils.compiled import Compiled
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.cost import clock
 from utils.data import DATASETS, Dataset, LabeledImages, load_dataset, stratified_split
 from utils.devices import has_bfloat16, pick_device
+from utils.late import Tensor, torch
 from utils.layouts import open_layout
 from utils.lock import take
 from utils.processes import helped, in_step, led, own_device, rank, size, told
 from utils.record import Record, environment, load_arrays, peak_rss_bytes, start_logging, write_json
+
+if TYPE_CHECKING:
+    from diffusion.denoiser import Denoiser
+    from diffusion.training import Training
 
 log = logging.getLogger("dataelixir")
 RUNTIME_KEYS = ("out", "dataset_path", "data", "device", "save_every", "compile", "on_bad_image", "dry_run")  # may differ when a training goes on
@@ -55,6 +56,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def lead(argv: Optional[Sequence[str]]) -> None:
     """What one process does, with the help of the others if there are any."""
     data, config = parse_config(argv, DataConfig, DenoiserConfig, description=__doc__)
+    from diffusion.sampler import Schedule
+
     if config.data and config.result_file:
         raise UserError("data, result_file: give one of the two")
     data = recorded_data(data, config.result_file)
@@ -89,6 +92,8 @@ class Lesson:
 
     def training(self) -> Training:
         """In this process, from the start."""
+        from diffusion.training import Training
+
         device = own_device(self.device)
         amp = self.config.amp and (device.type != "cpu" or has_bfloat16())
         return Training(self.config, self.images, self.flip, self.identity, device, amp, rank(), size())
@@ -220,6 +225,9 @@ def save(training: Training, data: DataConfig, config: DenoiserConfig) -> None:
 
 def measure(out: Path, images: torch.Tensor, device: torch.device) -> None:
     """Load what was saved and write denoising_error.json and samples.png, on held-out images uint8 (N,3,H,W)."""
+    from diffusion.denoiser import load_denoiser
+    from diffusion.quality import denoising_error, sample_sheet
+
     denoiser = load_denoiser(str(out), device=device)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     errors = denoising_error(denoiser, images[order[:HELD_OUT]])

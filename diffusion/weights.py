@@ -1,16 +1,19 @@
 # Weights lie in local files or on https://huggingface.co
 """Files of weights: where they are, whether they are the right ones, and what is in them. Nothing here runs code from a file."""
+from __future__ import annotations
+
 
 import hashlib
 import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -97,6 +100,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         DenoiserError: The file is damaged, or holds anything but a dictionary of tensors.
     """
+    import torch
+    from safetensors.torch import load_file
+
     if path.suffix not in CHECKPOINTS:
         raise DenoiserError(f"{path}: not a checkpoint; give a folder saved by diffusers or a file ending in {' '.join(CHECKPOINTS)}")
     try:
@@ -108,6 +114,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
     except READ_ERRORS as error:
         raise DenoiserError(f"{path}: not a checkpoint ({first_line(error)}); download or save it again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise DenoiserError(f"{path}: expected a dictionary of tensors, found something else; save the model's state_dict() alone")
     return content

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from defense import dataelixir, purification, purifier, rounds
+from defense import dataelixir, purification, rounds
 from defense.dataelixir import DataElixirConfig, defend
 from defense.purifier import requantised
 from defense.run import Case, run_defense
 from defense.verdict import Verdict
+from diffusion.sampler import Sampler
 from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
 from utils import record as record_module, trained
 from utils.data import LabeledImages
@@ -41,7 +42,7 @@ class PartialDenoiser(FlatDenoiser):
         return (x - self.ab(t) ** 0.5 * clean) / (1 - self.ab(t)) ** 0.5
 
     def ab(self, t):
-        return purifier.Sampler(None).schedule.alpha_bar(int(t[0]))
+        return Sampler(None).schedule.alpha_bar(int(t[0]))
 
     def classes(self, x, t):
         levels = PatchReader().levels * 2 - 1

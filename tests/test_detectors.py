@@ -11,7 +11,7 @@ from defense import activation_clustering, scan, spectral, strip
 from tests.toys import INFO
 from utils.config import UserError
 from utils.data import LabeledImages, to_unit
-from utils.models import Classifier
+from utils.networks import Classifier
 
 CLASSES, EACH, WIDTH = 6, 120, 24
 AC, SCAN, STRIP = activation_clustering.Config(random_seed=3), scan.Config(random_seed=3), strip.Config(device="cpu", amp=False, random_seed=3)

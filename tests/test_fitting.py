@@ -9,7 +9,6 @@ from attack import fitting
 from attack.fitting import (batches, cached, fit_split, fresh, harden, network, one_by_one, require, straight_through, surrogate,
                             weights_of)
 from attack.lc import pgd
-from attack.trigger import FitContext
 from tests.toys import CLASSES, INFO, fit_context, random_images, toy_dataset
 from utils.config import DataConfig, UserError
 from utils.data import Dataset, LabeledImages, load_dataset, to_uint8

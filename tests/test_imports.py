@@ -1,6 +1,8 @@
 """Imports go one way, utils <- diffusion <- defense <- attack, and the two doors are where the design has them."""
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,30 @@ def test_the_defence_has_no_way_to_the_truth():
         tree = ast.parse(file.read_text(encoding="utf-8"))
         names = {getattr(node, key) for node in ast.walk(tree) for key in ("id", "attr", "arg", "name", "module") if isinstance(getattr(node, key, None), str)}
         assert not names & hidden and "utils.metrics" not in names, file.name
+
+
+HELP = """
+import runpy, sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name in {"torch", "torchvision", "diffusers", "timm", "sklearn", "scipy", "matplotlib"}:
+            raise SystemExit(f"{name} is imported")
+
+sys.meta_path.insert(0, Refused())
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise SystemExit(f"{script}: {end.code}")
+"""
+
+
+def test_help_needs_no_heavy_library():
+    scripts = [str(file) for room in ROOMS for file in sorted((ROOT / room).glob("*.py")) if "__main__" in file.read_text(encoding="utf-8")]
+    assert len(scripts) > 20
+    done = subprocess.run([sys.executable, "-c", HELP, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("usage: ") == len(scripts)

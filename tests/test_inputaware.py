@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from attack.inputaware import MASK_LIMIT, Generator, InputAware, MaskGenerator, sameness
+from attack.inputaware import MASK_LIMIT, InputAware, sameness
+from attack.networks import Generator, MaskGenerator
 from attack.poison import LabelMap
 from attack.progress import Progress
-from attack.trigger import FitContext
 from tests.test_triggers import RECIPE, TARGET, digits, ready
 from tests.toys import INFO, fit_context, random_images
 from utils.config import UserError

@@ -7,7 +7,8 @@ from torch import nn
 from tests.toys import INFO, random_images
 from utils.config import UserError
 from utils.data import DATASETS, DatasetInfo, to_unit
-from utils.models import MODELS, Classifier, build_classifier, load_weights, save_classifier
+from utils.models import build_classifier, load_weights, save_classifier
+from utils.networks import MODELS, Classifier
 
 SMALL = "preactresnet_small"
 

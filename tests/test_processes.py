@@ -8,7 +8,7 @@ from torch import nn
 from tests.torchrun import together
 from utils.config import TrainConfig, UserError
 from utils.data import DATASETS, LabeledImages
-from utils.models import Classifier
+from utils.networks import Classifier
 from utils.training import Epoch, Trainer
 
 CONFIG = TrainConfig(device="cpu", amp=False, epochs=3, batch_size=16, lr=0.05, lr_scheduler="constant", frequency_save=1)

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_in_words(denoiser_folder, changes, side, w
 
 
 def test_the_schedules_end_is_respected(denoiser_folder, monkeypatch):
-    monkeypatch.setattr(module, "load_denoiser", lambda *names, **keys: FlatDenoiser())
+    monkeypatch.setattr("diffusion.denoiser.load_denoiser", lambda *names, **keys: FlatDenoiser())
     assert open_denoiser(PurifyConfig(steps_T=1000), 8, "toy").t_max == 1000
     for config in (PurifyConfig(steps_T=1001), PurifyConfig(steps_T=1000, noise_index="T")):
         with pytest.raises(UserError, match="steps_T: 100"):

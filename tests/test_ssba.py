@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from attack import fitting
-from attack.ssba import Encoder, SampleSpecific, psnr, ssim
+from attack.networks import Encoder
+from attack.ssba import SampleSpecific, psnr, ssim
 from attack.trigger import FitContext
 from tests.test_triggers import RECIPE, TARGET, digits, ready
 from tests.toys import random_images

@@ -12,7 +12,8 @@ from utils.augmentation import PAD, random_crop_flip
 from utils.config import TrainConfig, UserError
 from utils.data import LabeledImages, to_unit
 from utils.devices import pick_device
-from utils.models import Classifier, build_classifier
+from utils.models import build_classifier
+from utils.networks import Classifier
 from utils.training import Trainer, extract_features, log, predict
 
 CONFIG = TrainConfig(model="preactresnet_small", epochs=4, batch_size=16, lr=0.05, amp=False, device="cpu", random_seed=3, frequency_save=1)

@@ -1,9 +1,7 @@
 """Augmentation of training batches, drawn from a generator of the caller's."""
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from utils.late import F, Tensor, torch
 
 PAD = 4
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy._core.multiarray import _reconstruct
 from numpy._core.numeric import _frombuffer
-from torch import Tensor
 
 from utils.config import UserError
 from utils.decoding import resize_all
+from utils.late import Tensor, torch
 from utils.layouts import Layout, Outcome, fitted
 
 SIDE = 32

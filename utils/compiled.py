@@ -9,9 +9,7 @@ import logging
 import warnings
 from typing import Callable
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from utils.late import F, Tensor, nn, torch
 
 log = logging.getLogger("dataelixir")
 ROWS = 64       # of every batch on a CPU; as fast as larger ones

@@ -156,6 +156,7 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
     parser.passed_over = frozenset().union(*(getattr(cls, "PASSED_OVER", ()) for cls in classes))
     parser.add_argument("--yaml_path", action=_YamlPath, help="YAML file with any of the keys below; flags win over it")
     for cls in classes:
+        cls.__init__.__annotations__.update(get_type_hints(cls))    # the parser would look for them, by importing whatever type checkers import
         parser.add_class_arguments(cls)
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})

@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from typing import Callable
 
-import torch
+from utils.late import torch
 
 
 def seconds(work: Callable[[], object]) -> float:

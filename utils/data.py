@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from utils.config import DataConfig, UserError, candidate_paths, choose_by_name
 from utils.decoding import class_folders, files_by_class, resize_all
 from utils.folders import gtsrb_test_files, read_parts, tell_oddities
+from utils.late import Tensor, torch
 
 log = logging.getLogger("dataelixir")
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from utils.config import UserError
+from utils.late import torch
 
 log = logging.getLogger("dataelixir")
 

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 
 import numpy as np
-from torch import Tensor
 
+from utils.late import Tensor
 from utils.record import replacing
 
 ACCENT, MUTED = "#c0392b", "#7f8c8d"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 
 from utils import checksums
 from utils.command import GOES_ON, UserError
+from utils.late import torch
 
 
 @contextlib.contextmanager

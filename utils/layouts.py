@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from utils.config import UserError
 from utils.data import LabeledImages
 from utils.decoding import class_folders, files_by_class, resize_all
+from utils.late import Tensor, torch
 
 PAIRS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("data", "labels"))   # names of the two arrays in a .npz
 PLAIN = 1000   # labels 0..K-1 below this are class numbers as they stand; any others are numbered in ascending order

@@ -4,10 +4,8 @@ from __future__ import annotations
 import logging
 from typing import Callable, Iterator, TypeVar
 
-import torch
-from torch import Tensor
-
 from utils.command import UserError, out_of_memory
+from utils.late import Tensor, torch
 
 log = logging.getLogger("dataelixir")
 T = TypeVar("T")

@@ -8,15 +8,15 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Optional
 
 from utils.data import LabeledImages, TriggeredImages
-from utils.models import Classifier
+from utils.late import Tensor
 from utils.record import replacing
 from utils.training import Epoch, predict
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 
 @dataclass(frozen=True)

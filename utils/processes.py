@@ -12,12 +12,8 @@ import signal
 from datetime import timedelta
 from typing import Any, Iterator, Protocol, Sequence
 
-import torch
-import torch.distributed as dist
-import torch.distributed.nn   # read now: its functions take whatever group there is at that moment as a default, and keep it for good
-from torch import Tensor, nn
-
 from utils.command import GOES_ON, STOPS, UserError
+from utils.late import Tensor, nn, torch
 
 PATIENCE = timedelta(days=7)   # the others wait while process 0 does what only one can do
 
@@ -46,8 +42,10 @@ def own_device(device: torch.device) -> torch.device:
 
 def join() -> None:
     """Meet the others, once."""
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    import torch.distributed.nn   # read before: its functions take whatever group there is at that moment as a default, and keep it for good
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def part() -> None:
@@ -56,7 +54,7 @@ def part() -> None:
     A thread of gloo that lives on and wants the interpreter at its end aborts the process (SIGABRT, exit code -6).
     """
     gc.collect()   # DistributedDataParallel holds the group, and is in cycles
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def told(message: Any = None) -> Any:
@@ -64,14 +62,14 @@ def told(message: Any = None) -> Any:
     if size() == 1:
         return message
     box = [message]
-    dist.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gathered(result: Any) -> Sequence[Any]:
     """Everybody's results, in process 0; an empty list elsewhere."""
     results = [None] * size() if rank() == 0 else None
-    dist.gather_object(result, results, dst=0)
+    torch.distributed.gather_object(result, results, dst=0)
     return results or []
 
 
@@ -81,7 +79,7 @@ def lost_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("Connection", "gloo", "NCCL", "peer")):
+        if not isinstance(error, torch.distributed.DistError) and not any(word in str(error) for word in ("Connection", "gloo", "NCCL", "peer")):
             raise
         raise UserError(f"torchrun: another process of this run has died ({' '.join(str(error).split())[:100]}); {GOES_ON}") from None
 
@@ -117,7 +115,7 @@ def in_step(network: nn.Module, device: torch.device) -> nn.Module:
 
 def averaged(value: Tensor) -> Tensor:
     """The mean of a tensor over the processes of a job."""
-    dist.all_reduce(value := value.clone())
+    torch.distributed.all_reduce(value := value.clone())
     return value / size()
 
 

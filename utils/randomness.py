@@ -7,7 +7,7 @@ from __future__ import annotations
 import zlib
 from typing import Callable
 
-import torch
+from utils.late import torch
 
 
 def key_seed(*key: int | str) -> int:

@@ -6,11 +6,10 @@ it is damaged. One run at a time uses a record. As a script: python utils/record
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
-import json
 import logging
-import os
 import platform
 import re
 import resource
@@ -20,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
-import torch
 import yaml
 
 from utils import checksums, lock, mending
 from utils.config import ROOT, UserError, command_line
 from utils.files import load_arrays, replacing, save_arrays, shortened, write_json
+from utils.late import torch
 from utils.yaml_files import is_short
 
 __all__ = ["Record", "environment", "load_arrays", "peak_rss_bytes", "replacing", "save_arrays", "start_logging", "write_json"]
@@ -196,10 +195,11 @@ def start_logging(file: Path | None) -> None:
 
 
 def main() -> None:
-    """python utils/record.py check NAME: what a record holds, and whether it is whole; exit code 2 where it is not."""
-    if len(sys.argv) != 3 or sys.argv[1] != "check":
-        raise UserError("usage: python utils/record.py check NAME")
-    record = Record(sys.argv[2], must_exist=True)
+    """Say what a record holds, and whether it is whole; exit code 2 where it is not."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("name", metavar="NAME", help="of a folder below record/")
+    record = Record(parser.parse_args().name, must_exist=True)
     print(mending.inventory(record.path))
     mending.require_whole(record.path)
 

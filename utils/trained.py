@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Optional
-
-import torch
+from typing import TYPE_CHECKING, Optional
 
 from utils.config import TrainConfig
 from utils.data import Dataset, LabeledImages
-from utils.models import Classifier, build_classifier, load_weights, save_classifier
+from utils.late import torch
+from utils.models import build_classifier, load_weights, save_classifier
 from utils.training import Observer, Trainer
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 
 def trained(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path,

@@ -11,11 +11,8 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import checksums
@@ -25,10 +22,13 @@ from utils.config import TrainConfig, UserError
 from utils.cost import clock
 from utils.data import LabeledImages, to_unit
 from utils.devices import autocast
-from utils.models import Classifier
+from utils.late import F, Tensor, inference_mode, nn, torch
 from utils.processes import averaged, helped, in_step, own_device, rank, share, size, told
 from utils.randomness import key_seed, keyed_generator
 from utils.record import replacing
+
+if TYPE_CHECKING:
+    from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 EVAL_BATCH = 512
@@ -216,7 +216,7 @@ class Trainer:
         log.info("%s: continuing after epoch %d", self.stage, self.epochs_done)
 
 
-@torch.inference_mode()
+@inference_mode
 def batched(function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, amp: bool = False) -> Tensor:
     """`function` of [0, 1] batches, over uint8 images (N, 3, H, W); results on the CPU, concatenated. Rows are each for themselves."""
     parts, rows = [], ROWS if device.type == "cpu" else EVAL_BATCH
