@@ -66,6 +66,27 @@ def test_the_second_signal_ends_at_once(number):
     assert process.wait(timeout=10) == 128 + number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("error", [ValueError("there is an open writing handle"), command.UserError("damaged"), OSError(5, "no")])
+def test_what_a_library_says_when_it_is_stopped_does_not_hide_the_stop(number, error, capsys):
+    @command.command_line
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            raise error from None
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 128 + number and "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_bug_stays_a_traceback():
+    with pytest.raises(ValueError, match="a bug"):
+        command.command_line(lambda: (_ for _ in ()).throw(ValueError("a bug")))()
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "what is finished is kept, the same command goes on from there"
@@ -39,15 +39,20 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
         try:
             with stoppable():
                 main(*words)
-        except UserError as error:
-            sys.exit(_complain(str(error)))
-        except KeyboardInterrupt as error:
-            print(f"\ninterrupted; {GOES_ON}: {this_command()}", file=sys.stderr)
-            sys.exit(128 + getattr(error, "number", signal.SIGINT))
-        except (OSError, MemoryError, RuntimeError) as error:
-            sys.exit(_complain(f"{_scarcity(error)}; {GOES_ON}"))
+        except (Exception, KeyboardInterrupt) as error:
+            if (stop := stopped_by(error)):
+                print(f"\ninterrupted; {GOES_ON}: {this_command()}", file=sys.stderr)
+                sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+            sys.exit(_complain(str(error) if isinstance(error, UserError) else f"{_scarcity(error)}; {GOES_ON}"))
 
     return wrapped
+
+
+def stopped_by(error: BaseException) -> Optional[KeyboardInterrupt]:
+    """The interruption that an error is, or that it comes from: a library that is stopped while it writes may raise its own instead."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 @contextlib.contextmanager
