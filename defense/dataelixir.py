@@ -32,7 +32,7 @@ from defense.target_label import Discrepancy, TargetRule
 from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
 from utils.config import Fraction, OpenFraction, TrainConfig
 from utils.data import Dataset, LabeledImages
-from utils.late import Tensor
+from utils.late import Tensor, torch
 from utils.models import save_classifier
 from utils.processes import own_device, size
 from utils.record import Record
@@ -203,7 +203,8 @@ def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes
     purified = LabeledImages(draft.images, draft.labels)
     cast = votes[:, 1:] != UNKNOWN
     left = (cast & (votes[:, 1:] != draft.given[:, None])).sum(1).double() / cast.sum(1).clamp(min=1)   # 0 where nothing was purified
-    return Result(model, purified, flagged=draft.labels != draft.given, score=left, targets=found.targets,
+    score = torch.where(found.is_target[draft.given], left, left / 2)   # without a target label, most likely the victim's mistake
+    return Result(model, purified, flagged=draft.labels != draft.given, score=score, targets=found.targets,
                   decisions=draft.decisions(votes, found.is_target), stage1=stage1, discrepancy=found, votes=votes, power=power,
                   unet_passes=passes, examples=selector.examples)
 

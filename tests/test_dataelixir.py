@@ -99,6 +99,17 @@ def rows(data):
     return sorted((label, image.numpy().tobytes()) for label, image in zip(data.labels.tolist(), data.images))
 
 
+def test_a_sample_that_leaves_its_label_is_more_suspicious_where_that_is_a_target_label(monkeypatch):
+    result, _ = spied(monkeypatch)
+    left = (result.votes[:, 1:] != POISONED.labels[:, None]).double().mean(1)
+    is_target = result.discrepancy.is_target[POISONED.labels]
+    assert is_target.any() and left[is_target].any() and not is_target.all()
+    torch.testing.assert_close(result.score, left * (0.5 + 0.5 * is_target))
+    flipped = replace(POISONED, labels=(POISONED.labels + (torch.arange(len(POISONED)) == int((~is_target).nonzero()[0]))) % 5)   # a wrong label
+    odd = run(data=flipped, name="flipped").score[~is_target & (flipped.labels != POISONED.labels)]
+    assert len(odd) == 1 and odd.item() == 0.5
+
+
 def test_poison_is_found_relabelled_and_cleaned_and_nothing_else_is_touched():
     result = run()
     changed, benign = result.purified.labels != POISONED.labels, ~TRUTH.poison
