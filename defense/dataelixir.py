@@ -68,7 +68,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         original_eligible: whether the original, possibly triggered image may be chosen as its own purified image (published true).
         selection_rank: the chosen image is farther from the original than this share of its candidates.
         index0: images that stay are kept as original bytes, or requantised like purified ones (as published).
-        relabel_source: the benign model settles a doubtful sample by its purified images (most common label), or by its raw image (as published).
+        relabel_source: the benign model settles a doubtful sample by its raw image (as published), by its purified images (most common label), or by these where it reads the raw image as the given label.
         target_first: purify a sample of each class until the target labels are known, then only the classes that they name; else everything (as published).
         sample_first: images of each class in the first sample.
         sample_error: the sample grows while a class's verdict comes out differently in more than this share of bootstrap resamples.
@@ -89,7 +89,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
     original_eligible: bool = False
     selection_rank: Fraction = 0.8
     index0: Literal["original", "requantised"] = "original"
-    relabel_source: Literal["raw", "purified"] = "purified"
+    relabel_source: Literal["raw_then_purified", "purified", "raw"] = "raw_then_purified"
     target_first: bool = True
     sample_first: PositiveInt = 64
     sample_error: OpenFraction = 0.02
@@ -146,7 +146,7 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     with record.stage("stage1"):
         stage1 = train("benign_stage1", draft.rows(~draft.suspicious))
     with record.stage("finetune"):
-        settle = partial(selector.settle_suspicious, candidates=candidates, by_raw=config.relabel_source == "raw")
+        settle = partial(selector.settle_suspicious, candidates=candidates, source=config.relabel_source)
         settled, consensus = settle(draft, stage1)
         tuned = replace(config, lr=config.ft_lr, epochs=config.ft_epochs or config.epochs)
         benign = train("benign", settled.rows(~settled.suspicious | consensus), config=tuned, start=stage1)

@@ -96,12 +96,13 @@ class Selector:
             draft = draft.updated(index, labels=candidates.top[index], **self.select(images, candidates.kept[index]))
         return draft
 
-    def settle_suspicious(self, draft: Draft, model: Classifier, candidates: Candidates, by_raw: bool) -> tuple[Draft, Tensor]:
+    def settle_suspicious(self, draft: Draft, model: Classifier, candidates: Candidates, source: str) -> tuple[Draft, Tensor]:
         """SUSPICIOUS samples get the label that `model` reads, and an image that it reads the same way (algorithm.md 3.7).
 
         Args:
             model: a model trained without them.
-            by_raw: the label is that of the raw image, else the most common among the intermediaries.
+            source: whose label they get: raw, the raw image's; purified, the most common among the intermediaries; raw_then_purified, the raw
+                image's, unless that is the given label, which a trigger may have said.
 
         Returns:
             The draft, and bool (N,): samples whose label is also the one that the victim saw most often (consensus).
@@ -109,7 +110,7 @@ class Selector:
         consensus = torch.zeros_like(draft.suspicious)
         for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
             read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
-            labels = read[:, 0] if by_raw else read[:, 1:].mode(dim=1).values
+            labels = settled_labels(read, draft.given[index], source)
             draft = draft.updated(index, labels=labels, **self.select(images, read == labels[:, None]))
             consensus[index] = labels == candidates.top[index]
         return draft, consensus
@@ -117,3 +118,9 @@ class Selector:
     def examples(self, index: Tensor) -> list[Example]:
         """All intermediaries of the given samples."""
         return [Example(int(i), x) for indices, images in self.store.fetch(index) for i, x in zip(indices, images)]
+
+
+def settled_labels(read: Tensor, given: Tensor, source: str) -> Tensor:
+    """int64 (B,): one label for each sample whose images a model reads as `read` int64 (B, 1+nm); see `Selector.settle_suspicious`."""
+    raw, purified = read[:, 0], read[:, 1:].mode(dim=1).values
+    return {"raw": raw, "purified": purified, "raw_then_purified": torch.where(raw == given, purified, raw)}[source]

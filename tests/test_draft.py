@@ -89,7 +89,7 @@ def test_suspicious_samples_are_settled_by_the_models_reading_of_the_raw_image(t
     n = len(TABLE)
     kept = [[True] * (M + 1)] * n
     selector, draft, candidates, images = case(tmp_path, [0] * n, [SUSPICIOUS] * n, kept, top, original_eligible)
-    found, consensus = selector.settle_suspicious(draft, Lookup(images, torch.tensor(read)), candidates, by_raw=True)
+    found, consensus = selector.settle_suspicious(draft, Lookup(images, torch.tensor(read)), candidates, source="raw")
     assert found.labels.tolist() == list(labels) and consensus.tolist() == list(agree)
     assert found.column.tolist() == list(with_original if original_eligible else without)
     assert torch.equal(found.images, images[torch.arange(n), found.column])
@@ -100,23 +100,30 @@ def test_suspicious_samples_are_settled_by_the_models_reading_of_the_raw_image(t
 def test_suspicious_samples_are_settled_by_the_purified_images(tmp_path):
     read = torch.tensor([[4] + [1] * 7 + [2] * 3, [1] + [2] * 3 + [1] * 3 + [2] * 4])
     selector, draft, candidates, images = case(tmp_path, [0, 0], [SUSPICIOUS] * 2, [[True] * (M + 1)] * 2, [1, 1], False)
-    found, consensus = selector.settle_suspicious(draft, Lookup(images, read), candidates, by_raw=False)
+    found, consensus = selector.settle_suspicious(draft, Lookup(images, read), candidates, source="purified")
     assert found.labels.tolist() == [1, 2] and consensus.tolist() == [True, False]
     assert found.column.tolist() == [6, 9]    # number 5 of 1..7; number 5 of 1 2 3 7 8 9 10
+
+
+def test_the_purified_images_have_the_say_where_the_raw_one_is_read_as_the_given_label(tmp_path):
+    read = torch.tensor([[4] + [1] * 7 + [2] * 3, [0] + [2] * 3 + [1] * 7, [0] + [0] * 8 + [1] * 2])
+    selector, draft, candidates, images = case(tmp_path, [0, 0, 0], [SUSPICIOUS] * 3, [[True] * (M + 1)] * 3, [4, 1, 1], False)
+    found, consensus = selector.settle_suspicious(draft, Lookup(images, read), candidates, source="raw_then_purified")
+    assert found.labels.tolist() == [4, 1, 0] and consensus.tolist() == [True, True, False]
 
 
 def test_settling_touches_suspicious_samples_only(tmp_path):
     verdict = [BENIGN, SUSPICIOUS, POISONED, SUSPICIOUS]
     selector, draft, candidates, images = case(tmp_path, [0, 1, 2, 3], verdict, [[True] * (M + 1)] * 4, [8] * 4, False)
-    found, consensus = selector.settle_suspicious(draft, Lookup(images, torch.full((4, M + 1), 8)), candidates, by_raw=True)
+    found, consensus = selector.settle_suspicious(draft, Lookup(images, torch.full((4, M + 1), 8)), candidates, source="raw")
     assert found.labels.tolist() == [0, 8, 2, 8] and consensus.tolist() == [False, True, False, True]
     assert found.column.tolist() == [0, 9, 0, 9] and torch.equal(found.images[[0, 2]], draft.images[[0, 2]])
 
 
 def test_a_second_settlement_replaces_the_first(tmp_path):
     selector, draft, candidates, images = case(tmp_path, [0], [SUSPICIOUS], [[True] * (M + 1)], [1], True)
-    first, _ = selector.settle_suspicious(draft, Lookup(images, torch.tensor([[1] + [1] * M])), candidates, by_raw=True)
-    second, _ = selector.settle_suspicious(first, Lookup(images, torch.tensor([[3] + [1] * M])), candidates, by_raw=True)
+    first, _ = selector.settle_suspicious(draft, Lookup(images, torch.tensor([[1] + [1] * M])), candidates, source="raw")
+    second, _ = selector.settle_suspicious(first, Lookup(images, torch.tensor([[3] + [1] * M])), candidates, source="raw")
     assert (first.column.item(), second.column.item(), second.labels.item()) == (8, 0, 3)
     assert torch.equal(second.images, draft.images) and second.pixel.isnan().all()
 
