@@ -155,12 +155,14 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
     parser = _Parser(description=description, exit_on_error=True, allow_abbrev=False)
     parser.passed_over = frozenset().union(*(getattr(cls, "PASSED_OVER", ()) for cls in classes))
     parser.add_argument("--yaml_path", action=_YamlPath, help="YAML file with any of the keys below; flags win over it")
+    switches = set()
     for cls in classes:
-        cls.__init__.__annotations__.update(get_type_hints(cls))    # the parser would look for them, by importing whatever type checkers import
+        kinds = get_type_hints(cls)
+        cls.__init__.__annotations__.update(kinds)    # the parser would look for them, by importing whatever type checkers import
         parser.add_class_arguments(cls)
+        switches |= {f"--{key}" for key, kind in kinds.items() if kind is bool}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})
-    switches = {f"--{key}" for cls in classes for key, kind in get_type_hints(cls).items() if kind is bool}
     values = parser.parse_args(_switched(_yaml_first(argv), switches)).as_dict()
     return [cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init}) for cls in classes]
 
