@@ -148,10 +148,29 @@ def write_results(stem: Path, runs: Sequence[Run], absent: Sequence[str]) -> Non
                [[run.record, run.defense, run.seed, run.report["status"], ", ".join(run.report["knowledge"]),
                  *(_plain(c.read(run.report)) for c in COLUMNS)] for run in runs])
     heads = ["case", "defense", "runs", *(c.name for c in COLUMNS), "knowledge"]
+    short = "C-Acc / ASR in %, means:\n\n" + _markdown(overview(table))
     cells = [[line.case, line.defense, str(line.runs), *(line.cells[c.name].show(c.digits) for c in COLUMNS), line.knowledge] for line in table]
-    rows = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *cells)]
-    _write_text(stem.with_name(f"{stem.name}.md"), "\n\n".join(told) + "\n\n" + "\n".join(rows) + "\n")
+    _write_text(stem.with_name(f"{stem.name}.md"), "\n\n".join([*told, short, _markdown([heads, *cells])]) + "\n")
     _write_text(stem.with_name(f"{stem.name}.html"), page(stem.name, told, heads, cells, heat_maps(table)))
+
+
+def _in_order(table: Sequence[Line]) -> tuple[list[str], list[str]]:
+    """The cases and the defences, each in the order in which they come."""
+    cases, defenses = (list(dict.fromkeys(getattr(line, key) for line in table)) for key in ("case", "defense"))
+    return cases, defenses
+
+
+def overview(table: Sequence[Line]) -> list[list[str]]:
+    """Heads and rows: defences down, cases across, mean C-Acc / mean ASR in percent; "-" where there is no run."""
+    cases, defenses = _in_order(table)
+    percent = lambda mean: "n/a" if mean is None else f"{100 * mean:.1f}"
+    shown = {(line.defense, line.case): " / ".join(percent(line.cells[name].mean) for name in ("C-Acc", "ASR")) for line in table}
+    told = {line.defense: line.knowledge for line in table}
+    return [["defense", *cases, "knowledge"], *([defense, *(shown.get((defense, case), "-") for case in cases), told[defense]] for defense in defenses)]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
 def _plain(value: Optional[float]) -> str:
@@ -185,7 +204,7 @@ def heat_maps(table: Sequence[Line]) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases, defenses = (list(dict.fromkeys(getattr(line, key) for line in table)) for key in ("case", "defense"))
+    cases, defenses = _in_order(table)
     width = max(1.6, 0.75 * len(cases) + 0.4)
     figure, axes = plt.subplots(1, len(DRAWN), figsize=(width * len(DRAWN) + 2.6, 0.34 * len(defenses) + 1.9), sharey=True)
     for axis, (name, colours) in zip(axes, DRAWN):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from benchmarks import compare
-from benchmarks.comparison import Cell, Run, case_names, lines, notes, write_results
+from benchmarks.comparison import Cell, Run, case_names, lines, notes, overview, write_results
 from utils import record as record_module
 from utils.config import UserError
 from utils.record import Record
@@ -139,6 +139,14 @@ def test_the_files(tmp_path):
     page = (tmp_path / "t.html").read_text()
     assert "<td>&lt;b&gt;</td>" in page and "<td>0.2000 ± 0.1414</td>" in page and "$" not in page
     assert re.findall(r'(?:src|href)="(?!data:image/png;base64,iVBOR)', page) == []
+
+
+def test_the_overview_crosses_defences_and_cases(tmp_path):
+    runs = [run_of(asr=0.1), run_of(seed=5, asr=0.3), run_of("b", "none", config=CONFIG | {"pratio": 0.01}, asr=1.0, knowledge=[])]
+    assert overview(lines(runs)) == [["defense", "badnet 0.1, toy", "badnet 0.01, toy", "knowledge"],
+                                     ["spectral", "90.0 / 20.0", "-", "poison rate"], ["none", "-", "90.0 / 100.0", "-"]]
+    write_results(tmp_path / "t", runs, [])
+    assert "| spectral | 90.0 / 20.0 | - | poison rate |" in (tmp_path / "t.md").read_text()
 
 
 def test_the_notes_say_how_much_the_numbers_weigh():
