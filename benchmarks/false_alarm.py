@@ -18,9 +18,8 @@ from typing import Any
 
 from benchmarks.runs import run_script, shown, write_results
 from defense.power import detection_power
-from defense.store import UNKNOWN
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
-from defense.verdict import filter_candidates
+from defense.verdict import UNKNOWN, filter_candidates
 from utils.record import Record, load_arrays
 from utils.source import Source
 

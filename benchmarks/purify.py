@@ -139,7 +139,7 @@ with tempfile.TemporaryDirectory() as folder:
     purifier = Purifier(lambda x, t: x, PurifyConfig(steps_T=11, rounds_n=2, purify_batch_size=128), 0, CPU)
     data = LabeledImages(images, torch.arange({size}) % 10)
     work = Purification(data, Rounds(data, victim, purifier, 5), IntermediaryStore(Path(folder)), TargetRule(), 10)
-    work.everything(None, 0)
+    work.everything()
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

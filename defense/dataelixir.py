@@ -27,10 +27,10 @@ from defense.purification import Purification
 from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
 from defense.result import Result
 from defense.rounds import Rounds
-from defense.store import UNKNOWN, IntermediaryStore
-from defense.target_label import Discrepancy, TargetRule
-from defense.verdict import Candidates, Verdict, filter_candidates, first_verdicts
-from utils.config import Fraction, OpenFraction, TrainConfig
+from defense.store import IntermediaryStore
+from defense.target_label import PUBLISHED_RULE, Discrepancy, TargetRule
+from defense.verdict import UNKNOWN, Candidates, Verdict, filter_candidates, first_verdicts
+from utils.config import Fraction, OpenFraction, TrainConfig, UserError
 from utils.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
 from utils.models import save_classifier
@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)
-PUBLISHED = dict(noise_index="T", quantise="truncate", index0="requantised", ssim="volume", outliers="two_sided",
-                 evidence_prior=0.0, mad_floor=0.0, inflow_threshold=None, original_eligible=True, relabel_source="raw", sampler="ancestral",
-                 reverse_steps=None, amp=False, compile="off", target_first=False, end_early=None)
+PUBLISHED = dict(noise_index="T", quantise="truncate", index0="requantised", ssim="volume", outliers="two_sided", outlier_threshold=PUBLISHED_RULE.threshold,
+                 evidence_prior=PUBLISHED_RULE.evidence_prior, mad_floor=PUBLISHED_RULE.mad_floor, inflow_threshold=PUBLISHED_RULE.inflow_threshold,
+                 original_eligible=True, selection_rank=0.8, relabel_source="raw", sampler="ancestral", reverse_steps=None, amp=False, compile="off",
+                 target_first=False, end_early=None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         threshold_tau: votes that a second label needs among the intermediaries to count as disagreement.
         ft_lr: learning rate of fine-tuning on the settled set.
         ft_epochs: epochs of fine-tuning; null = epochs.
-        conform: decide exactly as the published code does; overrides every key below and noise_index, quantise, sampler, reverse_steps, amp, compile.
+        conform: decide exactly as the published code does with the given steps_T, rounds_n, last_steps_m and threshold_tau; overrides the keys from outliers to end_early, and noise_index, quantise, sampler, reverse_steps, amp, compile.
         outliers: a target label is an outlier on one_sided (more discrepant than the median class) or two_sided (as published; also flags unusually clean classes).
         outlier_threshold: robust standard deviations from the median class beyond which a class is a target label.
         evidence_prior: share of every class counted as extra samples that did not move, so that a class with hardly any moved sample is not flagged (published 0).
@@ -72,7 +73,7 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         target_first: purify a sample of each class until the target labels are known, then only the classes that they name; else everything (as published).
         sample_first: images of each class in the first sample.
         sample_error: the sample grows while a class's verdict comes out differently in more than this share of bootstrap resamples.
-        end_early: end a sample's rounds when its verdict cannot change any more (0), or would for at most this share of samples like it, as measured on the first sample; null = never (as published).
+        end_early: once the target labels are known, end a sample's rounds when its verdict cannot change any more (0), or would for at most this share of samples like it, as measured on the first sample; null = never (as published).
         keep_intermediaries: keep the intermediaries' files after the run (157 KB for each anomalous 32x32 image); otherwise only their votes stay.
     """
 
@@ -109,7 +110,9 @@ Config = DataElixirConfig
 
 
 def check(config: DataElixirConfig, dataset: Dataset) -> None:
-    """Fail early: raises UserError where the denoiser cannot serve this data set and noise level."""
+    """Fail early: raises UserError where the denoiser cannot serve this data set and noise level, or there are too few classes to compare."""
+    if dataset.num_classes < 3:
+        raise UserError(f"dataset: {dataset.num_classes} classes; DataElixir tells a target label by how far it lies from the median class, which takes three or more")
     open_denoiser(config.resolved(), dataset.train.images.shape[-1], dataset.name)
 
 
@@ -140,7 +143,7 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     power = None if found.targets else _power(votes, data.labels, found, config)
     result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector, power=power)
     if not found.targets and not config.conform:
-        log.info("no backdoor found: the set is left unchanged, and the victim is the benign model")
+        log.info("no backdoor found: no label is changed, and the victim is the benign model")
         save_classifier(victim, record / "benign.safetensors")
         return result(draft, victim, None)
     with record.stage("stage1"):
@@ -160,6 +163,9 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
 
     Votes of samples that were not purified are UNKNOWN; that makes them UNANIMOUS, and benign.
     """
+    if config.rounds_n * config.last_steps_m < 2 * config.threshold_tau:
+        log.warning("threshold_tau: of %d x %d intermediaries no two labels can have %d votes each, so no sample will be SUSPICIOUS; take at most %d",
+                    config.rounds_n, config.last_steps_m, config.threshold_tau, max(1, config.rounds_n * config.last_steps_m // 2))
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
     warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
@@ -168,10 +174,12 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images, %s, memory about %.1f GB", denoiser.name, level,
                  purifier.passes_per_image, len(data), span(smallest(data.labels, config), len(data), pace), purifying_bytes(purifier.config, data) / 1e9)
         purification = Purification(data, crew.work, IntermediaryStore(record / "purify"), config.target_rule, dataset.num_classes, crew.blocks, pace)
-        if config.target_first:
-            found = purification.targets_first(config.end_early, config.sample_first, config.sample_error)
+        if config.end_early is not None:
+            found = purification.ending_early(config.sample_first, config.sample_error, config.end_early, others=not config.target_first)
+        elif config.target_first:
+            found = purification.targets_first(config.sample_first, config.sample_error)
         else:
-            found = purification.everything(config.end_early, config.sample_first)
+            found = purification.everything()
     return purification, found
 
 

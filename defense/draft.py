@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from defense.result import Decisions, Example
 from defense.selection import choose, image_distances
 from defense.store import IntermediaryStore
-from defense.verdict import Candidates, Verdict
+from defense.verdict import UNKNOWN, Candidates, Verdict
 from utils.data import LabeledImages
-from utils.late import Tensor, torch
+from utils.late import F, Tensor, torch
 from utils.training import extract_features, predict
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ class Draft:
         return self.verdict == Verdict.SUSPICIOUS
 
     def decisions(self, votes: Tensor, is_target_class: Tensor) -> Decisions:
-        """The table of what was decided, with the votes int64 (N, 1+nm) behind it (negative: the sample was not purified)."""
-        count = lambda labels: torch.where(votes[:, 0] < 0, -1, (votes[:, 1:] == labels[:, None]).sum(1))
+        """The table of what was decided, with the votes int64 (N, 1+nm) behind it (all UNKNOWN: the sample was not purified)."""
+        count = lambda labels: torch.where(votes[:, 0] == UNKNOWN, -1, (votes[:, 1:] == labels[:, None]).sum(1))
         return Decisions(self.verdict, self.labels, is_target_class[self.given], count(self.given), count(self.labels),
-                         self.pixel, self.feature, self.column, votes.shape[1] - 1)
+                         self.pixel, self.feature, self.column, (votes[:, 1:] != UNKNOWN).sum(1))
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Selector:
         return draft
 
     def settle_suspicious(self, draft: Draft, model: Classifier, candidates: Candidates, source: str) -> tuple[Draft, Tensor]:
-        """SUSPICIOUS samples get the label that `model` reads, and an image that it reads the same way (algorithm.md 3.7).
+        """SUSPICIOUS samples get the label that `model` reads, and one of the images that it reads the same way, or of all, where it reads none so.
 
         Args:
             model: a model trained without them.
@@ -110,6 +110,7 @@ class Selector:
         consensus = torch.zeros_like(draft.suspicious)
         for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
             read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
+            read = torch.where(candidates.kept[index], read, UNKNOWN)    # all are kept that were made
             labels = settled_labels(read, draft.given[index], source)
             draft = draft.updated(index, labels=labels, **self.select(images, read == labels[:, None]))
             consensus[index] = labels == candidates.top[index]
@@ -121,6 +122,6 @@ class Selector:
 
 
 def settled_labels(read: Tensor, given: Tensor, source: str) -> Tensor:
-    """int64 (B,): one label for each sample whose images a model reads as `read` int64 (B, 1+nm); see `Selector.settle_suspicious`."""
-    raw, purified = read[:, 0], read[:, 1:].mode(dim=1).values
+    """int64 (B,): one label for each sample whose images a model reads as `read` int64 (B, 1+nm), UNKNOWN: not made; see `Selector.settle_suspicious`."""
+    raw, purified = read[:, 0], F.one_hot(read[:, 1:] - UNKNOWN).sum(1)[:, 1:].argmax(1)    # of equals the smallest label
     return {"raw": raw, "purified": purified, "raw_then_purified": torch.where(raw == given, purified, raw)}[source]

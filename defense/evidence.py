@@ -13,18 +13,18 @@ from utils.record import Record, save_arrays, write_json
 EXAMPLES = 240   # changed samples whose rounds are kept for the page
 
 
-def confidence(votes_new: Tensor, intermediaries: int) -> Tensor:
+def confidence(votes_new: Tensor, intermediaries: Tensor) -> Tensor:
     """float64 (N,) in [0, 1]: the share of a sample's intermediaries that the classifier reads as its new label.
 
-    It says how far the purified images agree with the decision; it is no calibrated probability. nan where a method has
-    no votes (a count of -1) or no intermediaries.
+    It says how far the purified images agree with the decision; it is no calibrated probability. nan where a sample was
+    not purified.
 
     Args:
-        votes_new: int64 (N,), intermediaries read as the new label.
-        intermediaries: n m, of each sample.
+        votes_new: int64 (N,), intermediaries read as the new label; -1 where there are none.
+        intermediaries: int64 (N,), those that were made of each sample.
     """
-    share = votes_new.double() / max(1, intermediaries)
-    return torch.where((votes_new >= 0) & (intermediaries > 0), share, torch.nan)
+    share = votes_new.double() / intermediaries.clamp(min=1)
+    return torch.where(votes_new >= 0, share, torch.nan)
 
 
 def reason(verdict: int, is_target: bool, relabelled: bool, moved: bool, old: int, new: int, total: int) -> str:
@@ -36,8 +36,6 @@ def reason(verdict: int, is_target: bool, relabelled: bool, moved: bool, old: in
         relabelled, moved: the label, the image was changed.
         old, new, total: intermediaries read as the given label, as the new one, and all; old is -1 where it was not purified.
     """
-    if not total:
-        return "changed by the defence" if relabelled or moved else "kept by the defence"
     if old < 0:
         return "kept: its class is no target label; it was not purified"
     if verdict == Verdict.BENIGN:
@@ -45,14 +43,14 @@ def reason(verdict: int, is_target: bool, relabelled: bool, moved: bool, old: in
     if verdict == Verdict.POISONED:
         return (f"the given label is a target label, and {new} of {total} purified images are read as the new one" if relabelled else
                 f"the given label is a target label; the image as given is misread, {new} of {total} purified images confirm the label")
-    judged = f"reads the new label ({new} of {total})" if relabelled else "confirms the given one"
+    judged = "reads another label" if relabelled else "confirms the given one"
     return f"the given label is a target label and purified images disagree ({old} of {total} keep it); the benign model {judged}"
 
 
-def reasons(verdict: Tensor, is_target: Tensor, relabelled: Tensor, moved: Tensor, old: Tensor, new: Tensor, total: int) -> np.ndarray:
-    """`reason` of N samples, each argument but the last a tensor (N,)."""
-    columns = (column.tolist() for column in (verdict, is_target, relabelled, moved, old, new))
-    return np.array([reason(*row, total) for row in zip(*columns)], dtype=str)
+def reasons(verdict: Tensor, is_target: Tensor, relabelled: Tensor, moved: Tensor, old: Tensor, new: Tensor, total: Tensor) -> np.ndarray:
+    """`reason` of N samples, each argument a tensor (N,)."""
+    columns = (column.tolist() for column in (verdict, is_target, relabelled, moved, old, new, total))
+    return np.array([reason(*row) for row in zip(*columns)], dtype=str)
 
 
 def write_evidence(result, labels: Tensor, classes: Sequence[str], last_steps_m: int, record: Record) -> None:
@@ -80,4 +78,4 @@ def _seen(found: Optional[Discrepancy]) -> dict[str, object]:
         return {}
     return {"discrepancy": found.metric.tolist(), "score": found.score.tolist(), "evidence": found.evidence.tolist(),
             "share": found.share.tolist(), "threshold": found.threshold, "inflow": found.inflow.share.tolist(),
-            "inflow_score": found.inflow_score.tolist(), "inflow_limit": found.inflow_limit}
+            "inflow_score": found.inflow_score.tolist(), "inflow_limit": found.inflow_limit, "by_inflow": found.by_inflow.tolist()}

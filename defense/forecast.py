@@ -4,8 +4,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Optional
 
-from defense.level import TOP
-from defense.purifier import Purifier, PurifyConfig
+from defense.purifier import AUTO_TOP, Purifier, PurifyConfig
 from utils.compiled import ROWS
 from utils.config import TrainConfig
 from utils.cost import clock, seconds
@@ -69,7 +68,7 @@ def purifying_lines(data: LabeledImages, denoiser: Denoiser, config: Any, datase
     Args:
         config: keys of DataElixir, or of another defence that purifies.
     """
-    config = replace(config, steps_T=min(TOP, denoiser.t_max)) if config.steps_T == "auto" else config   # the dearest that auto may find
+    config = replace(config, steps_T=min(AUTO_TOP, denoiser.t_max)) if config.steps_T == "auto" else config   # the dearest that auto may find
     purifier = Purifier(denoiser.to(device), config, 0, device, config.amp)
     model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device).eval()
     n, pace, passes, least = len(data), purifying_pace(purifier, model, data), purifier.passes_per_image, smallest(data.labels, config)

@@ -11,12 +11,12 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Callable, Sequence
 
-from defense.purifier import PurifyConfig, Purifier
+from defense.purifier import AUTO_TOP, PurifyConfig, Purifier, purifier_for
 from defense.sampling import stratified
-from defense.store import UNKNOWN
-from defense.verdict import reads_as_before
+from defense.verdict import UNKNOWN, reads_as_before
 from utils.data import LabeledImages
 from utils.late import Tensor, torch
+from utils.memory import Halving
 from utils.training import predict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dataelixir")
 AGREEMENT = 0.75   # share of predictions that must survive a round; a tenth of poison that moves, as it should, takes a tenth of them
 DESTROYED = 0.6    # below it the classifier can hardly read what comes out
-SAMPLE, GRAIN, TOP = 256, 10, 300
+SAMPLE, GRAIN = 256, 10
 
 
 def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages, victim: Classifier, num_classes: int,
@@ -46,19 +46,21 @@ def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages,
     index = stratified(data.labels, sizes, seed)
 
     def survives(level: int) -> float:
-        purifier = Purifier(denoiser, replace(config, steps_T=level, rounds_n=1), seed, victim.device, amp)
+        purifier = purifier_for(denoiser, replace(config, steps_T=level, rounds_n=1, compile="off"), len(index), seed, victim.device, amp)
         share = survival(purifier, victim, data.images[index], index, config.purify_batch_size)
         log.info("steps_T: at %d the classifier reads %.3f of %d images as before", level, share, len(index))
         return share
 
     lowest = max(GRAIN, config.reverse_steps or 0, config.last_steps_m + 1)
-    levels = list(range(-(-lowest // GRAIN) * GRAIN, min(TOP, denoiser.t_max) + 1, GRAIN)) or [min(lowest, denoiser.t_max)]
+    levels = list(range(-(-lowest // GRAIN) * GRAIN, min(AUTO_TOP, denoiser.t_max) + 1, GRAIN)) or [min(lowest, denoiser.t_max)]
     return highest(levels, survives)
 
 
 def survival(purifier: Purifier, victim: Classifier, images: Tensor, index: Tensor, batch: int) -> float:
     """Share of uint8 images (B, 3, H, W) that the victim reads alike before and after the purifier's rounds."""
-    ends = torch.cat([purifier.intermediaries(x, i)[:, -1] for x, i in zip(images.split(batch), index.split(batch))])
+    last = lambda rows: purifier.intermediaries(images[rows], index[rows])[:, -1]
+    halving, parts = Halving("purify_batch_size"), torch.arange(len(index)).split(batch)
+    ends = torch.cat([end for part in parts for end in halving(last, part)])
     return (predict(victim, images) == predict(victim, ends)).double().mean().item()
 
 

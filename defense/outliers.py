@@ -15,7 +15,7 @@ class Scores:
 
     Attributes:
         score: float64 (K,), robust standard deviations; 0 for a class without samples.
-        threshold: the value above which a class is flagged (on the upper side).
+        threshold: the value that a flagged class exceeds (on the upper side).
         outlies: bool (K,), whether it is flagged.
         one_above: the value one robust standard deviation above the median.
     """

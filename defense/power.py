@@ -10,9 +10,8 @@ in part is found less often than that: the shares are upper bounds.
 from __future__ import annotations
 
 from defense.inflow import Leaving, class_weights
-from defense.store import UNKNOWN
 from defense.target_label import Discrepancy, TargetRule, discrepancy, judge, label_shares
-from defense.verdict import filter_candidates
+from defense.verdict import UNKNOWN, filter_candidates
 from utils.late import Tensor, torch
 from utils.randomness import keyed_generator
 

@@ -58,34 +58,55 @@ class Purification:
 
     def found(self, rows: Tensor) -> Discrepancy:
         """Target labels as far as the samples `rows` (B,), purified before, show them."""
-        return self._found(self.votes()[rows], self.data.labels[rows])
-
-    def _found(self, votes: Tensor, labels: Tensor) -> Discrepancy:
+        votes, labels = self.votes()[rows], self.data.labels[rows]
         return target_labels(votes, filter_candidates(votes, self.rounds.tau), labels, self.num_classes, self.rule, self.sizes)
 
-    def everything(self, doubt: Optional[float], first: int) -> Discrepancy:
-        """Purify every sample; where rounds may end early, `first` samples of each class come first and are given all."""
-        everyone, ends = torch.arange(len(self.data)), None
-        if doubt is not None:
-            sizes = torch.full((self.num_classes,), first if doubt else 0)
-            sample = stratified(self.data.labels, sizes, self.rounds.purifier.seed)
-            self.run(sample, name="sample")
-            ends = self.ending(sample, doubt)
-        self.run(everyone, ends)
+    def everything(self) -> Discrepancy:
+        """Purify every sample, with all rounds."""
+        everyone = torch.arange(len(self.data))
+        self.run(everyone)
         return self.found(everyone)
 
-    def targets_first(self, doubt: Optional[float], first: int, error: float) -> Discrepancy:
-        """Purify a sample until the target labels are known, and then every sample that has one."""
-        rows = self._sample_until_settled(first, error)
-        found = self.found(rows)
-        ends = None if doubt is None else self.ending(rows[self._labelled(rows, found)], doubt)
+    def targets_first(self, first: int, error: float) -> Discrepancy:
+        """Purify a sample until the target labels are known, and then every sample that has one.
+
+        Args:
+            first: samples of each class in the first sample.
+            error: share of resamples in which the verdict on a class may come out differently (`undecided`).
+        """
+        sizes, found = self._settled(torch.full_like(self.sizes, first), error, "sample")
+        while (sizes < self.sizes)[found.is_target].any():
+            sizes, found = self._settled(torch.where(found.is_target, self.sizes.maximum(sizes), sizes), error, "purify")
+        return found
+
+    def ending_early(self, first: int, error: float, doubt: float, others: bool) -> Discrepancy:
+        """The same, with all rounds for the sample, which shows the target labels, and for what follows no more than are needed.
+
+        Args:
+            doubt: see `Ending.measured`.
+            others: purify the samples without a target label as well.
+        """
+        sizes, found = self._settled(torch.full_like(self.sizes, first), error, "sample")
+        rows, wanted = self._rows(sizes), found.is_target[self.data.labels] | others
+        self.run(wanted.nonzero().flatten(), self.ending(rows[wanted[rows]], doubt))
+        return found
+
+    def _rows(self, sizes: Tensor) -> Tensor:
+        return stratified(self.data.labels, sizes, self.rounds.purifier.seed)
+
+    def _settled(self, sizes: Tensor, error: float, name: str) -> tuple[Tensor, Discrepancy]:
+        """Purify `sizes` (K,) samples of the classes, and more where the verdicts are undecided: how many in the end, and the verdicts."""
         while True:
-            everyone = torch.arange(len(self.data))
-            more = torch.cat([rows, everyone[self._labelled(everyone, found)]]).unique()
-            self.run(more, ends)
-            if len(more) == len(rows):
-                return found
-            rows, found = more, self.found(more)
+            rows = self._rows(sizes)
+            self.run(rows, name=name)
+            votes, labels, found = self.votes()[rows], self.data.labels[rows], self.found(rows)
+            short = undecided(votes, filter_candidates(votes, self.rounds.tau), labels, self.sizes, sizes >= self.sizes, found, self.rule, error,
+                              self.rounds.purifier.seed)
+            log.info("sample: %d of %d images purified, target labels %s, undecided classes %s", len(rows), len(self.data),
+                     list(found.targets) or "none", short.nonzero().flatten().tolist() or "none")
+            if not short.any():
+                return sizes, found
+            sizes = torch.where(short, 2 * sizes, sizes)
 
     def ending(self, rows: Tensor, doubt: float) -> Ending:
         """When rounds end early, measured on the samples `rows`, which were given all."""
@@ -93,22 +114,3 @@ class Purification:
         ending = Ending.measured(votes, self.rounds.purifier.config.last_steps_m, self.rounds.tau, doubt)
         log.info("rounds end early for MIXED samples%s", "".join(f", {Kind(kind).name} ones after round {r}" for kind, r in ending.after.items()))
         return ending
-
-    def _labelled(self, rows: Tensor, found: Discrepancy) -> Tensor:
-        """bool (B,): which of `rows` carry a target label."""
-        return found.is_target[self.data.labels[rows]]
-
-    def _sample_until_settled(self, first: int, error: float) -> Tensor:
-        labels, seed = self.data.labels, self.rounds.purifier.seed
-        sizes = torch.full_like(self.sizes, first)
-        while True:
-            rows = stratified(labels, sizes, seed)
-            self.run(rows, name="sample")
-            votes = self.votes()[rows]
-            found = self._found(votes, labels[rows])
-            open_ = undecided(votes, filter_candidates(votes, self.rounds.tau), labels[rows], self.sizes, sizes >= self.sizes, found, self.rule, error, seed)
-            log.info("sample: %d of %d images purified, target labels %s, undecided classes %s", len(rows), len(labels),
-                     list(found.targets) or "none", open_.nonzero().flatten().tolist() or "none")
-            if not open_.any():
-                return rows
-            sizes = torch.where(open_, 2 * sizes, sizes)

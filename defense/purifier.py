@@ -7,7 +7,7 @@ of every round are the intermediaries, and the last one, clamped, is where the n
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Optional
 
 from jsonargparse.typing import PositiveInt
@@ -23,6 +23,7 @@ from utils.randomness import keyed_generator
 if TYPE_CHECKING:
     from diffusion.denoiser import Denoiser
 
+AUTO_TOP = 300     # the highest level that steps_T: auto tries
 NOISE_BLOCK = 8    # samples that share a random stream: keyed by data set index, so batches of any size draw the same
 COMPILING_PAYS = {"cpu": 4e3, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
 
@@ -81,6 +82,7 @@ def open_denoiser(config: PurifyConfig, resolution: int, dataset: str) -> Denois
     except DenoiserError as error:
         raise UserError(f"ddpm: {error}") from None
     if config.steps_T == "auto":
+        _steps(replace(config, steps_T=min(AUTO_TOP, denoiser.t_max)))
         return denoiser
     top = config.steps_T + (config.noise_index == "T")
     if top > denoiser.t_max + (config.noise_index == "T" and denoiser.t_max < 1000):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-
 from defense.power import in_words
 from defense.result import Result
+from defense.verdict import round_ends
 from utils import figures
 from utils.data import Dataset, LabeledImages, TriggeredImages
 from utils.files import write_table
@@ -107,7 +107,7 @@ def build_report(name: str, knowledge: Sequence[str], result: Result, case: Case
         "target_labels": {"detected": None if result.targets is None else list(result.targets), "true": case.truth.targets},
         "power": result.power,
         "notes": [in_words(result.power)] if result.power else [],
-        "rounds": None if result.votes is None else survival(result.votes, config.last_steps_m, case.data.labels, case.truth),
+        "rounds": None if result.votes is None else survival(round_ends(result.votes, config.last_steps_m), case.data.labels, case.truth),
         "knowledge": list(knowledge),
         "training_epochs": sum(row["stage"] != "victim" for row in EpochLog(record / "metrics.csv", None, None).rows()),
         "removed": None if result.purified is None else int((~result.given_out).sum()),

@@ -25,7 +25,7 @@ class Decisions:
         votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label; -1 where a sample was not purified.
         pixel, feature: float64 (N,), distances of the chosen image from the original; nan where the original stayed.
         column: int64 (N,), the chosen image among the intermediaries; 0 = the original.
-        intermediaries: of each sample, n m; 0 where the method has none.
+        intermediaries: int64 (N,), how many of each sample the victim read.
     """
 
     verdict: Tensor
@@ -36,7 +36,7 @@ class Decisions:
     pixel: Tensor
     feature: Tensor
     column: Tensor
-    intermediaries: int = 0
+    intermediaries: Tensor
 
     def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
         """Columns of decisions.csv; round counts from 1, step is the noise level left (0 = none), -1 = the original."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Optional
 
 from defense.purifier import KeyedNoise, Purifier
 from defense.store import Block
-from defense.verdict import Kind, filter_candidates
+from defense.verdict import UNKNOWN, Kind, filter_candidates
 from utils.data import LabeledImages
 from utils.late import Tensor, inference_mode, torch
 from utils.training import predict
@@ -23,6 +23,7 @@ class Ending:
 
     A MIXED sample stays MIXED: votes for a second label are never taken back. A sample whose votes have all been one
     label may still change; after how many rounds it does so rarely enough is measured on samples that were given all.
+    What a class is must be decided on such samples too: the rounds that are left out would have voted.
 
     Attributes:
         tau: votes that a second label needs to count as disagreement.
@@ -87,16 +88,17 @@ class Rounds:
 
     @inference_mode
     def __call__(self, index: Tensor, ends: Optional[Ending] = None) -> Block:
-        """Rounds and votes of the samples `index` (B,); of a sample that ends early, the last round stands for those not made."""
+        """Rounds and votes of the samples `index` (B,); votes of rounds that a sample was not given are UNKNOWN, its last image stands in for theirs."""
         m, n, images = self.purifier.config.last_steps_m, self.purifier.config.rounds_n, self.data.images[index]
         x, noise, left = self.purifier.start(images), KeyedNoise(index, self.purifier.seed, self.purifier.device), torch.arange(len(index))
         states = self.purifier.original(images).to(x.device)[:, None].repeat(1, 1 + n * m, 1, 1, 1)
-        votes, passes = self._read(states[:, 0])[:, None].repeat(1, 1 + n * m), 0
+        votes, passes = torch.full((len(index), 1 + n * m), UNKNOWN), 0
+        votes[:, 0] = self._read(states[:, 0])
         for r in range(n):
             made, x = self.purifier.one_round(x, noise)
-            columns, passes = slice(1 + r * m, None), passes + len(left) * len(self.purifier.steps)
-            states[left, columns] = made.repeat(1, n - r, 1, 1, 1)
-            votes[left, columns] = self._read(made.flatten(0, 1)).view(len(left), m).repeat(1, n - r)
+            passes += len(left) * len(self.purifier.steps)
+            states[left, 1 + r * m:] = made.repeat(1, n - r, 1, 1, 1)
+            votes[left, 1 + r * m:1 + (r + 1) * m] = self._read(made.flatten(0, 1)).view(len(left), m)
             going = ~ends(votes[left, :1 + (r + 1) * m], r + 1) if ends else torch.ones_like(left, dtype=torch.bool)
             if r + 1 == n or not going.any():
                 break

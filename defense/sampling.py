@@ -4,7 +4,8 @@ Only samples whose given label is a target label are ever changed, so most of a 
 sample of every class is, in a random order that the seed fixes; it grows, in the classes that are undecided, until the
 decision is settled. A class is undecided while the verdict on it comes out differently in more than `error` of the
 bootstrap resamples (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; each sample is counted Poisson(1)
-times; samples of a class that is purified whole are counted once, as nothing about it is left to chance).
+times; samples of a class that is purified whole are counted once, as nothing about it is left to chance). Where the
+verdict on a class that is whole is undecided, it is the others, with which it is compared, that must grow.
 
 The bootstrap does not see what a sample has none of. A class of which the share p was poisoned shows no poison in
 `first` samples with probability (1 - p)^first: at 64 samples .037 for p = .05, .001 for p = .1.
@@ -37,21 +38,21 @@ def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
 
 def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tensor, whole: Tensor, found: Discrepancy,
               rule: TargetRule, error: float, seed: int) -> Tensor:
-    """Classes whose verdict a resample turns over too often.
+    """Classes of which more samples are needed, since a resample turns over their verdict, or that of a class that is whole, too often.
 
     Args:
         votes: int64 (S, 1+nm) of the samples purified so far.
         candidates: of the same samples.
         labels: int64 (S,), their given labels.
         sizes: int64 (K,), samples of each class in the whole set.
-        whole: bool (K,), classes that are purified whole; they are decided as far as they themselves go.
+        whole: bool (K,), classes that are purified whole.
         found: the verdicts on all S samples.
         rule: how verdicts are made.
         error: share of resamples in which a verdict may differ.
         seed: key of the resamples.
 
     Returns:
-        bool (K,).
+        bool (K,), none of them whole.
     """
     generator = keyed_generator(seed, "resample", len(labels))
     counts = torch.poisson(torch.ones(RESAMPLES, len(labels), dtype=torch.float64), generator=generator)
@@ -61,7 +62,8 @@ def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tens
     leaving, flips = Leaving.of(votes, labels, len(whole)), torch.zeros(len(whole), dtype=torch.float64)
     for share, drawn, count in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size, counts):
         flips += judge(discrepancy(share), leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
-    return (flips > error * RESAMPLES) & ~whole
+    open_ = flips > error * RESAMPLES
+    return (open_ | (open_ & whole).any()) & ~whole
 
 
 def _by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:

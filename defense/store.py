@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+from defense.verdict import UNKNOWN
 from utils.late import Tensor, torch
 from utils.record import load_arrays, save_arrays
-
-UNKNOWN = -1   # the vote of an intermediary that was never made
 
 
 @dataclass(frozen=True)

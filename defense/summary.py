@@ -8,7 +8,7 @@ from defense.given import Given
 from defense.level import DESTROYED, rounds_survived
 from defense.power import in_words
 from defense.result import Result
-from defense.store import UNKNOWN
+from defense.verdict import UNKNOWN
 from utils.data import LabeledImages
 from utils.late import torch
 from utils.record import environment, peak_rss_bytes

@@ -78,7 +78,8 @@ class Discrepancy:
         threshold: the metric above which a class is flagged, in nats; inf or nan where the median is.
         inflow: the share of the other classes' samples that each class is estimated to have taken in.
         inflow_score: float64 (K,), as `score`.
-        inflow_limit: the inflow above which a class is flagged; inf where none is.
+        inflow_limit: the inflow that a class must exceed to be flagged for it (`inflow_scores` says what else); inf where none is.
+        by_inflow: bool (K,), whether it is flagged for it.
     """
 
     metric: Tensor
@@ -90,6 +91,7 @@ class Discrepancy:
     inflow: Inflow
     inflow_score: Tensor
     inflow_limit: float
+    by_inflow: Tensor
 
     @property
     def is_target(self) -> Tensor:
@@ -174,7 +176,7 @@ def target_labels(votes: Tensor, candidates: Candidates, labels: Tensor, num_cla
     judged = judge(metric, taken, shares.size > 0, rule)
     targets = tuple(judged.outlies.nonzero().flatten().tolist())
     return Discrepancy(metric, judged.discrepancy.score, targets, shares.evidence, shares.share, judged.discrepancy.threshold,
-                       taken, judged.inflow.score, judged.inflow.threshold)
+                       taken, judged.inflow.score, judged.inflow.threshold, judged.inflow.outlies)
 
 
 @dataclass(frozen=True)

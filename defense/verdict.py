@@ -12,6 +12,8 @@ from enum import IntEnum
 
 from utils.late import Tensor, torch
 
+UNKNOWN = -1   # the vote of an intermediary that was never made
+
 
 class Verdict(IntEnum):
     """What the defence decides about one sample."""
@@ -48,10 +50,11 @@ def filter_candidates(votes: Tensor, tau: int) -> Candidates:
     """Drop the intermediaries whose label too few others share (DataElixir, purification: threshold tau).
 
     Where the second most common label among the intermediaries has `tau` votes or more, all are kept; so are they
-    where all agree. Otherwise the original and the intermediaries with the most common label are kept.
+    where all agree. Otherwise the original and the intermediaries with the most common label are kept. Intermediaries
+    that were never made are not: a sample without any is unanimous.
 
     Args:
-        votes: int64 (N, 1+nm), nm >= 1, predicted labels; column 0 is the original's.
+        votes: int64 (N, 1+nm), nm >= 1, predicted labels; column 0 is the original's; UNKNOWN where none was made.
         tau: votes that a second label needs in order to count as disagreement.
 
     Raises:
@@ -64,7 +67,7 @@ def filter_candidates(votes: Tensor, tau: int) -> Candidates:
     top = moved.gather(1, support.argmax(dim=1, keepdim=True))  # argmax returns the first of equals
     second = support.masked_fill(moved == top, 0).amax(dim=1, keepdim=True)
     mixed = (second >= tau) & (second > 0)
-    kept = torch.cat([torch.ones_like(mixed), mixed | (moved == top)], dim=1)
+    kept = torch.cat([torch.ones_like(mixed), (mixed | (moved == top)) & (moved != UNKNOWN)], dim=1)
     agreed = torch.where(top == original, int(Kind.UNANIMOUS), int(Kind.TRANSITION))
     kind = torch.where(mixed, int(Kind.MIXED), agreed)
     return Candidates(kept, kind.squeeze(1), top.squeeze(1))
@@ -89,13 +92,25 @@ def first_verdicts(kind: Tensor, labels: Tensor, is_target_class: Tensor) -> Ten
 
 
 def _support(labels: Tensor) -> Tensor:
-    """int64 (N, M): how many entries of the same row hold the same label as each entry of `labels` (N, M)."""
+    """int64 (N, M): how many entries of the same row hold the same label as each entry of `labels` (N, M); 0 where that is UNKNOWN."""
     support = torch.zeros_like(labels)
     for column in labels.split(1, dim=1):
         support += labels == column
-    return support
+    return support.masked_fill(labels == UNKNOWN, 0)
+
+
+def round_ends(votes: Tensor, last_steps_m: int) -> Tensor:
+    """int64 (S, 1+n): the victim's labels of the original and of the image after each round, from votes int64 (S, 1+nm).
+
+    For rounds that a sample was not given any more stands the last one before them.
+    """
+    ends = torch.cat([votes[:, :1], votes[:, last_steps_m::last_steps_m]], dim=1)
+    for r in range(2, ends.shape[1]):
+        ends[:, r] = torch.where(ends[:, r] == UNKNOWN, ends[:, r - 1], ends[:, r])
+    return ends
 
 
 def reads_as_before(votes: Tensor, last_steps_m: int) -> Tensor:
     """bool (S, n): whether the victim reads the image after each round as it read the original; votes int64 (S, 1+nm)."""
-    return votes[:, last_steps_m::last_steps_m] == votes[:, :1]
+    ends = round_ends(votes, last_steps_m)
+    return ends[:, 1:] == ends[:, :1]

@@ -46,7 +46,7 @@ def purify(folder, kind):
     work = purification(folder / "store")
     with crew_for(Recipe(kind)) as team:
         work.deal = team.blocks
-        found = work.targets_first(0.2, first=10, error=0.02)
+        found = work.ending_early(first=10, error=0.02, doubt=0.2, others=False)
     index, images = (torch.cat(parts) for parts in zip(*work.store.fetch(torch.arange(len(DATA)))))
     torch.save((found.targets, work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from defense.draft import Draft, Selector
+from defense.draft import Draft, Selector, settled_labels
 from defense.result import Decisions
 from defense.selection import image_distances
 from defense.store import Block, IntermediaryStore
@@ -152,10 +152,16 @@ def test_decisions_count_votes_for_the_given_and_the_new_label():
     assert found.votes_old.tolist() == [1, 7] and found.votes_new.tolist() == [6, 7] and found.is_target.tolist() == [True, False]
 
 
+def test_intermediaries_that_were_not_made_settle_nothing():
+    read = torch.tensor([[0, 2, 2, 1, -1, -1, -1, -1], [3, 3, 1, 1, 1, -1, -1, -1], [0, 2, 1, -1, -1, -1, -1, -1]])
+    assert settled_labels(read, torch.tensor([0, 3, 0]), "purified").tolist() == [2, 1, 1]    # of equals the smallest
+    assert settled_labels(read, torch.tensor([0, 0, 3]), "raw_then_purified").tolist() == [2, 3, 0]
+
+
 def test_the_table_tells_round_and_step_of_the_chosen_image():
     column = torch.tensor([0, 1, 4, 5, 8])
     n, nan = len(column), torch.full((5,), torch.nan, dtype=torch.float64)
-    decisions = Decisions(torch.tensor([0, 1, 2, 1, 1]), torch.arange(n), torch.tensor([True, False] * 2 + [True]), column, column, nan, nan, column)
+    decisions = Decisions(torch.tensor([0, 1, 2, 1, 1]), torch.arange(n), torch.tensor([True, False] * 2 + [True]), column, column, nan, nan, column, torch.full((n,), 8))
     table = decisions.table(torch.arange(n) + 3, last_steps_m=4)
     assert table["round"].tolist() == [-1, 1, 1, 2, 2] and table["step"].tolist() == [-1, 3, 0, 3, 0]
     assert table["verdict"].tolist() == ["BENIGN", "POISONED", "SUSPICIOUS", "POISONED", "POISONED"]

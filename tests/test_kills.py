@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,4 +100,9 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_the_command_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["attack/badnet.py", "--save_folder_name", "a b"])
-    assert command.this_command().endswith("attack/badnet.py --save_folder_name 'a b'")
+    monkeypatch.chdir("/")
+    assert command.this_command().endswith(f"{Path(sys.executable).name} attack/badnet.py --save_folder_name 'a b'")
+    monkeypatch.chdir(Path(sys.executable).parent.parent)
+    assert command.this_command().startswith(f"bin/{Path(sys.executable).name} attack")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert f"bin/{Path(sys.executable).name} -m torch.distributed.run --nproc_per_node 3 attack/badnet.py" in command.this_command()

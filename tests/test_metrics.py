@@ -76,14 +76,14 @@ def test_defense_effectiveness_by_hand(before, after, expected):
 
 
 def test_survival_by_hand():
-    # m = 2: rounds end in columns 2 and 4; samples 0 and 1 poisoned with label 0
-    votes = torch.tensor([[0, 9, 0, 9, 3], [0, 9, 5, 9, 0], [1, 9, 1, 9, 1], [2, 9, 1, 9, 2], [1, 9, 1, 9, 4], [2, 9, 2, 9, 0]])
-    truth = Truth(torch.tensor([3, 5, 1, 2, 1, 2]), torch.arange(6) < 2, torch.zeros(6, dtype=torch.bool), [0])
-    given = torch.tensor([0, 0, 1, 2, 1, 2])
-    assert survival(votes, 2, given, truth) == [{"clean_prediction_survives": 0.75, "poison_reads_target": 0.5}] + [
+    # samples 0 and 1 poisoned with label 0, 6 a cover sample, 7 not purified
+    ends = torch.tensor([[0, 0, 3], [0, 5, 0], [1, 1, 1], [2, 1, 2], [1, 1, 4], [2, 2, 0], [3, 2, 2], [-1, -1, -1]])
+    truth = Truth(torch.tensor([3, 5, 1, 2, 1, 2, 3, 4]), torch.arange(8) < 2, torch.arange(8) == 6, [0])
+    given = torch.tensor([0, 0, 1, 2, 1, 2, 3, 4])
+    assert survival(ends, given, truth) == [{"clean_prediction_survives": 0.75, "poison_reads_target": 0.5}] + [
         {"clean_prediction_survives": 0.5, "poison_reads_target": 0.5}]
-    none = Truth(given, torch.zeros(6, dtype=torch.bool), truth.cover, [0])
-    assert [row["poison_reads_target"] for row in survival(votes, 2, given, none)] == [None, None]
+    none = Truth(given, torch.zeros(8, dtype=torch.bool), truth.cover, [0])
+    assert [row["poison_reads_target"] for row in survival(ends, given, none)] == [None, None]
 
 
 def test_accuracy_by_hand():

@@ -7,9 +7,9 @@ import torch
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, Purifier
 from defense.rounds import Ending, Rounds
-from defense.store import UNKNOWN, IntermediaryStore
+from defense.store import IntermediaryStore
 from defense.target_label import TargetRule
-from defense.verdict import Kind, filter_candidates
+from defense.verdict import UNKNOWN, Kind, filter_candidates
 from tests.toys import CLASSES, FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
 
 CONFIG = PurifyConfig(steps_T=8, rounds_n=3, last_steps_m=4, purify_batch_size=16)
@@ -32,8 +32,8 @@ def test_blocks_are_what_the_purifier_makes_and_the_victim_reads(tmp_path):
 
 def test_targets_first_purifies_a_sample_and_the_target_class_and_finds_the_same(tmp_path):
     everything, first = purification(tmp_path / "all"), purification(tmp_path / "first")
-    found = everything.everything(None, 0)
-    short = first.targets_first(None, first=10, error=0.02)
+    found = everything.everything()
+    short = first.targets_first(first=10, error=0.02)
     assert found.targets == short.targets == (0,)
     votes, known = first.votes(), first.votes()[:, 0] != UNKNOWN
     assert torch.equal(votes[known], everything.votes()[known]) and known[DATA.labels == 0].all()
@@ -46,28 +46,28 @@ def test_targets_first_purifies_a_sample_and_the_target_class_and_finds_the_same
 def test_a_clean_set_costs_the_sample_alone(tmp_path):
     work = purification(tmp_path)
     work.data = work.rounds.data = toy_dataset(per_class=30).train
-    assert work.targets_first(None, first=5, error=0.02).targets == ()
+    assert work.targets_first(first=5, error=0.02).targets == ()
     assert work.store.passes == 5 * CLASSES * 3 * 8
 
 
 def test_what_is_there_already_changes_neither_verdict_nor_cost(tmp_path):
     """An interrupted run may leave any blocks; sizes of blocks may differ, too."""
     whole = purification(tmp_path / "whole")
-    found = whole.targets_first(0.2, first=10, error=0.02)
+    found = whole.ending_early(first=10, error=0.02, doubt=0.2, others=False)
     for stop in (1, 3, 6):
         folder = tmp_path / str(stop)
         folder.mkdir()
         for file in sorted((tmp_path / "whole").iterdir(), key=lambda path: path.stat().st_mtime_ns)[:stop]:
             (folder / file.name).write_bytes(file.read_bytes())
         again = purification(folder)
-        assert again.targets_first(0.2, first=10, error=0.02).targets == found.targets
+        assert again.ending_early(first=10, error=0.02, doubt=0.2, others=False).targets == found.targets
         assert torch.equal(again.votes(), whole.votes()) and again.store.passes == whole.store.passes
 
 
 def test_the_sample_grows_until_the_verdict_is_settled(tmp_path, caplog):
     caplog.set_level("INFO", "dataelixir")
     work = purification(tmp_path, seed=1)
-    assert work.targets_first(None, first=2, error=0.001).targets == (0,)
+    assert work.targets_first(first=2, error=0.001).targets == (0,)
     assert len([line for line in caplog.messages if line.startswith("sample:")]) > 1
 
 
@@ -84,15 +84,16 @@ class Wavering(PatchReader):
         return torch.nn.functional.one_hot(torch.tensor(rows).repeat(len(x) // len(rows)), CLASSES).float()
 
 
-def test_rounds_that_end_early_are_stood_in_for_by_the_last_one(tmp_path):
+def test_rounds_that_are_not_made_have_no_votes(tmp_path):
     m = CONFIG.last_steps_m
     victim = Wavering([[1], [1] * m, [2] * m, [1] * m])
     block = purification(tmp_path, victim=victim).rounds(torch.tensor([5]), Ending(tau=4, after={}))
-    assert block.votes.tolist() == [[1] + [1] * m + [2] * 2 * m] and block.passes == 2 * 8    # MIXED after round 2
+    assert block.votes.tolist() == [[1] + [1] * m + [2] * m + [UNKNOWN] * m] and block.passes == 2 * 8    # MIXED after round 2
+    assert filter_candidates(block.votes, 4).kept.tolist() == [[True] * (1 + 2 * m) + [False] * m]
     assert torch.equal(block.images[0, 1 + m:1 + 2 * m], block.images[0, 1 + 2 * m:])
     victim = Wavering([[1], [2] * m, [1] * m, [1] * m])
     block = purification(tmp_path, victim=victim).rounds(torch.tensor([5]), Ending(tau=4, after={int(Kind.TRANSITION): 1}))
-    assert block.votes.tolist() == [[1] + [2] * 3 * m] and block.passes == 8
+    assert block.votes.tolist() == [[1] + [2] * m + [UNKNOWN] * 2 * m] and block.passes == 8
 
 
 def test_samples_that_go_on_are_not_touched_by_those_that_end(tmp_path):
@@ -100,7 +101,8 @@ def test_samples_that_go_on_are_not_touched_by_those_that_end(tmp_path):
     ending = Ending(tau=4, after={int(Kind.TRANSITION): 2})
     alone, ended = purification(tmp_path).rounds(index), purification(tmp_path).rounds(index, ending)
     stays = ~TRUTH.poison[index]
-    assert 0 < stays.sum() < 5 and torch.equal(alone.votes, ended.votes)
+    made = ended.votes != UNKNOWN
+    assert 0 < stays.sum() < 5 and torch.equal(alone.votes[made], ended.votes[made]) and torch.equal(made.all(1), stays)
     assert ended.passes == int(stays.sum()) * 24 + int((~stays).sum()) * 16
     assert not torch.equal(alone.images[:, -4:], ended.images[:, -4:]) and torch.equal(alone.images[:, :9], ended.images[:, :9])
 
@@ -133,11 +135,36 @@ def test_nothing_is_concluded_from_nothing():
 @pytest.mark.parametrize("doubt", [None, 0.0, 0.3])
 def test_the_switches_do_not_change_the_verdicts(tmp_path, doubt):
     exact, other = purification(tmp_path / "exact"), purification(tmp_path / "other")
-    exact.everything(None, 0)
-    assert other.everything(doubt, first=20).targets == (0,)
+    exact.everything()
+    found = other.targets_first(first=20, error=0.02) if doubt is None else other.ending_early(20, 0.02, doubt, others=True)
+    assert found.targets == (0,)
     assert torch.equal(filter_candidates(other.votes(), 4).kind, filter_candidates(exact.votes(), 4).kind)
+
+
+class Remembering(PatchReader):
+    """Reads the trigger in the noise of a first round as well: half of the votes of that round, and none of later ones."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.m, self.calls = m, 0
+
+    def forward(self, x):
+        logits, turn = super().forward(x), self.calls % (1 + CONFIG.rounds_n)
+        self.calls += 1
+        if turn == 1:
+            logits[torch.arange(len(x)) % self.m < self.m // 2, 0] += 9.0
+        return logits
+
+
+def test_rounds_that_are_not_made_do_not_vote_on_the_class(tmp_path):
+    """All samples are MIXED after the first round, of which half the votes are for class 0: with the other rounds a sixth are."""
+    whole, ended = (purification(tmp_path / name, victim=Remembering(CONFIG.last_steps_m), tau=2) for name in ("whole", "ended"))
+    exact, early = whole.everything(), ended.ending_early(10, 0.02, 0.0, others=True)
+    assert ended.store.passes < whole.store.passes and early.targets == exact.targets == (0,)
+    assert early.share[0].item() == pytest.approx(exact.share[0].item(), abs=0.02)
+    assert ended.found(torch.arange(len(DATA))).share[0] > exact.share[0] + 0.05    # what those that ended alone would say
 
 
 def test_larger_blocks_change_nothing(tmp_path):
     small, large = purification(tmp_path / "small"), purification(tmp_path / "large", replace(CONFIG, purify_batch_size=64))
-    assert small.everything(None, 0).targets == large.everything(None, 0).targets and torch.equal(small.votes(), large.votes())
+    assert small.everything().targets == large.everything().targets and torch.equal(small.votes(), large.votes())

@@ -194,12 +194,13 @@ def test_sets_of_other_resolutions_train_their_denoiser_and_are_purified(tmp_pat
 
 
 def test_confidence_and_reason_by_hand():
-    assert confidence(torch.tensor([0, 5, 20, -1]), 20).tolist()[:3] == [0, 0.25, 1] and torch.isnan(confidence(torch.tensor([-1, 3]), 0)).all()
-    assert reason(Verdict.BENIGN, False, False, False, -1, -1, 9).endswith("it was not purified")
+    told = confidence(torch.tensor([0, 5, 20, 5, -1]), torch.tensor([20, 20, 20, 10, 0]))
+    assert told.tolist()[:4] == [0, 0.25, 1, 0.5] and told[4].isnan()
+    assert reason(Verdict.BENIGN, False, False, False, -1, -1, 0).endswith("it was not purified")
     told = [reason(Verdict.BENIGN, False, False, False, 3, 3, 9), reason(Verdict.BENIGN, True, False, False, 8, 8, 9), reason(Verdict.POISONED, True, True, True, 1, 8, 9),
-            reason(Verdict.SUSPICIOUS, True, True, True, 4, 5, 9), reason(Verdict.POISONED, False, True, False, -1, -1, 0)]
+            reason(Verdict.SUSPICIOUS, True, True, True, 4, 5, 9), reason(Verdict.SUSPICIOUS, True, False, True, 4, 4, 9)]
     assert told[0] == "kept: its class is no target label" and told[1] == "kept: 8 of 9 purified images are read as the given label"
-    assert told[2].endswith("8 of 9 purified images are read as the new one") and "(4 of 9 keep it)" in told[3] and told[4] == "changed by the defence"
+    assert told[2].endswith("8 of 9 purified images are read as the new one") and told[3].endswith("(4 of 9 keep it); the benign model reads another label") and told[4].endswith("confirms the given one")
 
 
 def test_purify_is_no_defence_of_its_own():

@@ -42,7 +42,8 @@ def write_record(folder, changed=12, n=N, side=SIDE, **without):
     save_arrays(folder / "truth.npz", original_labels=new, poison=moved, cover=np.zeros(n, bool), targets=np.array([1]))
     save_arrays(folder / "examples.npz", index=np.arange(min(3, changed)), images=random_images(min(3, changed), 4, 3, side, side))
     write_json(folder / "classes.json", {"names": NAMES, "discrepancy": [0.1, 2.5, None, 0.0], "score": [0, 5, 9, 0], "evidence": [1, 20, 3, 0], "threshold": 0.6,
-                                       "inflow": [0, 0.094, 0.001, 0], "inflow_score": [0, 40, 0.2, 0], "inflow_limit": 0.012})
+                                       "inflow": [0, 0.094, 0.001, 0], "inflow_score": [0, 40, 0.2, 0], "inflow_limit": 0.012,
+                                       "by_inflow": [False, True, False, False]})
     (folder / "config.yaml").write_text(yaml.safe_dump({"steps_T": 60, "ddpm": "toy"}))
     (folder / "metrics.csv").write_text("stage,epoch,lr,train_loss,c_acc,asr,r_acc\nvictim,1,.1,1,0.5,,\nvictim,2,.1,1,0.91,0.875,0.125\n")
     write_json(folder / "report.json", REPORT)
@@ -117,15 +118,17 @@ def test_transitions_and_classes_by_hand(tmp_path):
     assert [row["samples"] for row in rows] == [10] * 4 and [row["flagged"] for row in rows] == [False, True, False, False] and rows[2]["discrepancy"] is None
     assert [row["inflow"] for row in rows] == [0, 0.094, 0.001, 0]
     assert "6 of 40 labels and 6 images" in report.verdict(source, {"labels": 6, "images": 6, "of": 40})
-    assert "About 9.4% of the other classes' samples" in report.verdict(source, {})
+    assert f"About 9.4% of the other classes' samples seem to carry the label {NAMES[1]}." in report.verdict(source, {})
+    source.classes["by_inflow"][1] = False    # found by the discrepancy alone: the estimate says nothing about it
+    assert "samples seem to be poisoned" in report.verdict(source, {}) and "seem to carry" not in report.verdict(source, {})
 
 
 def test_a_record_from_before_the_inflow_was_measured_has_its_page(tmp_path):
     folder = write_record(tmp_path / "r")
     kept = json.loads((folder / "classes.json").read_text())
-    write_json(folder / "classes.json", {key: value for key, value in kept.items() if not key.startswith("inflow")})
+    write_json(folder / "classes.json", {key: value for key, value in kept.items() if "inflow" not in key})
     html = page(folder)
-    assert "samples seem to be poisoned" in html and "seem to carry that label" not in html and "Share of the other classes" not in html
+    assert "samples seem to be poisoned" in html and "seem to carry" not in html and "Share of the other classes" not in html
     assert "Share of the other classes taken in" in page(write_record(tmp_path / "s"))
 
 

@@ -53,6 +53,23 @@ def test_a_class_close_to_the_threshold_is_undecided_until_it_is_purified_whole(
     assert open_classes([edge, 0, 0, 0, 0, 0], error=0.99)[1] == []
 
 
+def test_where_a_whole_class_is_undecided_the_others_grow():
+    """Its own votes are all there, but the classes that it is compared with are known from a few samples."""
+    sizes, asked = [40, 4000, 4000, 4000, 4000, 4000], 0
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        moved = [12] + [int((torch.rand(40, generator=draw) < 0.1).sum()) for _ in range(K - 1)]
+        votes, labels = votes_of(moved)
+        candidates, whole = filter_candidates(votes, TAU), torch.arange(K) == 0
+        rule = TargetRule(inflow_threshold=None)
+        found = target_labels(votes, candidates, labels, K, rule)
+        short = undecided(votes, candidates, labels, torch.tensor(sizes), whole, found, rule, 0.02, seed=0)
+        assert not short[0]
+        alone = undecided(votes, candidates, labels, torch.tensor(sizes), whole, found, rule, 0.9, seed=0)
+        asked += short[1:].all() and not alone.any()
+    assert asked > 10
+
+
 def test_a_larger_sample_of_the_same_shares_is_decided_sooner():
     edge = next(n for n in range(40) if open_classes([n, 0, 0, 0, 0, 0])[0])
     assert open_classes([2 * edge, 0, 0, 0, 0, 0])[1] == [0] and open_classes([40 * edge, 0, 0, 0, 0, 0], per_class=800)[1] == []

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from defense.store import UNKNOWN, Block, IntermediaryStore
+from defense.store import Block, IntermediaryStore
+from defense.verdict import UNKNOWN
 from tests.toys import random_images
 from utils.config import UserError
 

@@ -167,18 +167,20 @@ def test_a_model_with_dropout_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert same(weights(build(tmp_path / "c.pt").fit(grey_squares())), whole)
 
 
-def test_a_lost_training_keeps_its_last_good_state(tmp_path, monkeypatch):
-    config, good = replace(CONFIG, lr_scheduler="constant"), {}
+@pytest.mark.parametrize("every, last", [(1, 2), (2, 3)])
+def test_a_lost_training_keeps_its_last_good_state(tmp_path, monkeypatch, every, last):
+    config, good = replace(CONFIG, lr_scheduler="constant", frequency_save=every), {}
 
-    def poison_epoch_3(epoch):
+    def poison_the_next(epoch):
         if epoch.number == 2:
             good.update(weights(epoch.model))
+        if epoch.number == last:
             monkeypatch.setattr(train, "_pass", lambda *_: train.model.head.bias.data.fill_(float("nan")) is None or 0.5)
         return {}
 
     train = trainer(config, checkpoint=tmp_path / "c.pt")
-    with pytest.raises(UserError, match=r"lr: a weight of victim became no number in epoch 3 at learning rate 0.05; the state after epoch 2 is in .*c.pt; try a smaller"):
-        train.fit(grey_squares(), poison_epoch_3)
+    with pytest.raises(UserError, match=rf"lr: a weight of victim became no number in epoch {last + 1} at learning rate 0.05; the state after epoch 2 is in .*c.pt; try a smaller"):
+        train.fit(grey_squares(), poison_the_next)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
     assert state["epochs_done"] == 2 and same(state["model"], good)
 

@@ -82,8 +82,10 @@ def stoppable() -> Iterator[None]:
 
 
 def this_command() -> str:
-    """The command line of this program, as a shell would read it."""
-    return shlex.join([Path(sys.executable).name, *sys.argv])
+    """The command line of this program, as a shell would read it, under torchrun with as many processes on this machine."""
+    python, here = Path(sys.executable), Path.cwd()
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_WORLD_SIZE" in os.environ else []
+    return shlex.join([str(python.relative_to(here) if python.is_relative_to(here) else python), *launcher, *sys.argv])
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -108,18 +108,18 @@ def defense_effectiveness(before: dict[str, Any], after: dict[str, Any]) -> floa
     return (gain - loss + 1) / 2
 
 
-def survival(votes: Tensor, last_steps_m: int, given: Tensor, truth: Truth) -> list[dict[str, float | None]]:
-    """Per round: the share of clean samples still read as before, and of poison still read as the attack's label.
+def survival(ends: Tensor, given: Tensor, truth: Truth) -> list[dict[str, float | None]]:
+    """Per round: the share of clean samples, without triggers, still read as before, and of poison still read as the attack's label.
 
     Args:
-        votes: int64 (N, 1 + n m), the victim's labels; samples that were not purified (-1) do not count.
+        ends: int64 (N, 1 + n), the victim's labels of the original and of the image after each round; samples that were not purified (-1) do not count.
+        given: int64 (N,), labels as received.
     """
-    known = votes[:, 0] >= 0
-    votes, given, poison = votes[known], given[known], truth.poison[known]
-    after = votes[:, last_steps_m::last_steps_m]
-    same, target = after == votes[:, :1], after == given[:, None]
-    return [{"clean_prediction_survives": share(same[~poison, r]), "poison_reads_target": share(target[poison, r])}
-            for r in range(after.shape[1])]
+    known = ends[:, 0] >= 0
+    poison, clean = truth.poison & known, known & ~truth.poison & ~truth.cover
+    same, target = ends == ends[:, :1], ends == given[:, None]
+    return [{"clean_prediction_survives": share(same[clean, r]), "poison_reads_target": share(target[poison, r])}
+            for r in range(1, ends.shape[1])]
 
 
 class EpochLog:

@@ -67,8 +67,8 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     if detected:
         words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
         said = f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}."
-        if inflow := source.classes.get("inflow"):
-            said += f" About {' and '.join(f'{inflow[k]:.1%}' for k in detected)} of the other classes' samples seem to carry that label."
+        taken = {names[k]: source.classes["inflow"][k] for k in detected if source.classes.get("by_inflow", {k: False})[k]}
+        said += "".join(f" About {share:.1%} of the other classes' samples seem to carry the label {name}." for name, share in taken.items())
         return f"{said} {counts}"
     if detected is None:
         return counts or "Nothing is recorded about single samples."

@@ -185,8 +185,9 @@ class Trainer:
         if math.isfinite(loss) and all(bool(weight.isfinite().all()) for weight in self.model.state_dict().values()):
             return
         what = f"a weight of {self.stage} became no number" if math.isfinite(loss) else f"the loss of {self.stage} became {loss}"
-        kept = f"; the state after epoch {self.epochs_done} is in {self.checkpoint}" if self.checkpoint and self.checkpoint.exists() else ""
-        raise UserError(f"lr: {what} in epoch {epoch + 1} at learning rate {rate:g}{kept}; try a smaller one, with another --save_folder_name")
+        saved = self.epochs_done - self.epochs_done % max(1, self.config.frequency_save)
+        kept = f"; the state after epoch {saved} is in {self.checkpoint}" if self.checkpoint and self.checkpoint.exists() else ""
+        raise UserError(f"lr: {what} in epoch {epoch + 1} at learning rate {rate:g}{kept}; try a smaller lr (ft_lr, where a model is fine-tuned), in a new folder")
 
     def _save(self) -> None:
         if not self.checkpoint or self.epochs_done % max(1, self.config.frequency_save):
