@@ -100,7 +100,7 @@ class Purification:
             rows = self._rows(sizes)
             self.run(rows, name=name)
             votes, labels, found = self.votes()[rows], self.data.labels[rows], self.found(rows)
-            short = undecided(votes, filter_candidates(votes, self.rounds.tau), labels, self.sizes, sizes >= self.sizes, found, self.rule, error,
+            short = undecided(votes, filter_candidates(votes, self.rounds.tau), labels, self.sizes, found, self.rule, error,
                               self.rounds.purifier.seed)
             log.info("sample: %d of %d images purified, target labels %s, undecided classes %s", len(rows), len(self.data),
                      list(found.targets) or "none", short.nonzero().flatten().tolist() or "none")

@@ -3,9 +3,10 @@
 Only samples whose given label is a target label are ever changed, so most of a set need not be purified at all. A
 sample of every class is, in a random order that the seed fixes; it grows, in the classes that are undecided, until the
 decision is settled. A class is undecided while the verdict on it comes out differently in more than `error` of the
-bootstrap resamples (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; each sample is counted Poisson(1)
-times; samples of a class that is purified whole are counted once, as nothing about it is left to chance). Where the
-verdict on a class that is whole is undecided, it is the others, with which it is compared, that must grow.
+bootstrap resamples (Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979). Each sample is counted Poisson(1)
+times, drawn towards once as the sample comes to be the class: by (1 - f)^1/2 where it is the share f of it (Rao and Wu,
+"Resampling Inference With Complex Survey Data", 1988), so that nothing about a class that is whole is left to chance.
+Where the verdict on such a class is undecided, it is the others, with which it is compared, that must grow.
 
 The bootstrap does not see what a sample has none of. A class of which the share p was poisoned shows no poison in
 `first` samples with probability (1 - p)^first: at 64 samples .037 for p = .05, .001 for p = .1.
@@ -36,16 +37,15 @@ def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
     return by_class[rank < sizes[labels[by_class]]].sort().values
 
 
-def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tensor, whole: Tensor, found: Discrepancy,
+def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tensor, found: Discrepancy,
               rule: TargetRule, error: float, seed: int) -> Tensor:
-    """Classes of which more samples are needed, since a resample turns over their verdict, or that of a class that is whole, too often.
+    """Classes of which more samples are needed, since resamples turn over their verdict, or that of a class that is whole, too often.
 
     Args:
         votes: int64 (S, 1+nm) of the samples purified so far.
         candidates: of the same samples.
         labels: int64 (S,), their given labels.
         sizes: int64 (K,), samples of each class in the whole set.
-        whole: bool (K,), classes that are purified whole.
         found: the verdicts on all S samples.
         rule: how verdicts are made.
         error: share of resamples in which a verdict may differ.
@@ -54,15 +54,16 @@ def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tens
     Returns:
         bool (K,), none of them whole.
     """
-    generator = keyed_generator(seed, "resample", len(labels))
-    counts = torch.poisson(torch.ones(RESAMPLES, len(labels), dtype=torch.float64), generator=generator)
-    counts[:, whole[labels]] = 1
-    own, total = (counts @ _by_class(values, labels, len(whole)) for values in support(votes, candidates, labels, len(whole)))
-    size = counts @ _by_class(torch.ones_like(labels), labels, len(whole))
-    leaving, flips = Leaving.of(votes, labels, len(whole)), torch.zeros(len(whole), dtype=torch.float64)
-    for share, drawn, count in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size, counts):
-        flips += judge(discrepancy(share), leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
-    open_ = flips > error * RESAMPLES
+    generator, classes = keyed_generator(seed, "resample", len(labels)), len(sizes)
+    share = labels.bincount(minlength=classes) / sizes.clamp(min=1)
+    times = torch.poisson(torch.ones(RESAMPLES, len(labels), dtype=torch.float64), generator=generator)
+    counts = 1 + (times - 1) * (1 - share[labels]).sqrt()
+    own, total = (counts @ _by_class(values, labels, classes) for values in support(votes, candidates, labels, classes))
+    size = counts @ _by_class(torch.ones_like(labels), labels, classes)
+    leaving, flips = Leaving.of(votes, labels, classes), torch.zeros(classes, dtype=torch.float64)
+    for kept, drawn, count in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size, counts):
+        flips += judge(discrepancy(kept), leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
+    open_, whole = flips > error * RESAMPLES, share == 1
     return (open_ | (open_ & whole).any()) & ~whole
 
 

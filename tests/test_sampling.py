@@ -35,10 +35,10 @@ def votes_of(moved, per_class=40):
 
 def open_classes(moved, whole=(), error=0.02, per_class=40):
     votes, labels = votes_of(moved, per_class)
-    candidates, mask = filter_candidates(votes, TAU), torch.zeros(K, dtype=torch.bool)
-    mask[list(whole)] = True
+    candidates, sizes = filter_candidates(votes, TAU), 100 * labels.bincount(minlength=K)    # a hundredth of each class is known
+    sizes[list(whole)] //= 100
     found = target_labels(votes, candidates, labels, K, RULE)
-    return found.targets, undecided(votes, candidates, labels, labels.bincount(minlength=K), mask, found, RULE, error, seed=0).nonzero().flatten().tolist()
+    return found.targets, undecided(votes, candidates, labels, sizes, found, RULE, error, seed=0).nonzero().flatten().tolist()
 
 
 def test_clear_verdicts_are_settled():
@@ -53,6 +53,21 @@ def test_a_class_close_to_the_threshold_is_undecided_until_it_is_purified_whole(
     assert open_classes([edge, 0, 0, 0, 0, 0], error=0.99)[1] == []
 
 
+def test_what_is_left_to_chance_shrinks_with_what_is_left_of_the_class():
+    """The share of a class of 400 that moved, from samples without replacement: flips as often as the samples themselves do."""
+    draw, edge = torch.Generator().manual_seed(2), next(n for n in range(400) if open_classes([n, 0, 0, 0, 0, 0], per_class=400)[0])
+    for seen, expected in ((100, True), (380, False)):
+        votes, labels = votes_of([edge + 12, 0, 0, 0, 0, 0], per_class=400)
+        flipped, asked, candidates = 0, 0, filter_candidates(votes, TAU)
+        for _ in range(40):
+            rows = torch.cat([torch.randperm(400, generator=draw)[:seen], torch.arange(400, 2400)])
+            part = filter_candidates(votes[rows], TAU)
+            found = target_labels(votes[rows], part, labels[rows], K, RULE, labels.bincount())
+            flipped += found.targets != target_labels(votes, candidates, labels, K, RULE).targets
+            asked += bool(undecided(votes[rows], part, labels[rows], labels.bincount(), found, RULE, 0.02, seed=0)[0])
+        assert (flipped > 0) == expected and (asked > 20) == expected, (seen, flipped, asked)
+
+
 def test_where_a_whole_class_is_undecided_the_others_grow():
     """Its own votes are all there, but the classes that it is compared with are known from a few samples."""
     sizes, asked = [40, 4000, 4000, 4000, 4000, 4000], 0
@@ -60,12 +75,12 @@ def test_where_a_whole_class_is_undecided_the_others_grow():
         draw = torch.Generator().manual_seed(seed)
         moved = [12] + [int((torch.rand(40, generator=draw) < 0.1).sum()) for _ in range(K - 1)]
         votes, labels = votes_of(moved)
-        candidates, whole = filter_candidates(votes, TAU), torch.arange(K) == 0
+        candidates = filter_candidates(votes, TAU)
         rule = TargetRule(inflow_threshold=None)
         found = target_labels(votes, candidates, labels, K, rule)
-        short = undecided(votes, candidates, labels, torch.tensor(sizes), whole, found, rule, 0.02, seed=0)
+        short = undecided(votes, candidates, labels, torch.tensor(sizes), found, rule, 0.02, seed=0)
         assert not short[0]
-        alone = undecided(votes, candidates, labels, torch.tensor(sizes), whole, found, rule, 0.9, seed=0)
+        alone = undecided(votes, candidates, labels, torch.tensor(sizes), found, rule, 0.9, seed=0)
         asked += short[1:].all() and not alone.any()
     assert asked > 10
 
