@@ -67,10 +67,11 @@ def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: Optional[floa
         class_share: in (0, 1).
     """
     score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
+    told = round((poison_rate or 0) * len(labels))    # a rate is rounded down to a float: the count is to be whole again
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         score[own] = spectral_scores(features[own])
-        budget = int(class_share * len(own)) if poison_rate is None else min(int(MARGIN * poison_rate * len(labels)), len(own) // 2)
+        budget = int(class_share * len(own)) if poison_rate is None else min(int(MARGIN * told), len(own) // 2)
         flagged[own[np.argsort(-score[own], kind="stable")[:budget]]] = True
     return Findings(torch.from_numpy(flagged), torch.from_numpy(score))
 
