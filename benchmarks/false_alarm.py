@@ -4,7 +4,8 @@
 
 Words after `--` go to the attack script (another data set: `-- --dataset imagefolder --dataset_path DIR --ddpm DENOISER`; give
 --name then; `{seed}` in a word stands for the seed, for a subset of a larger set each). Each run is a process of its own in
-record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made again. Share 0 is the unpoisoned set. The rules
+record/false_alarm_<name>_<pratio>_<seed>/; what is there already is not made again. With --again NAME, the sets that are there are
+defended again, in their defense/NAME/, and the words go to defense/dataelixir.py. Share 0 is the unpoisoned set. The rules
 are compared on the same votes; where target labels come first, most samples have none, so `-- --target_first false` is what the
 other rules are to be judged by.
 """
@@ -20,7 +21,7 @@ from benchmarks.runs import run_script, shown, write_results
 from defense.power import detection_power
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
 from defense.verdict import UNKNOWN, filter_candidates
-from utils.record import Record, load_arrays
+from utils.record import RECORDS, load_arrays
 from utils.source import Source
 
 RULES = {"default": TargetRule(), "discrepancy alone": TargetRule(inflow_threshold=None), "two-sided, as published": PUBLISHED_RULE,
@@ -35,30 +36,35 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--pratios", type=float, nargs="+", default=[0, 0.01, 0.05, 0.1])
     parser.add_argument("--name", help="of the results; by default from attack and config")
+    parser.add_argument("--again", help="name of a run that defends each record again, with the words after --")
     parser.add_argument("extra", nargs="*", help="after --: flags for the attack script")
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace, name: str, pratio: float, seed: int) -> dict[str, Any]:
     """One set poisoned at that share with that seed, defended: what was flagged and what changed."""
-    record = Record(f"false_alarm_{name}_{pratio:g}_{seed}")
-    run_script(f"attack/{args.attack}.py", "--yaml_path", args.yaml_path, "--save_folder_name", record.name, "--random_seed", str(seed),
-               "--pratio", str(pratio), *(word.replace("{seed}", str(seed)) for word in args.extra))
-    return {"pratio": pratio, "seed": seed, **measured(record)}
+    record, words = f"false_alarm_{name}_{pratio:g}_{seed}", [word.replace("{seed}", str(seed)) for word in args.extra]
+    if args.again:
+        run_script("defense/dataelixir.py", "--result_file", record, "--run_name", args.again, *words)
+    else:
+        run_script(f"attack/{args.attack}.py", "--yaml_path", args.yaml_path, "--save_folder_name", record, "--random_seed", str(seed),
+                   "--pratio", str(pratio), *words)
+    folder = RECORDS / record / "defense" / args.again if args.again else RECORDS / record
+    return {"pratio": pratio, "seed": seed, **measured(Source(folder))}
 
 
-def measured(record: Record) -> dict[str, Any]:
-    """What a finished record says: classes flagged by the run and by every rule on its votes, labels changed, TPR and FPR."""
-    source = Source(record.path)
+def measured(source: Source) -> dict[str, Any]:
+    """What a finished run says: classes flagged by the run and by every rule on its votes, labels changed, TPR and FPR."""
     report, table = source.report, source.decisions
-    votes, labels = load_arrays(record / "votes.npz")["votes"].long(), load_arrays(record / "poisoned.npz")["labels"]
+    votes, labels, truth = (load_arrays(source.find(name)) for name in ("votes.npz", "poisoned.npz", "truth.npz"))
+    votes, labels = votes["votes"].long(), labels["labels"]
     tau, classes, known = source.config["threshold_tau"], len(source.classes["names"]), votes[:, 0] != UNKNOWN
     candidates = filter_candidates(votes[known], tau)
     sizes = labels.bincount(minlength=classes)
     found = {rule: target_labels(votes[known], candidates, labels[known], classes, RULES[rule], sizes) for rule in RULES}
     detected = report["target_labels"]["detected"]
     power = None if detected else detection_power(votes, labels, found["default"], tau, RULES["default"], source.config["random_seed"])
-    poisoned = int(load_arrays(record / "truth.npz")["poison"].sum())
+    poisoned = int(truth["poison"].sum())
     return {"samples": len(labels), "purified": int(known.sum()), "poisoned": poisoned, "true": report["target_labels"]["true"] if poisoned else [],
             "detected": detected, "rules": {rule: list(each.targets) for rule, each in found.items()}, "power": power,
             "labels_changed": float((table["given_label"] != table["new_label"]).mean()), "victim_asr": report["victim"]["asr"],
@@ -100,7 +106,7 @@ def main() -> None:
     for seed in args.seeds:
         for pratio in args.pratios:
             rows.append(run(args, name, pratio, seed))
-            heading = (f"False alarms and power: {args.attack}, {args.yaml_path}{shown(args.extra)}, "
+            heading = (f"False alarms and power: {args.attack}, {args.yaml_path}{' defended again' if args.again else ''}{shown(args.extra)}, "
                        f"{rows[0]['samples']} samples, {os.cpu_count()} CPU cores, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of stages in all")
             write_results(f"false_alarm_{name}", rows, f"{heading}\n\n{tables(rows)}")
     print(tables(rows))
