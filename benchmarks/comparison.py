@@ -70,20 +70,23 @@ DRAWN = (("C-Acc", "YlGnBu"), ("ASR", "YlGnBu_r"), ("R-Acc", "YlGnBu"), ("DER", 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number over n runs: mean and, from two runs on, sample standard deviation; None where it is undefined."""
+    """A number over the n of `runs` runs that have it: mean and, from two on, sample standard deviation; None where it is undefined."""
 
     mean: Optional[float]
     deviation: Optional[float]
+    n: int
+    runs: int
 
     @classmethod
     def of(cls, values: Sequence[Optional[float]]) -> "Cell":
         known = [value for value in values if value is not None]
-        return cls(statistics.mean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None)
+        return cls(statistics.mean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None, len(known), len(values))
 
     def show(self, digits: int) -> str:
         if self.mean is None:
             return "n/a"
-        return f"{self.mean:.{digits}f}" + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}")
+        some = "" if self.n == self.runs else f" ({self.n} of {self.runs})"
+        return f"{self.mean:.{digits}f}" + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}") + some
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
                     f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: {98 / math.sqrt(clean):.1f} and "
                     f"{98 / math.sqrt(max(1, n)):.1f} points)." + (" The attack failed here: what a defence reaches means little." if failed else ""))
     devices = dict.fromkeys(f"{run.report['cost']['device']}, {run.report['versions'].get('threads')} thread(s)" for run in runs)
-    told.append("Mean ± sample standard deviation over runs; one run has none. TPR and FPR are over training samples. "
+    told.append("Mean ± sample standard deviation over runs, or over those that have the number (1 of 2); one run has none. TPR and FPR are over training samples. "
                 f"The last epoch of every training counts. Device: {'; '.join(devices)}.")
     return told + ([f"Absent: {'; '.join(absent)}."] if absent else [])
 
@@ -141,9 +144,9 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
 def write_results(stem: Path, runs: Sequence[Run], absent: Sequence[str]) -> None:
     """STEM.csv, STEM_runs.csv, STEM.md and STEM.html."""
     table, told = lines(runs), notes(runs, absent)
-    spread = [[f"{c.name} mean", f"{c.name} sd"] for c in COLUMNS]
+    spread = [[f"{c.name} mean", f"{c.name} sd", f"{c.name} n"] for c in COLUMNS]
     _write_csv(stem.with_name(f"{stem.name}.csv"), ["case", "defense", "runs", "knowledge", *sum(spread, [])],
-               [[line.case, line.defense, line.runs, line.knowledge, *(_plain(v) for c in line.cells.values() for v in (c.mean, c.deviation))] for line in table])
+               [[line.case, line.defense, line.runs, line.knowledge, *(_plain(v) for c in line.cells.values() for v in (c.mean, c.deviation, c.n))] for line in table])
     _write_csv(stem.with_name(f"{stem.name}_runs.csv"), ["record", "defense", "seed", "status", "knowledge", *(c.name for c in COLUMNS)],
                [[run.record, run.defense, run.seed, run.report["status"], ", ".join(run.report["knowledge"]),
                  *(_plain(c.read(run.report)) for c in COLUMNS)] for run in runs])

@@ -2,10 +2,13 @@
 https://arxiv.org/abs/2110.11571
 
 Poison is learned faster than clean data. So a fresh model is trained with a loss that is kept from falling below gamma
-(by flooding, the simpler one of the two ways that the paper compares), and the samples with the lowest cross-entropy are isolated (Section 3.3). The model is then trained normally on the rest,
-and at last away from the isolated samples, by gradient ascent (Section 3.4).
+(by flooding, the simpler one of the two ways that the paper compares), and the samples with the lowest cross-entropy are
+isolated (Section 3.3). The model is then trained normally on the rest, and at last away from the isolated samples, by
+gradient ascent (Section 3.4).
 
-The victim's epochs are divided as in the paper, 20 % and 60 %; the ascent has 20 epochs over the isolated few.
+The victim's epochs are divided as in the paper, 20 % and 60 %; the ascent has 20 epochs over the isolated few. Deviations: what
+the paper fixes for its own networks is the victim's here. Isolation and ascent take its optimizer and momentum, at a constant
+rate (its initial one, and a hundredth of that); the training between them is by its recipe, with augmentation and schedule.
 """
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from utils.data import Dataset, LabeledImages, to_unit
 from utils.devices import autocast
 from utils.late import F, Tensor, torch
 from utils.models import build_classifier, save_classifier
-from utils.randomness import keyed_generator
+from utils.randomness import key_seed, keyed_generator
 from utils.record import Record
 from utils.training import Epoch, Observer, batched, make_optimizer
 
@@ -83,13 +86,15 @@ def train_plainly(model: Classifier, data: LabeledImages, recipe: Recipe, stage:
         model.train()
         order = torch.randperm(len(data), generator=keyed_generator(config.random_seed, stage, epoch)).to(device)
         total, batches = 0.0, order[: len(data) - len(data) % size].split(size)
-        for batch in batches:
-            with autocast(device, config.amp and device.type == "cpu"):   # float16 would need loss scaling
-                losses = F.cross_entropy(model(to_unit(images[batch])).float(), labels[batch], reduction="none")
-            optimizer.zero_grad(set_to_none=True)
-            loss(losses).backward()
-            optimizer.step()
-            total += losses.mean().item()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(key_seed(config.random_seed, stage, epoch, "model"))   # of what the model draws (dropout), as in Trainer
+            for batch in batches:
+                with autocast(device, config.amp and device.type == "cpu"):   # float16 would need loss scaling
+                    losses = F.cross_entropy(model(to_unit(images[batch])).float(), labels[batch], reduction="none")
+                optimizer.zero_grad(set_to_none=True)
+                loss(losses).backward()
+                optimizer.step()
+                total += losses.mean().item()
         if not math.isfinite(total):
             raise UserError(f"{stage}: the loss became {total} in epoch {epoch + 1} at learning rate {lr:g}; try a smaller one")
         if observer:

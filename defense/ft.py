@@ -2,6 +2,8 @@
 
 The simplest repair of a model, a baseline of Liu, Dolan-Gavitt, Garg, "Fine-Pruning", RAID 2018,
 https://arxiv.org/abs/1805.12185
+
+Epochs, rate, schedule and augmentation are those that the victim was trained with, where benchmarks choose others for this step.
 """
 from __future__ import annotations
 

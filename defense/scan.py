@@ -6,8 +6,9 @@ clean images by expectation maximisation. Under Se, each class of (received + cl
 likelihood J of two groups over one is an outlier among classes where the class holds two kinds (Section 4). There the
 group with fewer of the clean images is poison.
 
-Two deviations: Se is shrunk towards a multiple of the identity (Ledoit and Wolf), so that it is regular however few
-clean images there are, and only classes with an unusually *large* J are flagged; a small one speaks for one group.
+Three deviations: Se is shrunk towards a multiple of the identity (Ledoit and Wolf), so that it is regular however few
+clean images there are; only classes with an unusually *large* J are flagged (a small one speaks for one group); and a class
+of which one sample is received is passed over.
 """
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: Optional[floa
         class_share: in (0, 1).
     """
     score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
-    told = round((poison_rate or 0) * len(labels))    # a rate is rounded down to a float: the count is to be whole again
+    told = round((poison_rate or 0) * len(labels))    # the whole number again: in floating point the product can fall short of it
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         score[own] = spectral_scores(features[own])

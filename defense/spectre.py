@@ -84,8 +84,8 @@ def robust_gaussian(rows: np.ndarray, expected: int, seed: int) -> tuple[np.ndar
     from sklearn.covariance import MinCovDet
 
     n, k = rows.shape
-    # Where nothing but poison varies, a determinant of 0 would be reached with poison in the support: noise keeps it above.
-    # Of one column, scikit-learn takes a window of one point too many, and may find no point near its middle: it is given two.
+    # Noise: where nothing but poison varies, the rest's covariance has no inverse, and a pseudo-inverse lets the poison back in.
+    # A second column: of one, scikit-learn takes a window of one sample more than told, which then ends in the poison.
     noisy = np.pad(rows, ((0, 0), (0, int(k == 1))))
     noisy = noisy + np.random.default_rng(seed).normal(0, FLOOR**0.5, noisy.shape)
     with warnings.catch_warnings():

@@ -4,6 +4,9 @@ https://arxiv.org/abs/1902.06531, used on a training set
 A trigger that holds under superimposed images keeps the prediction where it is. So every image is overlaid with clean
 ones, and the mean entropy of the predictions is low for triggered images (Section IV). The threshold is the entropy that
 a given share of clean images falls below: that share of the clean samples is lost, by construction.
+
+By default overlays are added and a tenth of the clean samples may be lost, as in the benchmarks that use STRIP on training sets;
+the paper mixes half and half and loses 1 % (overlay_mode: mix, false_alarms: 0.01).
 """
 from __future__ import annotations
 

@@ -1,15 +1,20 @@
 """Anti-backdoor learning: its losses by hand, that what is learned first is isolated, and that it is unlearned."""
+import copy
+
 import pytest
 import torch
 
 from defense import abl
 from defense.abl import Config, ascent, cross_entropies, flooding, isolate, train_plainly
 from defense.baseline import Recipe
+from tests.test_baselines import falling, weights_are
 from tests.toys import CLASSES, INFO, random_images, toy_dataset, with_corner
 from utils import record as record_module
 from utils.config import UserError
 from utils.data import LabeledImages
+from utils.networks import Classifier
 from utils.record import Record
+from utils.training import predict
 
 KEYS = dict(model="preactresnet_small", epochs=20, batch_size=32, lr=0.05, device="cpu", amp=False, random_seed=2)
 DATASET = toy_dataset()
@@ -67,6 +72,63 @@ def test_the_three_phases_and_what_they_see(monkeypatch):
 
 class _Victim:
     device = torch.device("cpu")
+
+
+def test_the_last_epoch_is_the_model_in_each_phase(monkeypatch):
+    """Whatever the test set says, which is read best after the first epoch here."""
+    data, _ = hard_set_with_easy_poison()
+    epochs, begun, plainly = {}, {}, abl.train_plainly
+
+    def begin(model, data, recipe, stage, *words):
+        begun[stage] = copy.deepcopy(model)
+        plainly(model, data, recipe, stage, *words)
+        begun[f"after {stage}"] = copy.deepcopy(model)
+
+    monkeypatch.setattr(abl, "train_plainly", begin)
+    config = Config(**KEYS, isolation_epochs=2, tuning_epochs=3, unlearn_epochs=2)
+    model = abl.defend(data, _Victim(), config, DATASET, Record("toy"), falling(epochs)).model
+    is_it = lambda model, stage: [weights_are(model, kept) for kept in epochs[stage]]
+    assert is_it(begun["after isolation"], "isolation") == is_it(model, "unlearning") == [False, True]
+    assert is_it(begun["unlearning"], "tuning") == [False, False, True]
+
+
+def test_a_backdoor_that_tuning_still_learns_is_gone_in_the_end():
+    data, _ = hard_set_with_easy_poison()
+    fresh = with_corner(random_images(200, 3, 8, 8, seed=9))
+    config = Config(**KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=8, unlearn_lr=0.001)
+    benign = abl.defend(data, _Victim(), config, DATASET, Record("toy")).model
+    tuned = Recipe(config, DATASET, torch.device("cpu"), Record("toy")).train("tuning", data)    # from the record
+    asr = lambda model: (predict(model, fresh) == 0).double().mean()
+    assert asr(tuned) > 0.9 and asr(benign) < 0.1
+
+
+class Dropping(torch.nn.Module):
+    """A body that draws from the global stream, as dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(x.mean(dim=(2, 3)).repeat(1, 8))
+
+
+def test_a_model_with_dropout_is_the_same_again_and_the_global_stream_is_left_alone():
+    data, _ = hard_set_with_easy_poison()
+    trained, streams = [], []
+    for before in (1, 2):
+        torch.manual_seed(5)
+        model = Classifier(Dropping(), 24, CLASSES, INFO)
+        torch.manual_seed(before)     # a process that has drawn something else before
+        train_plainly(model, data, recipe(), "isolation", 2, 0.1, flooding(0.5))
+        trained.append(model.state_dict())
+        streams.append(torch.rand(3))
+        torch.manual_seed(before)
+        assert torch.equal(torch.rand(3), streams[-1])
+    assert weights_are(model, trained[0]) and not torch.equal(*streams)
+    other = Classifier(Dropping(), 24, CLASSES, INFO)
+    other.load_state_dict(trained[0])
+    assert not torch.equal(other.train()(torch.ones(4, 3, 8, 8)), other.eval()(torch.ones(4, 3, 8, 8)))    # it does drop
 
 
 def test_a_fifth_and_three_fifths_of_the_victims_epochs():

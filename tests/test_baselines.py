@@ -9,13 +9,14 @@ from attack.badnet import BadNet
 from attack.poison import PoisonConfig
 from attack.run import RunConfig
 from defense import dataelixir, purify_only
-from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain
+from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, victim_features
 from defense.purifier import Purifier
 from defense.run import find_defense, save_case
 from tests.test_knowledge import DEFENSES
-from tests.toys import CORNER, FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
+from tests.toys import CORNER, FlatDenoiser, PatchReader, poisoned_toy, random_images, toy_dataset
 from utils import record as record_module
 from utils.config import ROOT, DataConfig, TrainConfig, UserError, parse_config
+from utils.data import LabeledImages
 from utils.record import Record
 
 KEYS = dict(model="preactresnet_small", epochs=2, batch_size=16, device="cpu", amp=False, random_seed=1)
@@ -116,13 +117,36 @@ def test_the_recipe_is_the_victims_and_a_model_is_made_once(spy):
         recipe.train("more", POISONED[:1])
 
 
+def falling(epochs):
+    """An observer that keeps each epoch's weights in {stage: [...]}, and says that the test set was read best after the first."""
+
+    def observe(epoch):
+        epochs.setdefault(epoch.stage, []).append({key: value.clone() for key, value in epoch.model.state_dict().items()})
+        return {"C-Acc": 1 / epoch.number, "ASR": 1 - 1 / epoch.number}
+
+    return observe
+
+
+def weights_are(model, kept):
+    return all(torch.equal(kept[key], value) for key, value in model.state_dict().items())
+
+
 def test_the_last_epoch_is_the_model():
     """Ports keep the epoch with the best accuracy on the test set."""
-    epochs = []
-    observer = lambda epoch: epochs.append({key: value.clone() for key, value in epoch.model.state_dict().items()}) or {}
-    model = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"), observer).train("benign", POISONED)
-    differs = lambda old: any(not torch.equal(old[key], value) for key, value in model.state_dict().items())
-    assert len(epochs) == 2 and differs(epochs[0]) and not differs(epochs[1])
+    epochs = {}
+    model = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"), falling(epochs)).train("benign", POISONED)
+    assert [weights_are(model, kept) for kept in epochs["benign"]] == [False, True]
+
+
+def test_features_are_pooled_not_augmented_and_in_the_sets_order():
+    """Ports take them un-pooled, from shuffled loaders, or from the training transform; here 150 images are three batches."""
+    data, net = LabeledImages(random_images(150, 3, 8, 8), torch.zeros(150, dtype=torch.int64)), small_net()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    with torch.no_grad():
+        expected = torch.cat([net.features(image[None] / 255) for image in data.images]).double()
+    found = victim_features(net, data)
+    assert found.shape == (150, 128) and found.dtype == "float64" and torch.from_numpy(found).allclose(expected, rtol=1e-3, atol=1e-4)
+    assert not torch.from_numpy(found).allclose(expected.roll(1, 0), rtol=1e-3, atol=1e-4) and weights_are(net, state)
 
 
 def test_flagged_samples_are_dropped_and_the_rest_is_trained_on(spy):
@@ -165,6 +189,15 @@ def test_training_longer_spends_what_dataelixir_spends(spy):
     (first, set1, _), (second, set2, _) = trained()["benign_stage1"], trained()["benign"]
     assert (first.epochs, first.lr, second.epochs, second.lr) == (2, KEYS.get("lr", 0.01), 5, 0.003) and same(set1, POISONED) and same(set2, POISONED)
     assert result.stage1 is not result.model and result.flagged is None
+
+
+def test_training_longer_has_as_many_epochs_as_dataelixir_at_the_same_rates(monkeypatch):
+    monkeypatch.setattr(dataelixir, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser())
+    seen = {}
+    for name in ("dataelixir", "train_longer"):
+        observer = lambda epoch: seen.setdefault(name, []).append((epoch.number, epoch.lr)) or {}
+        find_defense(name).defend(POISONED, victim(), config_of(name, ft_epochs=3, ft_lr=0.004), DATASET, Record(name), observer)
+    assert seen["train_longer"] == seen["dataelixir"] and len(seen["dataelixir"]) > 0
 
 
 # purification alone and repair

