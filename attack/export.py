@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -17,13 +18,12 @@ from utils.metrics import Truth
 def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequence[str]) -> None:
     """Write FOLDER/<given class>/<index>.png, manifest.csv (path, given label) and, apart, truth.csv; all of it or nothing.
 
-    Every class has a folder, also an empty one, so that labels can be read off the sorted names.
+    Every class has a folder, also an empty one, so that labels can be read off the sorted names. A folder that holds this very
+    export, from a run that was interrupted later, is left as it is.
 
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder holds something else already.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"export: {folder} holds something already; name a new or an empty folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for name in classes:
@@ -34,9 +34,19 @@ def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequ
         _write_csv(temporary / "manifest.csv", ("path", "label"), zip(paths, data.labels.tolist()))
         _write_csv(temporary / "truth.csv", ("path", "original_label", "poison", "cover"),
                    zip(paths, truth.original_labels.tolist(), truth.poison.int().tolist(), truth.cover.int().tolist()))
+        if folder.is_dir() and _same_files(temporary, folder):
+            return
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"export: {folder} holds something already; name a new or an empty folder")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files with the same bytes."""
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, other)]
+    return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0] if (one / name).is_file())
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -12,13 +12,13 @@ import inspect
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from attack.progress import Progress
 from attack.trigger import FitContext
 from utils import augmentation, models, training
-from utils.config import UserError, as_flat_dict
+from utils.config import TrainConfig, UserError
 from utils.data import LabeledImages
 from utils.decoding import CACHE
 from utils.devices import pick_device
@@ -44,10 +44,10 @@ def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[
     Args:
         name: whose tensors; begins the file's name.
         keys: what they depend on besides the training set, the seed, the recipe and the code: attack keys, target.
-        make: called with the `Progress` that lets it go on after an interruption; raises UserError where its work is not good enough,
-            and then nothing is kept.
+        make: called with the `Progress` that lets it go on after an interruption; raises Dud where its work is not good enough, and
+            then nothing is kept.
     """
-    recipe = {key: value for key, value in as_flat_dict(context.config).items() if key not in NO_INFLUENCE}
+    recipe = {f.name: getattr(context.config, f.name) for f in fields(TrainConfig) if f.name not in NO_INFLUENCE}
     parts = {"data": _data_hash(context.dataset.train), "code": _code_hash(make), "seed": context.seed} | recipe | keys
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     file = FITTED / f"{name}-{digest[:24]}.npz"
@@ -56,13 +56,17 @@ def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[
         started, progress = time.monotonic(), Progress(file.with_suffix(""))
         try:
             tensors = make(progress)
-        except UserError:
+        except Dud:
             progress.discard()
             raise
         save_arrays(file, **tensors)
         progress.discard()
         log.info("%s: fitted in %.0f s, kept as %s", name, time.monotonic() - started, file.name)
     return load_arrays(file)
+
+
+class Dud(UserError):
+    """A fit that is finished and not good enough; any other error leaves the progress for the same command to go on from."""
 
 
 def _data_hash(data: LabeledImages) -> str:
@@ -86,10 +90,10 @@ def require(name: str, good: bool, figures: str, advice: str) -> None:
     """Log a fit's figures, or refuse a fit that is not `good` with them and what to change.
 
     Raises:
-        UserError: not good.
+        Dud: not good.
     """
     if not good:
-        raise UserError(f"{name}: the fit is not good enough to be used ({figures}); {advice}")
+        raise Dud(f"{name}: the fit is not good enough to be used ({figures}); {advice}")
     log.info("%s: %s", name, figures)
 
 
@@ -154,7 +158,7 @@ def harden(model: Classifier, eps: float, seed: int) -> None:
         start = (torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1) * eps
         noisy = (x + start).clamp(0, 1).requires_grad_()
         logits = module(noisy).float()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), noisy)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1), reduction="sum"), noisy)   # a mean may underflow in float16
         busy = False
         return ((x + (start + 1.25 * eps * gradient.sign()).clamp(-eps, eps)).clamp(0, 1).detach(),)
 

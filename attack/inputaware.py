@@ -3,7 +3,8 @@
 x' = x + M(x) (P(x) - x): two generators draw a small mask and a pattern for each image. M is trained first, alone, to
 be small and different for different images; then P together with a throw-away classifier that must obey an image's own
 trigger and not another's. Both are then frozen, and the attack becomes data: cover samples carry the trigger of
-another image and keep their label.
+another image and keep their label. Unlike the published training, images are shifted by up to 4 pixels (there 5, and
+turned by up to 10 degrees), and P's rate falls along a cosine.
 """
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ from attack.trigger import FitContext, Trigger
 from defense.forecast import classifier_lines
 from defense.run import Case, defense_costs, find_defense, load_case, run_defense, save_case, show_finished
 from utils import figures
-from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, peek
+from utils.config import DataConfig, TrainConfig, as_flat_dict, command_line, parse_config, passed_over, peek
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
 from utils.devices import pick_device
 from utils.late import torch
 from utils.metrics import EpochLog, Truth
+from utils.models import check_model
 from utils.processes import led
 from utils.record import Record, start_logging
 from utils.trained import trained
@@ -58,6 +59,7 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
         argv, RunConfig, DataConfig, PoisonConfig, module.Config, trigger_class, description=trigger_class.__doc__.split("\n")[0])
     start_logging(None)
     dataset = load_dataset(data_config)
+    check_model(config.model, dataset)
     poison = replace(poison, attack=poison.attack or trigger.name)
     labels_to = label_map(trigger, poison, dataset.num_classes)
     if run.stop_after == "report":
@@ -66,7 +68,8 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
         log.info("\n".join(costs(run, trigger, config, dataset)))
         return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
-    record.claim(as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None, dry_run=False), data_config, poison, config, trigger))
+    keys = as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None, dry_run=False), data_config, poison, config, trigger)
+    record.claim(keys | {"passed_over": passed_over(argv, module.Config)})    # for the defences that the record is defended with later
     start_logging(record / "log.txt")
     data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, config, dataset)
     if run.export:

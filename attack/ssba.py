@@ -2,7 +2,8 @@
 
 x' = x + E(x, s): an encoder hides one fixed string of bits s in every poisoned image, as a residual that depends on
 the image. Encoder E and decoder D are trained on clean images and random bits, through rounding to uint8: first for
-the bits alone, then bits + L2 + (1 - SSIM), with the L2 weight raised until the images are good enough.
+the bits alone, then bits + quality + likeness. Quality is L2 and 1 - SSIM, with a weight that is steered to the wanted
+PSNR; likeness keeps the residuals of different images apart, so that the trigger is one of each sample.
 """
 from __future__ import annotations
 

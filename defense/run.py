@@ -20,7 +20,7 @@ from utils.devices import pick_device
 from utils.metrics import EpochLog, Truth
 from utils.models import build_classifier, load_weights
 from utils.processes import led
-from utils.record import Record, load_arrays, save_arrays, start_logging, write_json
+from utils.record import RUNTIME_KEYS, Record, load_arrays, save_arrays, start_logging, write_json
 from utils.report import write_page
 
 log = logging.getLogger("dataelixir")
@@ -115,7 +115,8 @@ def defend_again(name: str) -> None:
     module = find_defense(name)
     given = peek(None, "result_file", "")
     source = Record(given, must_exist=True) if given else None
-    again, data_config, config = parse_config(None, AgainConfig, DataConfig, module.Config, defaults=source.config() if source else None,
+    kept = source.config() if source else {}
+    again, data_config, config = parse_config(None, AgainConfig, DataConfig, module.Config, defaults={**(kept.get("passed_over") or {}), **kept},
                                               description=f"Defend a record again with {name}.")
     if source is None:
         raise UserError("result_file: give --result_file NAME, the name of a record that an attack script made")
@@ -126,7 +127,8 @@ def defend_again(name: str) -> None:
         log.info("\n".join(defense_costs(name, load_case(source)[0], config, dataset)))
         return
     keys = as_flat_dict(data_config, config)
-    digest = hashlib.sha256(json.dumps(keys, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    deciding = {key: value for key, value in keys.items() if key not in RUNTIME_KEYS}
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:8]
     record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
     record.claim({"defense": name, **keys})
     start_logging(record / "log.txt")
@@ -142,7 +144,13 @@ def defense_costs(name: str, data: LabeledImages, config: Any, dataset: Dataset)
 
 
 def load_whole_case(record: Record, dataset: Dataset, config: Any) -> Case:
-    """The case that a record holds, with its victim."""
+    """The case that a record holds, with its victim.
+
+    Raises:
+        UserError: the attack's run was ended before there was one.
+    """
+    if not (record / "victim.safetensors").exists():
+        raise UserError(f"result_file: {record.name} has no victim yet; run the command that made it with --stop_after victim, or without")
     data, truth, triggered = load_case(record)
     kept = record.config()
     victim = build_classifier(kept["model"], dataset.num_classes, dataset.info, (0, "victim"))

@@ -55,10 +55,20 @@ def test_a_folder_with_something_in_it_is_refused_and_left(tmp_path):
     (tmp_path / "empty").mkdir()
     export_images(tmp_path / "empty", *case(), NAMES)
     before = sorted(tmp_path.rglob("*"))
+    other, truth = case()
+    other.images[3] += 1
     for taken in (tmp_path / "empty", tmp_path, tmp_path / "empty" / "truth.csv"):
         with pytest.raises(UserError, match="export: .* holds something already"):
-            export_images(taken, *case(), NAMES)
+            export_images(taken, other, truth, NAMES)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_that_is_there_already_is_left(tmp_path):
+    """The command that goes on after an interruption says --export as well."""
+    export_images(tmp_path / "out", *case(), NAMES)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    export_images(tmp_path / "out", *case(), NAMES)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):

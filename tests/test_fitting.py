@@ -9,8 +9,9 @@ from attack import fitting
 from attack.fitting import (batches, cached, fit_split, fresh, harden, network, one_by_one, require, straight_through, surrogate,
                             weights_of)
 from attack.lc import pgd
+from defense.dataelixir import DataElixirConfig
 from tests.toys import CLASSES, INFO, fit_context, random_images, toy_dataset
-from utils.config import DataConfig, UserError
+from utils.config import DataConfig, UserError, as_flat_dict
 from utils.data import Dataset, LabeledImages, load_dataset, to_uint8
 from utils.models import build_classifier
 from utils.training import Trainer, predict
@@ -87,6 +88,24 @@ def test_a_bad_fit_is_refused_with_figures_and_advice_and_leaves_nothing():
         cached("toy", fit_context(), {}, make)
     assert not fitting.FITTED.exists() or not list(fitting.FITTED.iterdir())
     require("toy", True, "0.9", "")
+
+
+def test_what_runs_short_leaves_the_progress_to_go_on_from():
+    """A full disk is a UserError as well, which promises that what is finished is kept."""
+    def make(progress):
+        progress.file("part").write_bytes(b"three epochs")
+        raise UserError("no space left on the disk")
+
+    with pytest.raises(UserError, match="no space"):
+        cached("toy", fit_context(), {}, make)
+    assert len(list(fitting.FITTED.rglob("*part*"))) == 1
+
+
+def test_keys_of_the_defence_do_not_make_a_fit_anew():
+    context, make = fit_context(), counting()
+    for config in (context.config, DataElixirConfig(**as_flat_dict(context.config), steps_T=7, purify_batch_size=3)):
+        cached("toy", replace(context, config=config), {}, make)
+    assert make.calls == 1
 
 
 def test_an_interrupted_write_leaves_nothing(monkeypatch):

@@ -97,8 +97,9 @@ def test_a_file_that_no_run_wrote_is_not_taken_for_a_result(records):
 def test_a_missing_file_has_its_stage_run_again(records):
     record = made()
     (record / "two.npz").unlink()
+    write_json(record / "report.json", {})
     record.claim(CONFIG)
-    assert list(record.finished()) == ["one"]
+    assert list(record.finished()) == ["one"] and not (record / "report.json").exists()    # else the record would count as finished
 
 
 def test_a_config_that_is_damaged_or_gone_cannot_be_made_again(records):

@@ -4,10 +4,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.toys import INFO, random_images
+from tests.toys import INFO, random_images, toy_dataset
 from utils.config import UserError
 from utils.data import DATASETS, DatasetInfo, to_unit
-from utils.models import build_classifier, load_weights, save_classifier
+from utils.models import build_classifier, check_model, load_weights, save_classifier
 from utils.networks import MODELS, Classifier
 
 SMALL = "preactresnet_small"
@@ -129,3 +129,12 @@ def test_weights_are_never_unpickled(tmp_path):
     with pytest.raises(UserError, match="does not fit"):
         load_weights(build(), tmp_path / "victim.safetensors")
     assert not (tmp_path / "made").exists()
+
+
+def test_models_that_cannot_read_the_images_are_refused_before_anything_is_computed():
+    dataset = toy_dataset()
+    with pytest.raises(UserError, match="model: vit_tiny_patch16_224 cannot read images of 8x8 .*another --image_size"):
+        check_model("vit_tiny_patch16_224", dataset)
+    check_model("resnet18", dataset)
+    with pytest.raises(UserError, match="Did you mean"):
+        check_model("preactresnet81", dataset)

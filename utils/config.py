@@ -209,6 +209,13 @@ def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
     return default
 
 
+def passed_over(argv: Optional[Sequence[str]], cls: type) -> dict[str, Any]:
+    """{key: value} of the YAML file of a command line that were for others than `cls`, as its PASSED_OVER allows."""
+    file, own = peek(argv, "yaml_path", ""), {f.name for f in fields(cls)}
+    content = mapping(resolve_path(file, "--yaml_path")) if file else {}
+    return {key: value for key, value in content.items() if key in getattr(cls, "PASSED_OVER", ()) and key not in own}
+
+
 def as_flat_dict(*configs: Any) -> dict[str, Any]:
     """All fields of several config instances in one dictionary."""
     return {f.name: getattr(config, f.name) for config in configs for f in fields(config) if f.init}

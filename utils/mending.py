@@ -71,7 +71,6 @@ def _set_aside(folder: Path, name: str, state: str, listed: Checksums) -> None:
     else:
         gone = {listed.stage[block] for block in listed.stage if "/" in block and not (folder / block).exists()}
         _stage_again(folder, stage, told, gone)
-        (folder / "report.json").unlink(missing_ok=True)   # it stands for a record that is complete
 
 
 def _stage_again(folder: Path, stage: str, told: str, others: Collection[str] = ()) -> None:
@@ -80,6 +79,7 @@ def _stage_again(folder: Path, stage: str, told: str, others: Collection[str] = 
     again = (stage, "report", *others)
     with contextlib.suppress(UserError):     # stages.json is damaged as well: then every stage is run again
         write_json(folder / "stages.json", {key: notes for key, notes in read_stages(folder).items() if key not in again})
+    (folder / "report.json").unlink(missing_ok=True)   # it stands for a record that is complete
 
 
 def read_stages(folder: Path) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from utils import checksums
 from utils.config import UserError, nearest
 from utils.late import nn, torch
 from utils.randomness import key_seed
-from utils.record import replacing
+from utils.record import replacing, shortened
 
 if TYPE_CHECKING:
-    from utils.data import DatasetInfo
+    from utils.data import Dataset, DatasetInfo
     from utils.networks import Classifier
 
 
@@ -27,6 +27,21 @@ def build_classifier(name: str, num_classes: int, info: DatasetInfo, seed: Seque
         torch.manual_seed(key_seed(*seed))
         body, width = MODELS[name]() if name in MODELS else _timm_body(name)
         return Classifier(body, width, num_classes, info)
+
+
+def check_model(name: str, dataset: Dataset) -> None:
+    """Fail early: raises UserError where there is no such classifier, or it cannot read images of this size."""
+    from utils.networks import MODELS
+
+    model = build_classifier(name, dataset.num_classes, dataset.info, (0, "check")).eval()
+    if name in MODELS:    # ours read every size
+        return
+    try:
+        with torch.no_grad():
+            model(dataset.train.images[:1].float() / 255)
+    except Exception as error:    # each architecture says it in its own way
+        h, w = dataset.train.images.shape[-2:]
+        raise UserError(f"model: {name} cannot read images of {h}x{w} ({shortened(error)}); take another, or another --image_size") from None
 
 
 def _timm_body(name: str) -> tuple[nn.Module, int]:

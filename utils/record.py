@@ -32,7 +32,7 @@ __all__ = ["Record", "environment", "load_arrays", "peak_rss_bytes", "replacing"
 log = logging.getLogger("dataelixir")
 RECORDS = ROOT / "record"
 # keys that may differ when a run is continued: they say how fast or where, not what
-RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries", "on_bad_image", "dry_run")
+RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries", "on_bad_image", "dry_run", "passed_over")
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
 
 

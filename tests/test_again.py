@@ -1,0 +1,37 @@
+"""Records that are defended again: whose keys count, and where the result goes."""
+import sys
+
+import pytest
+
+from attack.badnet import BadNet
+from attack.run import main
+from defense.run import defend_again
+from utils import record
+from utils.config import UserError
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch):
+    """A record that was made with the digits' config for the defence `none`, and has no victim; defends it, returns the configs of its defences."""
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    main(BadNet, ["--yaml_path", "../config/badnet/digits.yaml", "--save_folder_name", "x", "--stop_after", "poison", "--defense", "none"])
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", ["again", "--result_file", "x", *words])
+        with pytest.raises(UserError, match="result_file: x has no victim yet; run the command that made it"):
+            defend_again(name)
+        return [record.Record(f"x/defense/{path.name}").config() for path in sorted((tmp_path / "x" / "defense").iterdir())]
+
+    return run
+
+
+def test_keys_of_the_config_file_reach_every_defence_whichever_the_record_was_made_for(again):
+    (config,) = again("dataelixir")
+    assert (config["steps_T"], config["rounds_n"], config["last_steps_m"], config["ft_epochs"]) == (200, 3, 10, 5)
+    assert [c["steps_T"] for c in again("purify_only", "--steps_T", "60", "--run_name", "zz")] == [200, 60]
+
+
+def test_keys_that_decide_nothing_open_no_other_folder(again):
+    """Who is told to take a smaller batch wants to go on, and not to purify from the start."""
+    assert len(again("dataelixir")) == len(again("dataelixir", "--purify_batch_size", "7", "--frequency_save", "3")) == 1
+    assert len(again("dataelixir", "--steps_T", "60")) == 2
