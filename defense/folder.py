@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from utils import checksums, lock
 from utils.config import UserError
 from utils.data import LabeledImages
 from utils.late import Tensor, torch
@@ -30,7 +31,7 @@ class OutputFolder(Record):
         path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Take the folder, or go on with the run that it holds.
+        """Take the folder, or go on with the run that it holds; what lies in cleaned/ is left as it is.
 
         Raises:
             UserError: it holds something else, or the run of another config or another set.
@@ -40,9 +41,27 @@ class OutputFolder(Record):
             if others and OWN_KEY not in (self.config() if "config.yaml" in others else {}):
                 raise UserError(f"out: {self.path} is not empty and holds no run of this command; name a new or an empty folder")
         try:
+            self.lock = lock.take(self.path, "save_folder_name")
+            for left in self.path.glob(f".{CLEANED}.*"):    # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            self.note_cleaned()
             super().claim(config)
         except UserError as error:
             raise UserError(str(error).replace("save_folder_name", "out")) from None
+
+
+    def note_cleaned(self) -> None:
+        """Note the checksums of what lies in cleaned/ now: it is the user's, so it is neither judged nor set aside by `mend`.
+
+        Files in deeper folders, as those of an image folder, are never looked at there.
+        """
+        listed = checksums.read(self.path)
+        if listed is None:
+            return
+        names = {f"{CLEANED}/{path.name}": path for path in sorted((self / CLEANED).glob("*")) if path.is_file()}
+        new = [f"{checksums.sha256_of(path)}  {name}" for name, path in names.items() if not listed.is_whole(name, path)]
+        if new:
+            checksums.note(self.path, *new)
 
 
 def refuse_overlap(given: Path, out: Path) -> None:
@@ -77,6 +96,7 @@ def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> Path
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
+        folder.note_cleaned()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

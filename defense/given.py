@@ -102,14 +102,27 @@ def as_labeled(data: Any, labels: Any) -> LabeledImages:
         data, labels = np.stack([image for image, _ in pairs]), [label for _, label in pairs]
     pixels, numbers = torch.as_tensor(np.ascontiguousarray(_as_array(data))), torch.as_tensor(np.asarray(labels))
     pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 and pixels.shape[1] != 3 and pixels.shape[3] == 3 else pixels
-    pixels = to_uint8(pixels) if pixels.is_floating_point() else pixels
+    floats = pixels.is_floating_point()
     whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or not whole or numbers.shape != pixels.shape[:1] or not len(numbers):
+    fits = (floats or pixels.dtype == torch.uint8) and pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.numel()
+    if not fits or not whole or numbers.shape != pixels.shape[:1]:
         raise UserError(f"data: images must be uint8, or floats in [0, 1], (N, 3, H, W) or (N, H, W, 3), and labels integers (N,), "
                         f"not {pixels.dtype} {tuple(pixels.shape)} and {numbers.dtype} {tuple(numbers.shape)}")
     if numbers.min() < 0 or len(numbers.unique()) < 2:
         raise UserError(f"data: labels must be 0..K-1 with two or more classes present, found {numbers.min()}..{numbers.max()}")
-    return LabeledImages(pixels.contiguous(), numbers.long())
+    return LabeledImages((_rounded(pixels) if floats else pixels).contiguous(), numbers.long())
+
+
+def _rounded(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 of floats in [0, 1]; what lies outside by less than half a level is rounding of whoever made them.
+
+    Raises:
+        UserError: floats of another range, or nan.
+    """
+    low, high = (bound.item() for bound in pixels.aminmax())
+    if not (low > -0.5 / 255 and high < 255.5 / 255):
+        raise UserError(f"data: floats from {low:.4g} to {high:.4g}, expected [0, 1]; give uint8 where they are 0..255, or undo a normalisation first")
+    return to_uint8(pixels)
 
 
 def _as_array(image: Any) -> np.ndarray:

@@ -29,7 +29,7 @@ from defense.summary import findings, summarise
 from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.data import DATASETS, Dataset, LabeledImages
 from utils.devices import pick_device
-from utils.files import write_table
+from utils.files import printable, write_table
 from utils.late import Tensor, torch
 from utils.models import build_classifier, load_weights
 from utils.processes import led
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from utils.networks import Classifier
 
 log = logging.getLogger("dataelixir")
+VICTIM_KEY = "victim_sha256"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
         config: keys of DataElixir; `config.ddpm` names the denoiser, which must be for images of this size.
         victim: a classifier trained on the set, in eval mode; by default one is trained.
         classes: K names.
-        folder: where the run's files stay, so that it can be continued; by default they are deleted (and `result.examples` with them).
+        folder: where the run's files stay, so that one that was interrupted goes on; by default they are deleted. The
+            intermediaries, and `result.examples` with them, stay after a complete run only with `config.keep_intermediaries`.
 
     Raises:
         UserError: shapes or labels that do not fit, no such denoiser, or whatever stops a training.
@@ -102,10 +104,12 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
     given = as_labeled(data, labels)
     names = tuple(classes or map(str, range(int(given.labels.max()) + 1)))
     dataset = Dataset(given, given[:0], names, "", DATASETS["imagefolder"])
+    refuse_few_classes(dataset.num_classes)
     dataelixir.check(config, dataset)
     with _kept(folder) as place:
-        place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None})
+        place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None, VICTIM_KEY: weights_digest(victim)})
         result = analyse(given, dataset, config, place, victim)
+        dataelixir.clean_up(config, place)
     table = result.decisions.table(given.labels, config.last_steps_m)
     changed = (result.decisions.column > 0) | (result.purified.labels != given.labels)
     return Cleaned(result.purified, changed, result.discrepancy.targets, table, result)
@@ -120,6 +124,22 @@ def _kept(folder: Optional[Path]) -> Iterator[OutputFolder]:
 def digest(data: LabeledImages) -> str:
     """A hash of images and labels, by which a run knows its set again."""
     return hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()[:16]
+
+
+def weights_digest(victim: Optional[Classifier]) -> Optional[str]:
+    """A hash of a given classifier's weights, by which a run knows it again; None where the run trains its own."""
+    if victim is None:
+        return None
+    found = hashlib.sha256(type(victim).__qualname__.encode())
+    for key, value in victim.state_dict().items():
+        found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def refuse_few_classes(count: int) -> None:
+    """Before anything is computed: raises UserError where no class can be told from the median one."""
+    if count < 3:
+        raise UserError(f"data: {count} classes; DataElixir tells a target label by how far it lies from the median class, which takes three or more")
 
 
 def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder, victim: Optional[Classifier],
@@ -148,8 +168,9 @@ def given_victim(file: Path, dataset: Dataset, config: DataElixirConfig) -> Clas
         UserError: it does not fit.
     """
     victim = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "victim"))
+    device = pick_device(config.device)
     try:
-        return load_weights(victim, file).to(pick_device(config.device)).eval()
+        return load_weights(victim, file).to(device).eval()
     except UserError:
         raise UserError(f"victim: {file} is no {config.model} for {dataset.num_classes} classes saved as .safetensors; "
                         "give the --model that it is, or leave --victim out to have one trained") from None
@@ -170,6 +191,7 @@ def lead(argv: Optional[Sequence[str]]) -> None:
         raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
     start_logging(None)
     given = open_given(order.data)
+    refuse_few_classes(len(given.layout.classes))
     if order.out:
         refuse_overlap(given.path, Path(order.out).expanduser())
     denoiser = fitting_denoiser(given, config.resolved(), order.resize)
@@ -189,7 +211,8 @@ def lead(argv: Optional[Sequence[str]]) -> None:
 def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset, config: DataElixirConfig, victim: Optional[Classifier]) -> None:
     """Analyse what is not analysed yet, carry the action out, and write summary and page."""
     folder = OutputFolder(Path(order.out).expanduser())
-    folder.claim(as_flat_dict(config) | {"data": str(given.path), OWN_KEY: digest(data), "victim": order.victim, "resize": order.resize})
+    folder.claim(as_flat_dict(config) | {"data": printable(str(given.path)), OWN_KEY: digest(data), "victim": order.victim,
+                                         VICTIM_KEY: weights_digest(victim), "resize": order.resize})
     start_logging(folder / "log.txt")
     if "report" in folder.finished():
         log.info("analysed before: nothing to compute")

@@ -107,6 +107,16 @@ def test_imagefolder_without_parts_is_split(tmp_path):
     assert torch.equal(load("imagefolder", tmp_path, image_size=6, test_fraction=0.25).test.images, found.test.images)
 
 
+@pytest.mark.parametrize("parts", [("train", "val"), ("Training", "Testing"), ("valid", "validation", "train")])
+def test_parts_of_a_set_are_no_classes(tmp_path, parts):
+    for part in parts:
+        image_tree(tmp_path / part, ["cat", "dog"], 4)
+    with pytest.raises(UserError, match=f"dataset_path: .*{'/, '.join(sorted(parts))}/, which are no classes; name the two to be used train/ and test/"):
+        load("imagefolder", tmp_path, image_size=6)
+    image_tree(tmp_path / "rail", ["train", "tram"], 4)    # a class may be called so
+    assert load("imagefolder", tmp_path / "rail", image_size=6).classes == ("train", "tram")
+
+
 def test_a_path_relative_to_attack_is_found(tmp_path, monkeypatch):
     image_tree(tmp_path / "pictures", ["a", "b"], 3)
     monkeypatch.setattr(config, "SCRIPTS", tmp_path / "attack")

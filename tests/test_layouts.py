@@ -128,6 +128,15 @@ def test_cifar_is_read_and_only_the_changed_batch_is_written_anew(cifar, tmp_pat
         assert np.array_equal(new[key("data")][1].reshape(3, SIDE, SIDE), result.images[5])
 
 
+def test_links_out_of_a_cifar_folder_are_refused(cifar, tmp_path):
+    (cifar / "again").symlink_to(cifar / "test_batch")
+    open_layout(cifar)
+    (tmp_path / "private").write_bytes(b"secret")
+    (cifar / "readme.html").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match="data: .*readme.html leads out of the data folder; "):
+        open_layout(cifar)
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_arrays_pickled_by_any_python_are_read(tmp_path, protocol):
     (tmp_path / "batch").write_bytes(pickle.dumps({b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol))
@@ -160,11 +169,15 @@ def test_a_pickle_that_names_anything_else_is_refused_and_not_run(tmp_path, make
 def test_what_is_no_set_is_told(tmp_path):
     (tmp_path / "only" / "cat").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "only" / "cat" / "a.png")
-    for part in ("train", "test"):
-        (tmp_path / "split" / part / "cat").mkdir(parents=True)
+    splits = (("train", "test"), ("Train", "VAL"), ("validation", "training", "testing"), ("train",))
+    for k, parts in enumerate(splits):
+        for part in parts:
+            (tmp_path / f"split{k}" / part / "cat").mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / f"split{k}" / part / "cat" / "a.png")
     np.savez(tmp_path / "x.npz", pictures=np.zeros(3))
     np.savez(tmp_path / "y.npz", images=np.zeros((3, 4, 4, 3)), labels=np.zeros(3))
-    for name, told in (("only", "of 1 class; two or more"), ("split", "give the part to be cleaned"), ("x.npz", "expected the arrays images and labels"),
+    for name, told in (("only", "of 1 class; two or more"), *((f"split{k}", f"are no classes; give the part to be cleaned, .*/split{k}/[Tt]rain") for k in range(4)),
+                       ("x.npz", "expected the arrays images and labels"),
                        ("y.npz", "must be uint8"), ("none", "is no folder of class folders")):
         with pytest.raises(UserError, match=told):
             open_layout(tmp_path / name)

@@ -179,7 +179,7 @@ def test_the_readmes_example_runs(toy, tmp_path):
 @pytest.mark.parametrize("side", [16, 64])
 def test_sets_of_other_resolutions_train_their_denoiser_and_are_purified(tmp_path, side, capsys):
     for k, image in enumerate(random_images(12, 3, side, side)):
-        file = tmp_path / "set" / f"class{k % 2}" / f"{k}.png"
+        file = tmp_path / "set" / f"class{k % 3}" / f"{k}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     told = refused(capsys, "--data", tmp_path / "set", "--out", tmp_path / "out")

@@ -18,7 +18,7 @@ from numpy._core.multiarray import _reconstruct
 from numpy._core.numeric import _frombuffer
 
 from utils.config import UserError
-from utils.decoding import resize_all
+from utils.decoding import OUTSIDE, leads_out, resize_all
 from utils.late import Tensor, torch
 from utils.layouts import Layout, Outcome, fitted
 
@@ -95,12 +95,19 @@ def training_files(folder: Path) -> list[Path]:
 
 
 class CifarFiles(Layout):
-    """A folder cifar-10-batches-py or cifar-100-python; the test batch and everything else is passed through as it is."""
+    """A folder cifar-10-batches-py or cifar-100-python; the test batch and everything else is passed through as it is.
+
+    Raises:
+        UserError: a file is a link out of the folder, or no CIFAR batch.
+    """
 
     kind = "CIFAR python files"
 
     def __init__(self, folder: Path):
         self.folder, self.files = folder, training_files(folder)
+        stray = next((path for path in sorted(folder.iterdir()) if leads_out(path, folder)), None)
+        if stray:
+            raise UserError(f"data: {stray} {OUTSIDE}; put the file itself there, or remove the link")
         self.batches = [load_arrays(path) for path in self.files]
         for path, batch in zip(self.files, self.batches):
             self._check(path, batch)

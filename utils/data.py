@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 from utils.config import DataConfig, UserError, candidate_paths, choose_by_name
-from utils.decoding import class_folders, files_by_class, resize_all
+from utils.decoding import are_splits, class_folders, files_by_class, resize_all
 from utils.folders import gtsrb_test_files, read_parts, tell_oddities
 from utils.late import Tensor, torch
 
@@ -206,6 +206,8 @@ def _load_imagefolder(folder: Path, config: DataConfig) -> Splits:
         parts = [files_by_class(folder / part, classes) for part in ("train", "test")]
     else:
         classes = class_folders(folder)
+        if are_splits(classes):
+            raise UserError(f"dataset_path: {folder} holds {'/, '.join(classes)}/, which are no classes; name the two to be used train/ and test/, or give one of them")
         files = files_by_class(folder, classes)
         kept, split = stratified_split([label for _, label in files], config.test_fraction) if files else ([], [])
         parts = [[files[i] for i in kept], [files[i] for i in split]]

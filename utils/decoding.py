@@ -26,7 +26,10 @@ from utils.files import replacing, shortened
 log = logging.getLogger("dataelixir")
 CACHE = ROOT / "record" / ".cache"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+OUTSIDE = "leads out of the data folder"
 MAX_PIXELS = 80_000_000     # a small file can unfold to more than memory holds
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I")
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))    # names of parts, in lower case
 RULES = 2                   # to be raised when images are read differently, so that no cache from before is used
 STALE = 3600                # seconds after which a half-written file in the cache is nobody's
 
@@ -51,7 +54,12 @@ class Decoded:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file as a person sees it: mode RGB, any size.
+    """An image file as a person sees it: mode RGB, any size; raises as `open_with_kind` does."""
+    return open_with_kind(path)[0]
+
+
+def open_with_kind(path: str | Path) -> tuple[Image.Image, bool]:
+    """An image file as a person sees it, in mode RGB, and whether the file holds levels of grey and no colours.
 
     Raises:
         BadImage: not an image, damaged, too large, or of pixels without a known scale.
@@ -63,7 +71,7 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return _as_rgb(ImageOps.exif_transpose(image)), image.mode in GREY
     except (BadImage, MemoryError):
         raise
     except Exception as error:   # each of PIL's readers raises its own on a hostile file
@@ -122,14 +130,15 @@ def decode_readable(files: Sequence[tuple[str, int]], size: int, root: Path | No
     Args:
         root: what leads out of this folder, by a link or by its name, is a bad image; None lets it lead anywhere.
     """
-    strays = [place for place, (path, _) in enumerate(files) if root and _leaves(path, root)]
+    strays = [place for place, (path, _) in enumerate(files) if root and leads_out(path, root)]
     inside = np.array(sorted(set(range(len(files))) - set(strays)), np.int64)
     found = _decode([files[place] for place in inside], size)
-    bad = {place: "leads out of the data folder" for place in strays} | {int(inside[k]): reason for k, reason in found.bad.items()}
+    bad = {place: OUTSIDE for place in strays} | {int(inside[k]): reason for k, reason in found.bad.items()}
     return Decoded(found.images, inside[found.kept], dict(sorted(bad.items())))
 
 
-def _leaves(path: str, root: Path) -> bool:
+def leads_out(path: str | Path, root: Path) -> bool:
+    """Whether a path, or the link that it is, leads out of the data folder `root`."""
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
@@ -195,3 +204,13 @@ def class_folders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise FileNotFoundError(folder)
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def are_splits(names: Sequence[str]) -> bool:
+    """Whether folders of these names are the parts of a set, such as train and val, and not its classes."""
+    return bool(names) and all(name.casefold() in SPLITS for name in names)
+
+
+def training_part(names: Sequence[str]) -> str:
+    """Of the names of parts, the one that a model is trained on; the first where none is called so."""
+    return next((name for name in names if name.casefold().startswith("train")), names[0])

@@ -60,17 +60,25 @@ def shortened(error: BaseException) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, complete or not at all; NaN and infinity become null."""
+    """Write JSON, complete or not at all; NaN and infinity become null, text is made `printable`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write a .csv with named columns of equal length, complete or not at all; floats of an array have six digits, nan is an empty cell."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as out:
+    """Write a .csv with named columns of equal length, complete or not at all.
+
+    Floats of an array have six digits, nan is an empty cell, and text is made `printable`.
+    """
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
         writer = csv.writer(out)
         writer.writerow(columns)
         writer.writerows(zip(*(_cells(np.asarray(column)) for column in columns.values())))
+
+
+def printable(text: str) -> str:
+    """Text as UTF-8 can hold it: of a file name in another encoding, the bytes that are none are spelt out as in the log."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cells(column: np.ndarray) -> list[Any]:
@@ -84,6 +92,8 @@ def _finite(value: Any) -> Any:
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
+    if isinstance(value, str):
+        return printable(value)
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 

@@ -27,11 +27,25 @@ def read_parts(parts: Sequence[Files], config: DataConfig, root: Path) -> list[t
     """
     found = [decode_readable(part, config.image_size, root) for part in parts]
     bad = [f"{part[place][0]}: {reason}" for part, decoded in zip(parts, found) for place, reason in decoded.bad.items()]
-    _tell(f"{len(bad)} of {sum(map(len, parts))} image files in {root} cannot be used", bad)
+    _tell_bad(bad, sum(map(len, parts)), root)
     if bad and config.on_bad_image == "stop":
-        raise UserError(f"dataset_path: {len(bad)} image files in {root} cannot be used, the first is {bad[0]};\n"
-                        "repair or remove what is listed above, or leave it out with --on_bad_image skip")
+        raise UserError(f"dataset_path: {_first_of(bad, root)}, or leave it out with --on_bad_image skip")
     return [(decoded.images, [part[place][1] for place in decoded.kept]) for part, decoded in zip(parts, found)]
+
+
+def refuse_bad(bad: Sequence[str], total: int, root: Path) -> None:
+    """Log the files of a set of `total` that are no usable images ("path: reason"), and raise UserError where there are any."""
+    _tell_bad(bad, total, root)
+    if bad:
+        raise UserError(f"data: {_first_of(bad, root)}")
+
+
+def _tell_bad(bad: Sequence[str], total: int, root: Path) -> None:
+    _tell(f"{len(bad)} of {total} image files in {root} cannot be used", bad)
+
+
+def _first_of(bad: Sequence[str], root: Path) -> str:
+    return f"{len(bad)} image files in {root} cannot be used, the first is {bad[0]};\nrepair or remove what is listed above"
 
 
 def tell_oddities(parts: Sequence[Files], config: DataConfig, root: Path, classes: Sequence[str]) -> None:
@@ -54,7 +68,7 @@ def _in_two_classes(parts: Sequence[Files], found: Sequence[Decoded]) -> list[st
     return twice
 
 
-def _tell(heading: str, lines: list[str]) -> None:
+def _tell(heading: str, lines: Sequence[str]) -> None:
     if lines:
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         log.warning("%s:\n%s", heading, "\n".join(f"  {line}" for line in [*lines[:SHOWN], *more]))

@@ -1,8 +1,9 @@
 """Sets of labelled images as people keep them, read whole and written back in the same layout.
 
 A layout knows how to read a set (`read`) and how to write it with some samples relabelled, replaced or left out
-(`write`). Untouched files are copied byte for byte. Reading runs nothing that a file says: images through PIL, arrays
-without unpickling, CIFAR's pickles through an unpickler that knows arrays and nothing else (utils/cifar.py).
+(`write`). Untouched files are copied byte for byte. Reading runs nothing that a file says: images as everywhere in this
+program (utils/decoding.py), arrays without unpickling, CIFAR's pickles through an unpickler that knows arrays and
+nothing else (utils/cifar.py).
 """
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from PIL import Image
 
 from utils.config import UserError
 from utils.data import LabeledImages
-from utils.decoding import class_folders, files_by_class, resize_all
+from utils.decoding import OUTSIDE, BadImage, are_splits, class_folders, files_by_class, leads_out, open_with_kind, resize_all, training_part
+from utils.folders import refuse_bad
 from utils.late import Tensor, torch
 
 PAIRS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("data", "labels"))   # names of the two arrays in a .npz
@@ -105,41 +107,54 @@ def fitted(image: np.ndarray, size: tuple[int, int], grey: bool = False) -> np.n
 
 
 class ImageFolder(Layout):
-    """<class>/**/<image>; classes are the folder names, sorted."""
+    """<class>/**/<image>; classes are the folder names, sorted.
+
+    Images are read as a viewer shows them (utils/decoding.py), so one that is replaced is written upright.
+
+    Raises:
+        UserError: files that are no usable images, or links out of the folder (all are logged); or the folders are parts of a set.
+    """
 
     kind = "image folder"
 
     def __init__(self, folder: Path):
         self.folder, self.classes = folder, class_folders(folder)
-        if set(self.classes) == {"train", "test"}:
-            raise UserError(f"data: {folder} holds train/ and test/; give the part to be cleaned, {folder / 'train'}")
+        if are_splits(self.classes):
+            raise UserError(f"data: {folder} holds {'/, '.join(self.classes)}/, which are no classes; "
+                            f"give the part to be cleaned, {folder / training_part(self.classes)}")
         files = files_by_class(folder, self.classes)
         self.labels = torch.tensor([label for _, label in files], dtype=torch.int64)
         self.paths = [Path(path).relative_to(folder).as_posix() for path, _ in files]
-        self.shapes = [self._shape(path) for path in self.paths]
+        self.shapes = self._shapes()
         self.sizes = common_sizes([shape[:2] for shape in self.shapes]) if files else []
         kept = set(self.paths)
         self.left_out = sorted(name for path in folder.rglob("*") if path.is_file() and (name := path.relative_to(folder).as_posix()) not in kept)
 
-    def _open(self, path: str) -> Image.Image:
-        try:
-            return Image.open(self.folder / path)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.folder / path}: not an image that can be read ({str(error)[:80]}); repair or remove it") from None
+    def _open(self, path: str) -> tuple[Image.Image, bool]:
+        if leads_out(self.folder / path, self.folder):
+            raise BadImage(OUTSIDE)
+        return open_with_kind(self.folder / path)
 
-    def _shape(self, path: str) -> tuple[int, int, bool]:
-        with self._open(path) as image:
-            return image.height, image.width, image.mode in ("1", "L", "I;16")
+    def _shapes(self) -> list[tuple[int, int, bool]]:
+        """Height, width and whether it is grey, of every image; memory holds one at a time, so they are decoded again later."""
+        shapes, bad = [], []
+        for path in self.paths:
+            try:
+                image, grey = self._open(path)
+                shapes.append((image.height, image.width, grey))
+            except BadImage as error:
+                bad.append(f"{self.folder / path}: {error}")
+        refuse_bad(bad, len(self.paths), self.folder)
+        return shapes
 
     def images(self, size: int) -> Tensor:
         return torch.from_numpy(np.concatenate([resize_all(self._pixels(path), size) for path in self.paths]))
 
     def _pixels(self, path: str) -> np.ndarray:
-        with self._open(path) as image:
-            try:
-                return np.asarray(image.convert("RGB"))[None]
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.folder / path}: damaged ({str(error)[:80]}); repair or remove it") from None
+        try:
+            return np.asarray(self._open(path)[0])[None]
+        except BadImage as error:
+            raise UserError(f"{self.folder / path}: cannot be read any more ({error}); repair or remove it") from None
 
     def write(self, folder: Path, outcome: Outcome) -> None:
         """Untouched files first, under their names; then the others, as .png: those that keep their class, those that change it."""

@@ -1,0 +1,153 @@
+"""Cleaning sets as strangers hand them over: odd images and names, links, few classes, another victim, files in cleaned/ that are the user's."""
+import csv
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from defense import dataelixir, given, purify
+from tests.test_layouts import contents, with_changes
+from tests.test_purify import CONFIG, KEYS, POISONED, TRUTH, refused, run, toy  # noqa: F401
+from tests.toys import PatchReader, random_images
+from utils.config import UserError
+from utils.decoding import open_image
+from utils.layouts import open_layout
+from utils.models import build_classifier, save_classifier
+from utils.record import save_arrays
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """a/: 16 bits of grey, a picture that EXIF turns, transparency; b/: a plain picture and a link to it. All 8 wide and 12 high as seen."""
+    root, pixels = tmp_path / "set", random_images(12, 8, 4).numpy()
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+    Image.fromarray((pixels[..., 0].astype(np.uint16)) * 257).save(root / "a" / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for ending in ("jpg", "png", "tif"):
+        Image.fromarray(pixels[..., :3]).transpose(Image.Transpose.ROTATE_90).save(root / "a" / f"turned_{ending}.{ending}", exif=exif)
+    Image.fromarray(pixels).save(root / "a" / "glass.png")
+    Image.fromarray(pixels[..., :3]).save(root / "b" / "plain.png")
+    (root / "b" / "same.png").symlink_to(root / "b" / "plain.png")
+    return root
+
+
+def test_images_are_analysed_as_a_viewer_shows_them_and_purified_ones_written_upright(odd, tmp_path):
+    before, layout = contents(odd), open_layout(odd)
+    assert layout.sizes == [(12, 8)] and layout.paths[0] == "a/deep.png"
+    seen = torch.stack([torch.from_numpy(np.array(open_image(odd / path).resize((16, 16), Image.Resampling.BILINEAR))).permute(2, 0, 1) for path in layout.paths])
+    assert torch.equal(layout.images(16), seen) and layout.images(16)[0].float().mean() < 200    # sixteen bits are not cut off at white
+    result = with_changes(layout, 12, {}, replaced=range(3))
+    layout.write(tmp_path / "out", result)
+    for k, (path, mode) in enumerate(zip(layout.paths[:3], ("L", "RGB", "RGB"))):
+        with Image.open((tmp_path / "out" / path).with_suffix(".png")) as written:
+            assert written.size == (8, 12) and written.mode == mode and not written.getexif()
+    found = contents(tmp_path / "out")
+    assert {name: found[name] for name in layout.paths[3:]} == {name: before[name] for name in layout.paths[3:]} and contents(odd) == before
+
+
+def test_links_out_of_the_folder_and_bad_files_are_refused_by_name(odd, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(purify.log, "propagate", True)
+    shutil.copytree(odd, tmp_path / "private")
+    (odd / "a" / "out.png").symlink_to(tmp_path / "private" / "b" / "plain.png")
+    (odd / "c").symlink_to(tmp_path / "private" / "b")
+    Image.new("1", (9001, 9000)).save(odd / "b" / "bomb.png")
+    with pytest.raises(UserError, match=r"data: 4 image files in .*set cannot be used, the first is .*/a/out.png: leads out of the data folder;\nrepair"):
+        open_layout(odd)
+    assert "c/plain.png: leads out" in caplog.text and "bomb.png: 9001x9000 pixels" in caplog.text
+
+
+def test_what_turns_bad_between_looking_and_reading_is_told(odd):
+    layout = open_layout(odd)
+    (odd / "b" / "plain.png").write_bytes(b"gone")
+    with pytest.raises(UserError, match="plain.png: cannot be read any more"):
+        layout.images(8)
+
+
+def test_two_classes_are_refused_before_anything_is_trained(toy, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(purify, "trained", None)
+    two = POISONED[POISONED.labels < 2]
+    for words in (KEYS, KEYS[:-2]):    # nobody is sent to train a denoiser first
+        assert refused(capsys, "--data", toy(two), "--out", tmp_path / "out", *words).startswith("error: data: 2 classes; DataElixir tells")
+    with pytest.raises(UserError, match="^data: 2 classes; "):
+        purify.clean(two.images, two.labels, config=CONFIG)
+
+
+def other(victim):
+    """The same network with other weights."""
+    victim.levels[0] += 1e-3
+    return victim
+
+
+def test_a_folder_is_of_one_victim(toy, tmp_path, capsys):  # noqa: F811
+    clean = lambda victim: purify.clean(POISONED.images, POISONED.labels, config=CONFIG, folder=tmp_path / "run", victim=victim)
+    clean(PatchReader().eval())
+    assert not (tmp_path / "run" / "purify").exists() and clean(PatchReader().eval()).target_labels == (0,)
+    for victim in (other(PatchReader().eval()), None):
+        with pytest.raises(UserError, match="out: .*belongs to another config .*victim_sha256: '.*' there"):
+            clean(victim)
+
+
+def test_a_victims_file_is_known_by_its_content(toy, tmp_path, capsys):  # noqa: F811
+    data, file = toy(POISONED), tmp_path / "victim.safetensors"
+    save = lambda seed: save_classifier(build_classifier(CONFIG.model, 5, purify.DATASETS["imagefolder"], seed), file)
+    save((0,))
+    words = ["--data", data, "--out", tmp_path / "out", "--victim", file, *KEYS]
+    told = refused(capsys, *words[:-6], "--device", "gpu", "--ddpm", "flat")
+    assert told.startswith("error: device: 'gpu' cannot be used")
+    run(data, tmp_path / "out", "--victim", file)
+    save((1,))
+    assert "victim_sha256" in refused(capsys, *words)
+
+
+def test_names_that_are_no_utf8_reach_every_file(toy, tmp_path):  # noqa: F811
+    data, out = toy(POISONED), tmp_path / "out"
+    name, folder = os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"gr\xe9y4")
+    poison = int(TRUTH.poison.nonzero()[0])
+    os.rename(data / "grey0" / f"{poison:03d}.png", data / "grey0" / name)
+    os.rename(data / "grey4", data / folder)
+    (data / "grey1" / os.fsdecode(b"\xff.txt")).write_text("no image")
+    summary = run(data, out)
+    paths = [row["path"] for row in csv.DictReader(open(out / "decisions.csv", encoding="utf-8"))]
+    assert "grey0/caf\\udce9.png" in paths and any(path.startswith("gr\\udce9y4/") for path in paths) and len(paths) == len(POISONED)
+    assert summary["changed"]["samples"] == int(TRUTH.poison.sum()) and any("\\udcff.txt" in note for note in summary["notes"])
+    assert list((out / "cleaned").rglob(name)) and (out / "cleaned" / folder).is_dir() and "caf\\\\udce9.png" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [lambda image: image * 255.0, lambda image: (image - 0.5) / 0.25, lambda image: image * float("nan")])
+def test_floats_of_another_range_are_refused(change):
+    images = POISONED.images / 255
+    with pytest.raises(UserError, match=r"data: floats from .* to .*, expected \[0, 1\]; give uint8"):
+        given.as_labeled(change(images), POISONED.labels)
+    assert torch.equal(given.as_labeled(images + 1e-5, POISONED.labels).images, POISONED.images)    # the rounding of a resize is none
+
+
+def test_a_cleaned_file_is_the_users_and_stays(toy, tmp_path, monkeypatch):  # noqa: F811
+    save_arrays(tmp_path / "set.npz", images=POISONED.images, labels=POISONED.labels)
+    out = tmp_path / "out"
+    run(tmp_path / "set.npz", out)
+    before = contents(out / "cleaned")
+    monkeypatch.setattr(dataelixir, "defend", None)    # nothing is computed again
+    run(tmp_path / "set.npz", out, "--action", "report")
+    assert contents(out / "cleaned") == before and set(before) == {"set.npz"}
+    np.savez(out / "cleaned" / "set.npz", mine=np.zeros(2))
+    np.savez(out / "cleaned" / "more.npz", mine=np.ones(2))
+    (out / ".cleaned.1").mkdir()    # what a killed run leaves
+    before = contents(out / "cleaned")
+    run(tmp_path / "set.npz", out, "--action", "report")
+    assert contents(out / "cleaned") == before and not (out / ".cleaned.1").exists()
+
+
+def test_the_cleaned_files_of_a_folder_are_not_looked_at(toy, tmp_path, monkeypatch):  # noqa: F811
+    data, out = toy(POISONED), tmp_path / "out"
+    run(data, out)
+    monkeypatch.setattr(dataelixir, "defend", None)
+    next((out / "cleaned").rglob("*.png")).write_bytes(b"mine")
+    np.savez(out / "cleaned" / "mine.npz", mine=np.zeros(2))
+    before = contents(out / "cleaned")
+    run(data, out, "--action", "report")
+    assert contents(out / "cleaned") == before
