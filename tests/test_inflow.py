@@ -164,10 +164,10 @@ def test_a_class_close_to_the_limit_is_undecided_until_the_sample_has_grown():
         votes, labels = poisoned(rate, [2000] * 10, drift=0.3)
         part = stratified(labels, torch.full((10,), first), seed=1)
         votes, labels, sizes = votes[part], labels[part], labels.bincount()
-        candidates, partly = filter_candidates(votes, TAU), torch.zeros(10, dtype=torch.bool)
+        candidates = filter_candidates(votes, TAU)
         rule = TargetRule(threshold=1e9)                                    # the inflow alone
         found = target_labels(votes, candidates, labels, 10, rule, sizes)
-        return found.targets, undecided(votes, candidates, labels, sizes, partly, found, rule, 0.02, seed=0).nonzero().flatten().tolist()
+        return found.targets, undecided(votes, candidates, labels, sizes, found, rule, 0.02, seed=0).nonzero().flatten().tolist()
 
     assert sampled(0, 64) == ((), []) and sampled(0.03, 64) == ((0,), [])
     assert sampled(0.01, 64)[1] == [0] and sampled(0.015, 64) == ((0,), [0]) and sampled(0.01, 600) == ((0,), [])
