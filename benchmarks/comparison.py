@@ -208,9 +208,10 @@ def heat_maps(table: Sequence[Line]) -> bytes:
     import matplotlib.pyplot as plt
 
     cases, defenses = _in_order(table)
-    width = max(1.6, 0.75 * len(cases) + 0.4)
-    figure, axes = plt.subplots(1, len(DRAWN), figsize=(width * len(DRAWN) + 2.6, 0.34 * len(defenses) + 1.9), sharey=True)
-    for axis, (name, colours) in zip(axes, DRAWN):
+    width, across = max(1.6, 0.75 * len(cases) + 0.4), len(DRAWN) if len(cases) <= 3 else 2    # maps side by side
+    down = len(DRAWN) // across
+    figure, axes = plt.subplots(down, across, figsize=(width * across + 2.6, (0.34 * len(defenses) + 1.9) * down), sharey=True, squeeze=False, layout="constrained")
+    for axis, (name, colours) in zip(axes.flat, DRAWN):
         values = np.full((len(defenses), len(cases)), np.nan)
         for line in table:
             mean = line.cells[name].mean
