@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from attack import fitting
-from attack.fitting import surrogate
+from attack.fitting import Dud, surrogate
 from attack.inputaware import InputAware
 from attack.lc import LabelConsistent
 from attack.lf import LowFrequency
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_told_of_and_the_part_starts_again(tmp_path, caplog, m
 
 def test_a_refused_fit_leaves_nothing(context, monkeypatch, tmp_path):
     def refuse(*words):
-        raise UserError("not good enough")
+        raise Dud("not good enough")
 
     monkeypatch.setattr("attack.lf.require", refuse)
     with pytest.raises(UserError, match="not good enough"):
