@@ -111,9 +111,14 @@ Config = DataElixirConfig
 
 def check(config: DataElixirConfig, dataset: Dataset) -> None:
     """Fail early: raises UserError where the denoiser cannot serve this data set and noise level, or there are too few classes to compare."""
-    if dataset.num_classes < 3:
-        raise UserError(f"dataset: {dataset.num_classes} classes; DataElixir tells a target label by how far it lies from the median class, which takes three or more")
+    refuse_few_classes(dataset.num_classes, "dataset")
     open_denoiser(config.resolved(), dataset.train.images.shape[-1], dataset.name)
+
+
+def refuse_few_classes(count: int, key: str) -> None:
+    """Raises UserError, in the name of `key`, where there are too few classes for one to be told from the median one."""
+    if count < 3:
+        raise UserError(f"{key}: {count} classes; DataElixir tells a target label by how far it lies from the median class, which takes three or more")
 
 
 def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, dataset: Dataset, record: Record,

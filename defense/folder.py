@@ -49,7 +49,6 @@ class OutputFolder(Record):
         except UserError as error:
             raise UserError(str(error).replace("save_folder_name", "out")) from None
 
-
     def note_cleaned(self) -> None:
         """Note the checksums of what lies in cleaned/ now: it is the user's, so it is neither judged nor set aside by `mend`.
 

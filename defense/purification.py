@@ -16,7 +16,7 @@ from defense.rounds import Ending, Rounds
 from defense.sampling import stratified, undecided
 from defense.store import Block, IntermediaryStore
 from defense.target_label import Discrepancy, TargetRule, target_labels
-from defense.verdict import Kind, filter_candidates
+from defense.verdict import Candidates, Kind, filter_candidates
 from utils.cost import clock
 from utils.data import LabeledImages
 from utils.late import Tensor, torch
@@ -59,7 +59,10 @@ class Purification:
     def found(self, rows: Tensor) -> Discrepancy:
         """Target labels as far as the samples `rows` (B,), purified before, show them."""
         votes, labels = self.votes()[rows], self.data.labels[rows]
-        return target_labels(votes, filter_candidates(votes, self.rounds.tau), labels, self.num_classes, self.rule, self.sizes)
+        return self._found(votes, filter_candidates(votes, self.rounds.tau), labels)
+
+    def _found(self, votes: Tensor, candidates: Candidates, labels: Tensor) -> Discrepancy:
+        return target_labels(votes, candidates, labels, self.num_classes, self.rule, self.sizes)
 
     def everything(self) -> Discrepancy:
         """Purify every sample, with all rounds."""
@@ -99,9 +102,10 @@ class Purification:
         while True:
             rows = self._rows(sizes)
             self.run(rows, name=name)
-            votes, labels, found = self.votes()[rows], self.data.labels[rows], self.found(rows)
-            short = undecided(votes, filter_candidates(votes, self.rounds.tau), labels, self.sizes, found, self.rule, error,
-                              self.rounds.purifier.seed)
+            votes, labels = self.votes()[rows], self.data.labels[rows]
+            candidates = filter_candidates(votes, self.rounds.tau)
+            found = self._found(votes, candidates, labels)
+            short = undecided(votes, candidates, labels, self.sizes, found, self.rule, error, self.rounds.purifier.seed)
             log.info("sample: %d of %d images purified, target labels %s, undecided classes %s", len(rows), len(self.data),
                      list(found.targets) or "none", short.nonzero().flatten().tolist() or "none")
             if not short.any():

@@ -104,7 +104,7 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
     given = as_labeled(data, labels)
     names = tuple(classes or map(str, range(int(given.labels.max()) + 1)))
     dataset = Dataset(given, given[:0], names, "", DATASETS["imagefolder"])
-    refuse_few_classes(dataset.num_classes)
+    dataelixir.refuse_few_classes(dataset.num_classes, "data")
     dataelixir.check(config, dataset)
     with _kept(folder) as place:
         place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None, VICTIM_KEY: weights_digest(victim)})
@@ -134,12 +134,6 @@ def weights_digest(victim: Optional[Classifier]) -> Optional[str]:
     for key, value in victim.state_dict().items():
         found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
-
-
-def refuse_few_classes(count: int) -> None:
-    """Before anything is computed: raises UserError where no class can be told from the median one."""
-    if count < 3:
-        raise UserError(f"data: {count} classes; DataElixir tells a target label by how far it lies from the median class, which takes three or more")
 
 
 def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder, victim: Optional[Classifier],
@@ -191,7 +185,7 @@ def lead(argv: Optional[Sequence[str]]) -> None:
         raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
     start_logging(None)
     given = open_given(order.data)
-    refuse_few_classes(len(given.layout.classes))
+    dataelixir.refuse_few_classes(len(given.layout.classes), "data")
     if order.out:
         refuse_overlap(given.path, Path(order.out).expanduser())
     denoiser = fitting_denoiser(given, config.resolved(), order.resize)

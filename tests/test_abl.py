@@ -8,7 +8,7 @@ from defense import abl
 from defense.abl import Config, ascent, cross_entropies, flooding, isolate, train_plainly
 from defense.baseline import Recipe
 from tests.test_baselines import falling, weights_are
-from tests.toys import CLASSES, INFO, random_images, toy_dataset, with_corner
+from tests.toys import CLASSES, INFO, Dropping, random_images, toy_dataset, with_corner
 from utils import record as record_module
 from utils.config import UserError
 from utils.data import LabeledImages
@@ -100,17 +100,6 @@ def test_a_backdoor_that_tuning_still_learns_is_gone_in_the_end():
     tuned = Recipe(config, DATASET, torch.device("cpu"), Record("toy")).train("tuning", data)    # from the record
     asr = lambda model: (predict(model, fresh) == 0).double().mean()
     assert asr(tuned) > 0.9 and asr(benign) < 0.1
-
-
-class Dropping(torch.nn.Module):
-    """A body that draws from the global stream, as dropout does."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = torch.nn.Dropout(0.5)
-
-    def forward(self, x):
-        return self.drop(x.mean(dim=(2, 3)).repeat(1, 8))
 
 
 def test_a_model_with_dropout_is_the_same_again_and_the_global_stream_is_left_alone():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.toys import CLASSES, INFO, LEVELS, random_images
+from tests.toys import CLASSES, INFO, LEVELS, Dropping, random_images
 from utils import training
 from utils.augmentation import PAD, random_crop_flip
 from utils.config import TrainConfig, UserError
@@ -140,17 +140,6 @@ def test_checkpoints_are_written_after_every_epoch_or_as_asked_for(tmp_path, eve
     with pytest.raises(Stop):
         trainer(replace(CONFIG, frequency_save=every), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(4))
     assert torch.load(tmp_path / "c.pt", weights_only=True)["epochs_done"] == kept
-
-
-class Dropping(torch.nn.Module):
-    """A body that draws from the global stream, as dropout does."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = torch.nn.Dropout(0.5)
-
-    def forward(self, x):
-        return self.drop(x.mean(dim=(2, 3)).repeat(1, 8))
 
 
 def test_a_model_with_dropout_goes_on_as_if_it_had_not_stopped(tmp_path):

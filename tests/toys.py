@@ -34,6 +34,17 @@ def body_level(x):
     return x[:, :, :-CORNER, :-CORNER].mean(dim=(1, 2, 3))
 
 
+class Dropping(nn.Module):
+    """A body that draws from the global stream, as dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(x.mean(dim=(2, 3)).repeat(1, 8))
+
+
 class PatchReader(nn.Module):
     """A victim: reads a white corner as class `target`, and any other image as the class of its grey level."""
 

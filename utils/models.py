@@ -33,9 +33,9 @@ def check_model(name: str, dataset: Dataset) -> None:
     """Fail early: raises UserError where there is no such classifier, or it cannot read images of this size."""
     from utils.networks import MODELS
 
-    model = build_classifier(name, dataset.num_classes, dataset.info, (0, "check")).eval()
     if name in MODELS:    # ours read every size
         return
+    model = build_classifier(name, dataset.num_classes, dataset.info, (0, "check")).eval()
     try:
         with torch.no_grad():
             model(dataset.train.images[:1].float() / 255)
