@@ -14,6 +14,8 @@ from utils.config import UserError
 from utils.data import LabeledImages
 from utils.metrics import Truth
 
+TRUTH = "truth.csv"
+
 
 def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequence[str]) -> None:
     """Write FOLDER/<given class>/<index>.png, manifest.csv (path, given label) and, apart, truth.csv; all of it or nothing.
@@ -24,6 +26,7 @@ def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequ
     Raises:
         UserError: the folder holds something else already.
     """
+    refuse_occupied(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         for name in classes:
@@ -32,15 +35,25 @@ def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequ
         for path, image in zip(paths, data.images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary / path)
         _write_csv(temporary / "manifest.csv", ("path", "label"), zip(paths, data.labels.tolist()))
-        _write_csv(temporary / "truth.csv", ("path", "original_label", "poison", "cover"),
+        _write_csv(temporary / TRUTH, ("path", "original_label", "poison", "cover"),
                    zip(paths, truth.original_labels.tolist(), truth.poison.int().tolist(), truth.cover.int().tolist()))
         if folder.is_dir() and _same_files(temporary, folder):
             return
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"export: {folder} holds something already; name a new or an empty folder")
+        if folder.exists() and any(folder.iterdir()):
+            raise _occupied(folder)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Fail early: raises UserError where something lies there that is no export."""
+    if folder.exists() and not (folder.is_dir() and ((folder / TRUTH).is_file() or not any(folder.iterdir()))):
+        raise _occupied(folder)
+
+
+def _occupied(folder: Path) -> UserError:
+    return UserError(f"export: {folder} holds something already; name a new or an empty folder")
 
 
 def _same_files(one: Path, other: Path) -> bool:

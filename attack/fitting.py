@@ -24,7 +24,7 @@ from utils.decoding import CACHE
 from utils.devices import pick_device
 from utils.late import F, Tensor, nn, torch
 from utils.models import build_classifier
-from utils.randomness import key_seed, keyed_generator
+from utils.randomness import global_stream, keyed_generator
 from utils.record import load_arrays, save_arrays
 from utils.training import Trainer, predict
 
@@ -167,8 +167,7 @@ def harden(model: Classifier, eps: float, seed: int) -> None:
 
 def fresh(make: Callable[[], nn.Module], *key: int | str) -> nn.Module:
     """The network `make()`, initialised the same for the same key whatever ran before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(key_seed(*key))
+    with global_stream(*key):
         return make()
 
 

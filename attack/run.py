@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional, Sequence
 
-from attack.export import export_images
+from attack.export import export_images, refuse_occupied
 from attack.poison import LabelMap, PoisonConfig, Role, label_map, poison_training_set, trigger_test_set
 from attack.trigger import FitContext, Trigger
 from defense.forecast import classifier_lines
@@ -64,6 +64,8 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     labels_to = label_map(trigger, poison, dataset.num_classes)
     if run.stop_after == "report":
         module.check(config, dataset)
+    if run.export:
+        refuse_occupied(Path(run.export).expanduser())
     if run.dry_run:
         log.info("\n".join(costs(run, trigger, config, dataset)))
         return

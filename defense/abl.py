@@ -28,7 +28,7 @@ from utils.data import Dataset, LabeledImages, to_unit
 from utils.devices import autocast
 from utils.late import F, Tensor, torch
 from utils.models import build_classifier, save_classifier
-from utils.randomness import key_seed, keyed_generator
+from utils.randomness import global_stream, keyed_generator
 from utils.record import Record
 from utils.training import Epoch, Observer, batched, make_optimizer
 
@@ -86,8 +86,7 @@ def train_plainly(model: Classifier, data: LabeledImages, recipe: Recipe, stage:
         model.train()
         order = torch.randperm(len(data), generator=keyed_generator(config.random_seed, stage, epoch)).to(device)
         total, batches = 0.0, order[: len(data) - len(data) % size].split(size)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(key_seed(config.random_seed, stage, epoch, "model"))   # of what the model draws (dropout), as in Trainer
+        with global_stream(config.random_seed, stage, epoch, "model", device=device):   # as in Trainer
             for batch in batches:
                 with autocast(device, config.amp and device.type == "cpu"):   # float16 would need loss scaling
                     losses = F.cross_entropy(model(to_unit(images[batch])).float(), labels[batch], reduction="none")

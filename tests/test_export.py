@@ -63,6 +63,16 @@ def test_a_folder_with_something_in_it_is_refused_and_left(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_occupied_folder_is_refused_before_anything_is_made(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(record, "RECORDS", tmp_path / "record")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("of value")
+    with pytest.raises(SystemExit) as stop:
+        main(Bpp, ["--dataset", "digits", "--save_folder_name", "x", "--stop_after", "poison", "--export", str(tmp_path / "mine")])
+    assert stop.value.code == 2 and "mine holds something already" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.txt"]
+
+
 def test_an_export_that_is_there_already_is_left(tmp_path):
     """The command that goes on after an interruption says --export as well."""
     export_images(tmp_path / "out", *case(), NAMES)

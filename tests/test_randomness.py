@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from utils.randomness import key_seed, keyed_generator, per_sample
+from utils.randomness import global_stream, key_seed, keyed_generator, per_sample
 
 WORDS = ("purify", "poison", "victim", "benign", "benign_stage1", "badnet")
 
@@ -56,3 +56,19 @@ def test_samples_draw_from_their_own_streams_in_any_order():
     assert whole.shape == (5, 4, 3) and len(whole.flatten(1).unique(dim=0)) == 5
     assert torch.equal(per_sample(noise, index[order], 7, "jitter"), whole[order])
     assert not torch.equal(per_sample(noise, index, 8, "jitter"), whole)
+
+
+def test_what_networks_draw_is_named_by_a_key_and_leaves_torchs_own_stream_alone():
+    def drawn(*key, **options):
+        with global_stream(*key, **options):
+            return torch.nn.Linear(50, 20).weight.detach()
+
+    torch.manual_seed(0)
+    first, state = drawn(7, "victim"), torch.random.get_rng_state()
+    torch.rand(5)
+    assert torch.equal(drawn(7, "victim"), first) and torch.equal(drawn(7, "victim", process=0), first)
+    assert not torch.equal(drawn(7, "benign"), first) and not torch.equal(drawn(7, "victim", process=1), first)
+    torch.manual_seed(0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    drawn(7, "victim")
+    assert torch.equal(torch.random.get_rng_state(), state)

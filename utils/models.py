@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Sequence
 from utils import checksums
 from utils.config import UserError, nearest
 from utils.late import nn, torch
-from utils.randomness import key_seed
+from utils.randomness import global_stream
 from utils.record import replacing, shortened
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ def build_classifier(name: str, num_classes: int, info: DatasetInfo, seed: Seque
     """
     from utils.networks import MODELS, Classifier
 
-    with torch.random.fork_rng():
-        torch.manual_seed(key_seed(*seed))
+    with global_stream(*seed):
         body, width = MODELS[name]() if name in MODELS else _timm_body(name)
         return Classifier(body, width, num_classes, info)
 

@@ -4,8 +4,9 @@ So batch size, order, resuming and the number of processes change nothing.
 """
 from __future__ import annotations
 
+import contextlib
 import zlib
-from typing import Callable
+from typing import Callable, Iterator
 
 from utils.late import torch
 
@@ -25,6 +26,20 @@ def key_seed(*key: int | str) -> int:
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator for the stream that `key` names."""
     return torch.Generator(device=device).manual_seed(key_seed(*key))
+
+
+@contextlib.contextmanager
+def global_stream(*key: int | str, device: torch.device | str = "cpu", process: int = 0) -> Iterator[None]:
+    """Within it, what a network draws from torch's global stream (first weights, dropout) is named by `key`.
+
+    Args:
+        key: names the stream.
+        device: where the network is; its stream and the CPU's stand afterwards where they stood.
+        process: rank, where several processes are to draw differently.
+    """
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(key_seed(*key) + process)
+        yield
 
 
 def per_sample(draw: Callable[[torch.Generator], torch.Tensor], index: torch.Tensor, *key: int | str) -> torch.Tensor:

@@ -24,7 +24,7 @@ from utils.data import LabeledImages, to_unit
 from utils.devices import autocast
 from utils.late import F, Tensor, inference_mode, nn, torch
 from utils.processes import averaged, helped, in_step, own_device, rank, share, size, told
-from utils.randomness import key_seed, keyed_generator
+from utils.randomness import global_stream, keyed_generator
 from utils.record import replacing
 
 if TYPE_CHECKING:
@@ -151,8 +151,7 @@ class Trainer:
 
     def one_epoch(self, data: LabeledImages, epoch: int) -> float:
         """One pass over the data; returns the mean loss. What the model itself draws (dropout) is keyed by the epoch as well."""
-        with torch.random.fork_rng([data.images.device] if data.images.is_cuda else []):
-            torch.manual_seed(key_seed(self.config.random_seed, self.stage, epoch, "model") + rank())
+        with global_stream(self.config.random_seed, self.stage, epoch, "model", device=data.images.device, process=rank()):
             return self._pass(data.images, data.labels, epoch)
 
     def _pass(self, images: Tensor, labels: Tensor, epoch: int) -> float:
