@@ -85,7 +85,7 @@ def train_plainly(model: Classifier, data: LabeledImages, recipe: Recipe, stage:
     for epoch in range(epochs):
         model.train()
         order = torch.randperm(len(data), generator=keyed_generator(config.random_seed, stage, epoch)).to(device)
-        total, batches = 0.0, order[: len(data) - len(data) % size].split(size)
+        total, batches = torch.zeros((), device=device), order[: len(data) - len(data) % size].split(size)
         with global_stream(config.random_seed, stage, epoch, "model", device=device):   # as in Trainer
             for batch in batches:
                 with autocast(device, config.amp and device.type == "cpu"):   # float16 would need loss scaling
@@ -93,8 +93,8 @@ def train_plainly(model: Classifier, data: LabeledImages, recipe: Recipe, stage:
                 optimizer.zero_grad(set_to_none=True)
                 loss(losses).backward()
                 optimizer.step()
-                total += losses.mean().item()
-        if not math.isfinite(total):
+                total += losses.detach().mean()
+        if not math.isfinite(total := total.item()):
             raise UserError(f"{stage}: the loss became {total} in epoch {epoch + 1} at learning rate {lr:g}; try a smaller one")
         if observer:
             observer(Epoch(stage, epoch + 1, lr, total / len(batches), model.eval()))

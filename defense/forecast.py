@@ -24,11 +24,11 @@ PURIFIED, VOTED, TRAINED = ROWS, 512, 512   # images that are measured on
 def purifying_pace(purifier: Purifier, victim: Classifier, data: LabeledImages) -> float:
     """Seconds that an image takes which is given all rounds, measured on one denoiser pass and one vote of a few images."""
     some = data[:VOTED].images
-    x = purifier.start(some[:PURIFIED])
+    x = purifier.start(some[:min(PURIFIED, purifier.config.purify_batch_size)])
     t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with torch.inference_mode():
-        one_pass = seconds(lambda: purifier.predict_noise(x, t)) / len(x)
-    one_vote = seconds(lambda: predict(victim, some, purifier.amp)) / len(some)
+        one_pass = seconds(lambda: purifier.predict_noise(x, t), purifier.device) / len(x)
+    one_vote = seconds(lambda: predict(victim, some, purifier.amp), victim.device) / len(some)
     return purifier.passes_per_image * one_pass + images_each(purifier.config) * one_vote
 
 
@@ -36,7 +36,7 @@ def training_pace(model: Classifier, config: TrainConfig, data: LabeledImages, f
     """Seconds for an image and an epoch, measured on an epoch of a few images; `model` is trained by it."""
     sample = data[:TRAINED].to(model.device)
     trainer = Trainer(model, replace(config, frequency_save=0), "forecast", flip, together=False)
-    return seconds(lambda: trainer.one_epoch(sample, 0)) / len(sample)
+    return seconds(lambda: trainer.one_epoch(sample, 0), model.device) / len(sample)
 
 
 def span(least: int, most: int, pace: float) -> str:

@@ -100,7 +100,7 @@ def as_labeled(data: Any, labels: Any) -> LabeledImages:
     if labels is None:
         pairs = [(_as_array(image), int(label)) for image, label in (data[k] for k in range(len(data)))]
         data, labels = np.stack([image for image, _ in pairs]), [label for _, label in pairs]
-    pixels, numbers = torch.as_tensor(np.ascontiguousarray(_as_array(data))), torch.as_tensor(np.asarray(labels))
+    pixels, numbers = torch.as_tensor(np.ascontiguousarray(_as_array(data))), torch.as_tensor(_as_array(labels))
     pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 and pixels.shape[1] != 3 and pixels.shape[3] == 3 else pixels
     floats = pixels.is_floating_point()
     whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)

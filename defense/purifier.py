@@ -111,7 +111,8 @@ def worth_compiling(config: PurifyConfig, denoiser: Denoiser, passes: int, devic
 
 def purifier_for(denoiser: Denoiser, config: PurifyConfig, images: int, seed: int, device: torch.device, amp: bool) -> "Purifier":
     """A purifier for that many images, its denoiser on the device and compiled where that pays."""
-    purifier = Purifier(denoiser.to(device), config, seed, device, amp)
+    denoiser = denoiser.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    purifier = Purifier(denoiser, config, seed, device, amp)
     if worth_compiling(config, denoiser, purifier.passes_per_image * images, device):
         purifier.denoiser = Compiled(denoiser)
     if device.type == "cpu":
@@ -130,19 +131,24 @@ class KeyedNoise:
 
     def __init__(self, index: Tensor, seed: int, device: torch.device):
         blocks, position = (index // NOISE_BLOCK).unique(return_inverse=True)
-        self.position, self.within = position, index % NOISE_BLOCK
+        self.position, self.within, self.device = position, index % NOISE_BLOCK, device
+        self.rows = self._rows()
         self.generators = [keyed_generator(seed, "purify", int(block), device=device) for block in blocks]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the samples that the mask bool (B,) names."""
         blocks, self.position = self.position[rows].unique(return_inverse=True)
         self.within, self.generators = self.within[rows], [self.generators[block] for block in blocks]
+        self.rows = self._rows()
+
+    def _rows(self) -> Tensor:
+        """Where the samples' noise lies in a drawing; on the device, so that no step waits for a copy."""
+        return (self.position * NOISE_BLOCK + self.within).to(self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """N(0, I) of x's shape (B, ...)."""
         draw = lambda generator: torch.randn((NOISE_BLOCK, *x.shape[1:]), generator=generator, device=x.device)
-        rows = (self.position * NOISE_BLOCK + self.within).to(x.device)
-        return torch.cat([draw(generator) for generator in self.generators])[rows]
+        return torch.cat([draw(generator) for generator in self.generators])[self.rows]
 
 
 class Purifier:

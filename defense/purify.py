@@ -9,6 +9,7 @@ From Python, on tensors or arrays: `from defense import purify; purify.clean(ima
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import tempfile
@@ -93,7 +94,7 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
             tensor or an array; or a torch Dataset of (image, label) pairs with images of these kinds or PIL's.
         labels: integers (N,), 0..K-1; None where `data` is a Dataset.
         config: keys of DataElixir; `config.ddpm` names the denoiser, which must be for images of this size.
-        victim: a classifier trained on the set, in eval mode; by default one is trained.
+        victim: a classifier trained on the set; a copy of it works on `config.device`. By default one is trained.
         classes: K names.
         folder: where the run's files stay, so that one that was interrupted goes on; by default they are deleted. The
             intermediaries, and `result.examples` with them, stay after a complete run only with `config.keep_intermediaries`.
@@ -106,6 +107,7 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
     dataset = Dataset(given, given[:0], names, "", DATASETS["imagefolder"])
     dataelixir.refuse_few_classes(dataset.num_classes, "data")
     dataelixir.check(config, dataset)
+    victim = copy.deepcopy(victim).to(pick_device(config.device)).eval() if victim else None
     with _kept(folder) as place:
         place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None, VICTIM_KEY: weights_digest(victim)})
         result = analyse(given, dataset, config, place, victim)

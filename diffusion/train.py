@@ -20,7 +20,7 @@ from utils.compiled import Compiled
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.cost import clock
 from utils.data import DATASETS, Dataset, LabeledImages, load_dataset, stratified_split
-from utils.devices import has_bfloat16, pick_device
+from utils.devices import pick_device, trains_in_bfloat16
 from utils.late import Tensor, torch
 from utils.layouts import open_layout
 from utils.lock import take
@@ -95,7 +95,7 @@ class Lesson:
         from diffusion.training import Training
 
         device = own_device(self.device)
-        amp = self.config.amp and (device.type != "cpu" or has_bfloat16())
+        amp = self.config.amp and trains_in_bfloat16(device)
         return Training(self.config, self.images, self.flip, self.identity, device, amp, rank(), size())
 
     def help(self) -> None:

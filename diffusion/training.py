@@ -162,14 +162,15 @@ class Training:
         """Take over what `state` gave."""
         for part in STATEFUL:
             getattr(self, part).load_state_dict(state[part])
-        self.steps, self.seconds, self.loss = state["steps"], state["seconds"], state["loss"]
+        self.ema.to(self.device)
+        self.steps, self.seconds, self.loss = state["steps"], state["seconds"], state["loss"].to(self.device)
 
     def resume(self) -> None:
         """Take over the checkpoint, if there is one; raises DenoiserError if it is damaged or of another config."""
         if not self.checkpoint.exists():
             return
         try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             self._refuse_other(state["identity"])
             self.load(state)
         except DenoiserError:

@@ -54,6 +54,17 @@ def test_an_error_after_the_first_call_is_told(monkeypatch):
         fast(*batch(4))
 
 
+def test_a_first_call_that_finds_no_memory_is_no_missing_compiler(monkeypatch):
+    def scarce(*words):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: scarce)
+    fast = Compiled(Net())
+    with pytest.raises(MemoryError):
+        fast(*batch(4))
+    assert fast.call is scarce    # a smaller batch is compiled
+
+
 def test_batches_are_filled_up_so_that_one_compilation_serves_all(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
     net = Net()

@@ -107,10 +107,11 @@ def test_a_mistake_of_this_program_is_no_lost_process(monkeypatch):
     monkeypatch.setattr(processes, "join", lambda: None)
     said = []
     monkeypatch.setattr(processes, "told", said.append)
-    with pytest.raises(RuntimeError, match="size of tensor a"):
+    monkeypatch.setattr(processes, "leave", said.append)
+    with pytest.raises(RuntimeError, match="size of tensor a") as mistake:
         with helped("job"):
             raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
-    assert said == ["job", None]      # the others are let go before the program ends
+    assert said == ["job", mistake.value]      # the others are let go before the program ends
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):

@@ -9,6 +9,7 @@ from tests.torchrun import together
 from utils.config import TrainConfig, UserError
 from utils.data import DATASETS, LabeledImages
 from utils.networks import Classifier
+from utils.processes import rank
 from utils.training import Epoch, Trainer
 
 CONFIG = TrainConfig(device="cpu", amp=False, epochs=3, batch_size=16, lr=0.05, lr_scheduler="constant", frequency_save=1)
@@ -25,6 +26,20 @@ def toy(n=53):
     return LabeledImages(torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8), torch.randint(0, 4, (n,), generator=draw))
 
 
+class Breaks(nn.Module):
+    """A layer that fails in process 0, in the middle of the second epoch, while the others go on to share their gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if rank() == 0 and self.calls == 5:
+            raise UserError("process 0 has had enough")
+        return x
+
+
 def train(folder, kind):
     """Trains the toy; leaves its weights and what an observer was told in folder/out.pt."""
     torch.manual_seed(3)
@@ -36,6 +51,8 @@ def train(folder, kind):
         seen.append(epoch.loss)
         return {}
 
+    if kind == "breaks":
+        model.body.append(Breaks())
     config = replace(CONFIG, batch_size=2) if kind == "tiny" else CONFIG
     Trainer(model, config, "toy", True, folder / "checkpoint.pt").fit(toy(), observer)
     torch.save((model.state_dict(), seen), folder / "out.pt")
@@ -56,6 +73,12 @@ def test_three_processes_learn_what_one_learns_even_after_an_interruption(tmp_pa
     assert all(torch.allclose(one[key], three[key], atol=1e-5) for key in one)
     assert not any(torch.allclose(one[key], before[key], atol=1e-3) for key in before)
     assert later == pytest.approx(losses[1:], rel=0.02)
+
+
+def test_process_0_that_fails_in_the_middle_of_a_step_ends_the_run_and_says_why_once(tmp_path):
+    done = together(3, train, tmp_path, "breaks")
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "error: process 0 has had enough" in done.stderr, done.stderr[-2000:]
+    assert "exitcode  : 2 " in done.stderr and (tmp_path / "checkpoint.pt").exists() and "threads of 0\n" in done.stdout
 
 
 def test_a_batch_that_is_too_small_to_be_shared_is_refused(tmp_path):

@@ -87,6 +87,8 @@ def test_a_folder_is_of_one_victim(toy, tmp_path, capsys):  # noqa: F811
     clean = lambda victim: purify.clean(POISONED.images, POISONED.labels, config=CONFIG, folder=tmp_path / "run", victim=victim)
     clean(PatchReader().eval())
     assert not (tmp_path / "run" / "purify").exists() and clean(PatchReader().eval()).target_labels == (0,)
+    untouched = PatchReader().train()
+    assert clean(untouched).target_labels == (0,) and untouched.training
     for victim in (other(PatchReader().eval()), None):
         with pytest.raises(UserError, match="out: .*belongs to another config .*victim_sha256: '.*' there"):
             clean(victim)

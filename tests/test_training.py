@@ -119,6 +119,16 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, changes, inte
     assert same(weights(model), whole) and seen == list(range(interrupted, 5)) and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
+def test_a_training_goes_on_where_losses_are_scaled_and_before_were_not(tmp_path):
+    """What a GPU does with a checkpoint of a CPU, and the reverse."""
+    plain, scaled = trainer(), trainer()
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for one, other in ((plain, scaled), (scaled, plain)):
+        one.one_epoch(grey_squares(), 0)
+        other.load(one.state())
+        assert same(weights(one.model), weights(other.model)) and scaled.scaler.get_scale() == 256.0
+
+
 def test_an_observer_changes_nothing(tmp_path):
     data = grey_squares()
     plain = weights(trainer().fit(data))
@@ -215,6 +225,18 @@ def test_a_gpu_that_is_not_there_is_answered_with_the_cpu(monkeypatch, caplog):
         assert {record.levelname for record in caplog.records} == {"WARNING"} and f"{name} was asked for" in caplog.text
     caplog.clear()
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu") and not caplog.records
+
+
+def test_each_process_has_a_gpu_of_its_own_or_the_run_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    for key, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():    # two machines of two GPUs
+        monkeypatch.setenv(key, value)
+    assert all(pick_device(name) == torch.device("cuda", 1) for name in ("auto", "cuda", "cuda:0")) and pick_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="torchrun: 4 processes on this machine, which has 2 GPUs; give --nproc_per_node 2, or --device cpu"):
+        pick_device("auto")
 
 
 @pytest.mark.parametrize("name", ["", "null", "gpu", "tpu:0", "cpu:x"])

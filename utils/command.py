@@ -16,7 +16,8 @@ from typing import Any, Callable, Iterator, Optional
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "what is finished is kept, the same command goes on from there"
-ALLOCATOR_WORDS = ("can't allocate memory", "bad_alloc", "could not create a memory", "out of memory")
+ALLOCATOR_WORDS = ("can't allocate memory", "bad_alloc", "could not create a memory", "out of memory", "ALLOC_FAILED",
+                   "unable to find an engine")    # torch, oneDNN; CUDA; cuBLAS and cuDNN
 
 
 class UserError(Exception):

@@ -9,6 +9,7 @@ import logging
 import warnings
 from typing import Callable
 
+from utils.command import out_of_memory
 from utils.late import F, Tensor, nn, torch
 
 log = logging.getLogger("dataelixir")
@@ -59,7 +60,7 @@ class Compiled:
                 warnings.simplefilter("ignore")     # the compiler's remarks on other people's code
                 result = self.call(filled(x, rows), filled(t, rows))[:len(x)]
         except Exception as error:   # compilers, dynamo and inductor each raise their own
-            if self.proven:
+            if self.proven or out_of_memory(error):
                 raise
             log.warning("compile: not possible here (%s); the denoiser runs uncompiled", " ".join(str(error).split())[:120])
             self.call = self.network

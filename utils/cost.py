@@ -7,13 +7,13 @@ from typing import Callable
 from utils.late import torch
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long `work` takes the second time; the first one warms up."""
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes on the device the second time; the first one warms up."""
     for _ in range(2):
         started = time.monotonic()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.monotonic() - started
 
 

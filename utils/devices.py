@@ -5,14 +5,19 @@ import logging
 
 from utils.config import UserError
 from utils.late import torch
+from utils.processes import local_size, own_device
 
 log = logging.getLogger("dataelixir")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` means; a GPU that is not there is answered with a warning and the CPU."""
+    """The device that `name` means, of several processes on one machine to each its own; a GPU that is not there is answered with a warning and the CPU.
+
+    Raises:
+        UserError: no such device, or fewer GPUs than processes.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         log.warning("device: %s was asked for, but there is no GPU; going on with the CPU", name)
         return torch.device("cpu")
@@ -21,7 +26,10 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{name}' cannot be used ({str(error).splitlines()[0][:100]}); try auto, cpu or cuda") from None
-    return device
+    if device.type == "cuda" and local_size() > torch.cuda.device_count():
+        raise UserError(f"torchrun: {local_size()} processes on this machine, which has {torch.cuda.device_count()} GPUs; "
+                        f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu")
+    return own_device(device)
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -29,6 +37,13 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     if device.type == "cpu":
         return torch.autocast("cpu", torch.bfloat16, enabled and has_bfloat16())
     return torch.autocast(device.type, torch.float16, enabled)
+
+
+def trains_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or has_bfloat16()
 
 
 def has_bfloat16() -> bool:

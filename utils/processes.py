@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import signal
+import traceback
 from datetime import timedelta
 from typing import Any, Iterator, Protocol, Sequence
 
@@ -16,6 +18,8 @@ from utils.command import GOES_ON, STOPS, UserError
 from utils.late import Tensor, nn, torch
 
 PATIENCE = timedelta(days=7)   # the others wait while process 0 does what only one can do
+GONE = "process 0 has left"    # noted in the store, which torchrun keeps
+_store: Any = None             # beside the group, once `join` was called
 
 
 class Job(Protocol):
@@ -35,6 +39,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if size() > 1 else 0
 
 
+def local_size() -> int:
+    """Processes of torchrun's on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size() > 1 else 1
+
+
 def own_device(device: torch.device) -> torch.device:
     """The device of this process: on a machine with several GPUs each takes its own."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device.type == "cuda" and size() > 1 else device
@@ -44,8 +53,11 @@ def join() -> None:
     """Meet the others, once."""
     import torch.distributed.nn   # read before: its functions take whatever group there is at that moment as a default, and keep it for good
 
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    global _store
+    if _store is None:
+        _store, number, count = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+        kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(kind, store=_store, rank=number, world_size=count, timeout=PATIENCE)
 
 
 def part() -> None:
@@ -54,16 +66,43 @@ def part() -> None:
     A thread of gloo that lives on and wants the interpreter at its end aborts the process (SIGABRT, exit code -6).
     """
     gc.collect()   # DistributedDataParallel holds the group, and is in cycles
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def leave(error: BaseException) -> None:
+    """Leave the others in process 0, whatever they are at: in the middle of a step they would not hear a word, but they find the line dead."""
+    with contextlib.suppress(RuntimeError):    # the store is gone where torchrun is
+        _store.set(GONE, "")
+    traceback.clear_frames(error.__traceback__)    # what the failed step holds, the group among it
+    part()
+
+
+def left_alone() -> bool:
+    """Whether process 0 has left on purpose, and said why."""
+    try:
+        return _store is not None and _store.check([GONE])
+    except RuntimeError:
+        return False
 
 
 def told(message: Any = None) -> Any:
-    """What process 0 says, to all."""
+    """What process 0 says, to all; what lies on its GPU arrives on the GPU of each."""
     if size() == 1:
         return message
-    box = [message]
+    box = [_packed(message) if rank() == 0 else b""]
     torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return message if rank() == 0 else torch.load(io.BytesIO(box[0]), map_location=_here, weights_only=False)    # from process 0 of this run
+
+
+def _packed(message: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(message, file)
+    return file.getvalue()
+
+
+def _here(storage: Any, location: str) -> Any:
+    return storage.cuda(int(os.environ.get("LOCAL_RANK", 0))) if location.startswith("cuda") else storage
 
 
 def gathered(result: Any) -> Sequence[Any]:
@@ -99,9 +138,8 @@ def helped(job: Job) -> Iterator[None]:
         told(job)
         try:
             yield
-        except BaseException:
-            with contextlib.suppress(RuntimeError):
-                told(None)
+        except BaseException as error:
+            leave(error)
             raise
         told(None)
 
@@ -130,17 +168,21 @@ def led() -> Iterator[bool]:
     if rank() > 0:
         for number in STOPS:
             signal.signal(number, signal.SIG_IGN)    # it is process 0 that ends the work, and tells
-        with lost_in_words():
-            join()
-            while (job := told()) is not None:
-                job.help()
-            part()
+        try:
+            with lost_in_words():
+                join()
+                while (job := told()) is not None:
+                    job.help()
+        except UserError:
+            if not left_alone():
+                raise
+        part()
         yield False
         return
     try:
         yield True
     finally:
-        if size() > 1:
+        if size() > 1 and not left_alone():
             with contextlib.suppress(RuntimeError):    # a process that has died needs no goodbye
                 join()
                 told(None)

@@ -201,7 +201,8 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         for part in STATEFUL:
-            getattr(self, part).load_state_dict(state[part])
+            if part != "scaler" or state[part]:    # empty where the training began on a CPU
+                getattr(self, part).load_state_dict(state[part])
         self.epochs_done = state["epochs_done"]
 
     def _resume(self) -> None:
@@ -209,7 +210,7 @@ class Trainer:
             return
         checksums.verify(self.checkpoint)
         try:
-            self.load(torch.load(self.checkpoint, weights_only=True, map_location=self.model.device))
+            self.load(torch.load(self.checkpoint, weights_only=True, map_location="cpu"))
         except Exception as error:  # pickle, zipfile and torch each raise their own
             raise UserError(f"{self.checkpoint}: cannot be continued from ({' '.join(str(error).split())[:120]}); "
                             "delete it to train from the start") from None
