@@ -11,6 +11,8 @@ from attack.trigger import Trigger
 from defense.dataelixir import DataElixirConfig
 from defense.purifier import PurifyConfig
 from defense.purify import CleanConfig
+from defense.run import AgainConfig
+from diffusion.network import DenoiserConfig
 from tests.test_imports import ROOT
 from utils.config import DataConfig, TrainConfig
 
@@ -22,11 +24,11 @@ def documented(config):
     """{key: (default as YAML has it, meaning)} of the fields that a class's docstring explains."""
     meaning = dict(re.findall(r"^        (\w+): (.*)$", config.__doc__, re.MULTILINE))
     shown = lambda value: (value or "(empty)") if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    default = lambda field: shown(field.default if field.default_factory is MISSING else field.default_factory())
+    default = lambda field: "" if field.default is field.default_factory is MISSING else shown(field.default if field.default_factory is MISSING else field.default_factory())
     return {field.name: (default(field), meaning[field.name]) for field in fields(config) if field.name in meaning}
 
 
-@pytest.mark.parametrize("config", [DataConfig, PoisonConfig, TrainConfig, PurifyConfig, DataElixirConfig, CleanConfig])
+@pytest.mark.parametrize("config", [DataConfig, PoisonConfig, TrainConfig, PurifyConfig, DataElixirConfig, CleanConfig, AgainConfig, DenoiserConfig])
 def test_every_key_stands_with_its_default_and_meaning(config):
     rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| (.*) \|$", README, re.MULTILINE)
     assert [(key, *told) for key, told in documented(config).items() if (key, *told) not in rows] == []
