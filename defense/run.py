@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
@@ -14,7 +14,7 @@ from defense.evidence import write_evidence
 from defense.forecast import defense_lines
 from defense.purifier import PurifyConfig, open_denoiser
 from defense.report import Case, build_report, summary, write_figures, write_product
-from utils.config import DataConfig, UserError, as_flat_dict, command_line, nearest, parse_config, peek
+from utils.config import DataConfig, TrainConfig, UserError, as_flat_dict, command_line, nearest, parse_config, peek
 from utils.data import Dataset, LabeledImages, TriggeredImages, load_dataset
 from utils.devices import pick_device
 from utils.metrics import EpochLog, Truth
@@ -116,7 +116,8 @@ def defend_again(name: str) -> None:
     given = peek(None, "result_file", "")
     source = Record(given, must_exist=True) if given else None
     kept = source.config() if source else {}
-    again, data_config, config = parse_config(None, AgainConfig, DataConfig, module.Config, defaults={**(kept.get("passed_over") or {}), **kept},
+    kept = {**(kept.get("passed_over") or {}), **kept}
+    again, data_config, config = parse_config(None, AgainConfig, DataConfig, module.Config, defaults=kept,
                                               description=f"Defend a record again with {name}.")
     if source is None:
         raise UserError("result_file: give --result_file NAME, the name of a record that an attack script made")
@@ -132,8 +133,16 @@ def defend_again(name: str) -> None:
     record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
     record.claim({"defense": name, **keys})
     start_logging(record / "log.txt")
+    if (taken := taken_over(kept, config)):
+        log.info("keys of the record that are not today's defaults: %s", ", ".join(f"{key} {value}" for key, value in taken.items()))
     if not show_finished(record):
         run_defense(module, load_whole_case(source, dataset, config), config, record)
+
+
+def taken_over(kept: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Keys of a defence that are what the record has and not the default, maybe because that was another when the record was made."""
+    own = [field for field in fields(config) if field.name not in {other.name for other in fields(TrainConfig)}]
+    return {field.name: kept[field.name] for field in own if field.name in kept and kept[field.name] == getattr(config, field.name) != field.default}
 
 
 def defense_costs(name: str, data: LabeledImages, config: Any, dataset: Dataset) -> list[str]:

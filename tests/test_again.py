@@ -31,6 +31,13 @@ def test_keys_of_the_config_file_reach_every_defence_whichever_the_record_was_ma
     assert [c["steps_T"] for c in again("purify_only", "--steps_T", "60", "--run_name", "zz")] == [200, 60]
 
 
+def test_keys_that_come_from_the_record_are_told(again, tmp_path):
+    """A record keeps the defaults of the day on which it was made."""
+    again("dataelixir", "--steps_T", "60", "--run_name", "y")
+    [told] = [line for line in (tmp_path / "x" / "defense" / "y" / "log.txt").read_text().splitlines() if "today's defaults" in line]
+    assert "rounds_n 3" in told and "reverse_steps 17" in told and "steps_T 200" not in told and "epochs" not in told.replace("ft_epochs", "")
+
+
 def test_keys_that_decide_nothing_open_no_other_folder(again):
     """Who is told to take a smaller batch wants to go on, and not to purify from the start."""
     assert len(again("dataelixir")) == len(again("dataelixir", "--purify_batch_size", "7", "--frequency_save", "3")) == 1
