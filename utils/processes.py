@@ -19,7 +19,7 @@ from utils.late import Tensor, nn, torch
 
 PATIENCE = timedelta(days=7)   # the others wait while process 0 does what only one can do
 GONE = "process 0 has left"    # noted in the store, which torchrun keeps
-_store: Any = None             # beside the group, once `join` was called
+_stores: list[Any] = []        # the one beside the group, once `join` was called
 
 
 class Job(Protocol):
@@ -53,11 +53,11 @@ def join() -> None:
     """Meet the others, once."""
     import torch.distributed.nn   # read before: its functions take whatever group there is at that moment as a default, and keep it for good
 
-    global _store
-    if _store is None:
-        _store, number, count = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+    if not _stores:
+        store, number, count = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+        _stores.append(store)
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(kind, store=_store, rank=number, world_size=count, timeout=PATIENCE)
+        torch.distributed.init_process_group(kind, store=store, rank=number, world_size=count, timeout=PATIENCE)
 
 
 def part() -> None:
@@ -73,7 +73,7 @@ def part() -> None:
 def leave(error: BaseException) -> None:
     """Leave the others in process 0, whatever they are at: in the middle of a step they would not hear a word, but they find the line dead."""
     with contextlib.suppress(RuntimeError):    # the store is gone where torchrun is
-        _store.set(GONE, "")
+        _stores[0].set(GONE, "")
     traceback.clear_frames(error.__traceback__)    # what the failed step holds, the group among it
     part()
 
@@ -81,7 +81,7 @@ def leave(error: BaseException) -> None:
 def left_alone() -> bool:
     """Whether process 0 has left on purpose, and said why."""
     try:
-        return _store is not None and _store.check([GONE])
+        return bool(_stores) and _stores[0].check([GONE])
     except RuntimeError:
         return False
 
