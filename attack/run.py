@@ -64,8 +64,9 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     labels_to = label_map(trigger, poison, dataset.num_classes)
     if run.stop_after == "report":
         module.check(config, dataset)
-    if run.export:
-        refuse_occupied(Path(run.export).expanduser())
+    export = Path(run.export).expanduser() if run.export else None
+    if export:
+        refuse_occupied(export)
     if run.dry_run:
         log.info("\n".join(costs(run, trigger, config, dataset)))
         return
@@ -74,8 +75,8 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     record.claim(keys | {"passed_over": passed_over(argv, module.Config)})    # for the defences that the record is defended with later
     start_logging(record / "log.txt")
     data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, config, dataset)
-    if run.export:
-        export_images(Path(run.export).expanduser(), data, truth, dataset.classes)
+    if export:
+        export_images(export, data, truth, dataset.classes)
     if show_finished(record):
         return
     if run.stop_after == "poison":

@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from typing import Callable
 
 import torch
@@ -24,6 +23,7 @@ from diffusion.network import DenoiserConfig
 from diffusion.training import Training
 from utils.compiled import Compiled
 from utils.config import TrainConfig
+from utils.cost import timed
 from utils.data import DATASETS, LabeledImages
 from utils.devices import autocast, pick_device
 from utils.models import build_classifier
@@ -32,15 +32,6 @@ from utils.training import Trainer, make_optimizer
 CLASSIFIERS = {"preactresnet_small": 12, "preactresnet18": 3}   # steps an epoch
 DENOISERS = {"gtsrb_small": dict(channels="48,96,128", layers_per_block=1, patch=2, dropout=0.0)}
 BATCH, REPEATS, CLASSES = 64, 3, 10
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of `work`."""
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def medians(ways: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

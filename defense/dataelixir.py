@@ -34,7 +34,7 @@ from utils.config import Fraction, OpenFraction, TrainConfig, UserError
 from utils.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
 from utils.models import save_classifier
-from utils.processes import own_device, size
+from utils.processes import size
 from utils.record import Record
 from utils.trained import trained
 from utils.training import Observer
@@ -199,9 +199,9 @@ class Recipe:
 
     def prepared(self) -> Rounds:
         """Networks on this process's device, compiled where that pays."""
-        config, device = self.config, own_device(self.victim.device)
+        config, device = self.config, self.victim.device
         purifier = purifier_for(self.denoiser, config, len(self.data), config.random_seed, device, config.amp)
-        return Rounds(self.data, self.victim.to(device), purifier, config.threshold_tau)
+        return Rounds(self.data, self.victim, purifier, config.threshold_tau)
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:

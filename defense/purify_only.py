@@ -22,7 +22,6 @@ from defense.store import Block, IntermediaryStore
 from defense.verdict import reads_as_before
 from utils.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
-from utils.processes import own_device
 from utils.record import Record
 from utils.training import Observer, predict
 
@@ -75,9 +74,9 @@ class PurifyRecipe:
 
     def prepared(self) -> Purified:
         """Networks on this process's device, compiled where that pays."""
-        device = own_device(self.victim.device)
+        device = self.victim.device
         purifier = purifier_for(self.denoiser, self.config, len(self.data), self.config.random_seed, device, self.config.amp)
-        return Purified(self.data, self.victim.to(device), purifier)
+        return Purified(self.data, self.victim, purifier)
 
 
 def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record) -> tuple[LabeledImages, int]:

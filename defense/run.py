@@ -141,7 +141,8 @@ def defend_again(name: str) -> None:
 
 def taken_over(kept: dict[str, Any], config: Any) -> dict[str, Any]:
     """Keys of a defence that are what the record has and not the default, maybe because that was another when the record was made."""
-    own = [field for field in fields(config) if field.name not in {other.name for other in fields(TrainConfig)}]
+    of_training = {field.name for field in fields(TrainConfig)}
+    own = [field for field in fields(config) if field.name not in of_training]
     return {field.name: kept[field.name] for field in own if field.name in kept and kept[field.name] == getattr(config, field.name) != field.default}
 
 

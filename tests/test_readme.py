@@ -24,7 +24,12 @@ def documented(config):
     """{key: (default as YAML has it, meaning)} of the fields that a class's docstring explains."""
     meaning = dict(re.findall(r"^        (\w+): (.*)$", config.__doc__, re.MULTILINE))
     shown = lambda value: (value or "(empty)") if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    default = lambda field: "" if field.default is field.default_factory is MISSING else shown(field.default if field.default_factory is MISSING else field.default_factory())
+
+    def default(field):
+        if field.default_factory is not MISSING:
+            return shown(field.default_factory())
+        return "" if field.default is MISSING else shown(field.default)
+
     return {field.name: (default(field), meaning[field.name]) for field in fields(config) if field.name in meaning}
 
 

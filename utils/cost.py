@@ -7,14 +7,19 @@ from typing import Callable
 from utils.late import torch
 
 
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done `work`."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """How long `work` takes on the device the second time; the first one warms up."""
-    for _ in range(2):
-        started = time.monotonic()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return time.monotonic() - started
+    timed(work, device)
+    return timed(work, device)
 
 
 def clock(span: float) -> str:

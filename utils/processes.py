@@ -102,7 +102,7 @@ def _packed(message: Any) -> bytes:
 
 
 def _here(storage: Any, location: str) -> Any:
-    return storage.cuda(int(os.environ.get("LOCAL_RANK", 0))) if location.startswith("cuda") else storage
+    return storage.cuda(own_device(torch.device(location)).index) if location.startswith("cuda") else storage
 
 
 def gathered(result: Any) -> Sequence[Any]:

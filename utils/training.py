@@ -23,7 +23,7 @@ from utils.cost import clock
 from utils.data import LabeledImages, to_unit
 from utils.devices import autocast
 from utils.late import F, Tensor, inference_mode, nn, torch
-from utils.processes import averaged, helped, in_step, own_device, rank, share, size, told
+from utils.processes import averaged, helped, in_step, rank, share, size, told
 from utils.randomness import global_stream, keyed_generator
 from utils.record import replacing
 
@@ -78,10 +78,9 @@ class Lesson:
 
     def help(self) -> None:
         """Train epoch by epoch until there is none left."""
-        model = self.model.to(own_device(self.model.device))
-        trainer = Trainer(model, self.config, self.stage, self.flip)
+        trainer, device = Trainer(self.model, self.config, self.stage, self.flip), self.model.device
         trainer.load(self.state)
-        data, trainer.network = self.data.to(model.device), in_step(model, model.device)
+        data, trainer.network = self.data.to(device), in_step(self.model, device)
         while (epoch := told()) is not None:
             trainer.one_epoch(data, epoch)
 
