@@ -18,11 +18,12 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from defense.crew import crew_for
 from defense.denoising import warn_if_noise
+from defense.doubt import verdict_notes
 from defense.draft import Draft, Selector
 from defense.forecast import purifying_bytes, purifying_pace, smallest, span
 from defense.knowledge import DENOISER
-from defense.level import rounds_survived, self_agreement, settled_level, warn_if_destroyed
-from defense.power import detection_power, in_words, says_little
+from defense.level import rounds_survived, self_agreement, settled_level
+from defense.power import detection_power
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
 from defense.result import Result
@@ -144,9 +145,11 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         candidates = filter_candidates(votes, config.threshold_tau)
         selector = Selector(store, victim, config.ssim == "volume", config.selection_rank, config.original_eligible)
         draft = selector.take_poisoned(_first_draft(data, candidates, found, config), candidates)
-        _log_decisions(votes, data.labels, found, draft, purification.rounds.purifier.config)
-    power = None if found.targets else _power(votes, data.labels, found, config)
-    result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector, power=power)
+        _log_decisions(votes, data.labels, found, draft, config.last_steps_m)
+    power = None if found.targets else detection_power(votes, data.labels, found, config.threshold_tau, config.target_rule, config.random_seed)
+    survived = rounds_survived(votes, data.labels, config.last_steps_m, found.is_target).tolist()
+    notes = verdict_notes(found, survived, purification.rounds.purifier.config.steps_T, power, dataset.classes)
+    result = partial(_result, votes=votes, found=found, passes=store.passes, selector=selector, power=power, notes=notes)
     if not found.targets and not config.conform:
         log.info("no backdoor found: no label is changed, and the victim is the benign model")
         save_classifier(victim, record / "benign.safetensors")
@@ -212,27 +215,18 @@ def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy
 
 
 def _result(draft: Draft, model: Classifier, stage1: Optional[Classifier], votes: Tensor, found: Discrepancy, passes: int,
-            selector: Selector, power: Optional[dict[str, float]]) -> Result:
+            selector: Selector, power: Optional[dict[str, float]], notes: tuple[str, ...]) -> Result:
     purified = LabeledImages(draft.images, draft.labels)
     cast = votes[:, 1:] != UNKNOWN
     left = (cast & (votes[:, 1:] != draft.given[:, None])).sum(1).double() / cast.sum(1).clamp(min=1)   # 0 where nothing was purified
     score = torch.where(found.is_target[draft.given], left, left / 2)   # without a target label, most likely the victim's mistake
     return Result(model, purified, flagged=draft.labels != draft.given, score=score, targets=found.targets,
-                  decisions=draft.decisions(votes, found.is_target), stage1=stage1, discrepancy=found, votes=votes, power=power,
+                  decisions=draft.decisions(votes, found.is_target), stage1=stage1, discrepancy=found, votes=votes, power=power, notes=notes,
                   unet_passes=passes, examples=selector.examples)
 
 
-def _power(votes: Tensor, labels: Tensor, found: Discrepancy, config: DataElixirConfig) -> dict[str, float]:
-    """What having found nothing is worth, told in the log as well."""
-    power = detection_power(votes, labels, found, config.threshold_tau, config.target_rule, config.random_seed)
-    log.log(logging.WARNING if says_little(power) else logging.INFO, in_words(power))
-    return power
-
-
-def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, config: DataElixirConfig) -> None:
-    """The decisions in the log; `config.steps_T` is the level that was settled."""
-    warn_if_destroyed(rounds_survived(votes, labels, config.last_steps_m, found.is_target)[0].item(), config.steps_T)
-    for line in self_agreement(votes, labels, config.last_steps_m, found.is_target):
+def _log_decisions(votes: Tensor, labels: Tensor, found: Discrepancy, draft: Draft, last_steps_m: int) -> None:
+    for line in self_agreement(votes, labels, last_steps_m, found.is_target):
         log.info(line)
     for label, row in enumerate(zip(found.evidence, found.metric, found.score, found.inflow.share, found.inflow_score)):
         log.info("class %d: %d samples moved, discrepancy %.3f, score %.2f, taken in %.4f of the others, score %.2f%s", label, *row,

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dataelixir")
 AGREEMENT = 0.75   # share of predictions that must survive a round; a tenth of poison that moves, as it should, takes a tenth of them
-DESTROYED = 0.6    # below it the classifier can hardly read what comes out
 SAMPLE, GRAIN = 256, 10
 
 
@@ -87,13 +86,6 @@ def rounds_survived(votes: Tensor, labels: Tensor, last_steps_m: int, is_target:
     known = votes[:, 0] != UNKNOWN
     rows = known & ~is_target[labels]
     return reads_as_before(votes[rows if rows.any() else known], last_steps_m).double().mean(0)
-
-
-def warn_if_destroyed(share: float, level: int) -> None:
-    """Warn where too few predictions survive the first round: `share` of them."""
-    if share < DESTROYED:
-        log.warning("steps_T: only %.2f of the predictions survive one round at T = %d: the classifier cannot read what this denoiser makes, "
-                    "and the result means little; take a lower steps_T, steps_T: auto, or a better denoiser", share, level)
 
 
 def self_agreement(votes: Tensor, labels: Tensor, last_steps_m: int, is_target: Tensor) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from defense.power import in_words
 from defense.result import Result
 from defense.verdict import round_ends
 from utils import figures
@@ -106,7 +105,7 @@ def build_report(name: str, knowledge: Sequence[str], result: Result, case: Case
         "relabel": _relabel(result, case),
         "target_labels": {"detected": None if result.targets is None else list(result.targets), "true": case.truth.targets},
         "power": result.power,
-        "notes": [in_words(result.power)] if result.power else [],
+        "notes": list(result.notes),
         "rounds": None if result.votes is None else survival(round_ends(result.votes, config.last_steps_m), case.data.labels, case.truth),
         "knowledge": list(knowledge),
         "training_epochs": sum(row["stage"] != "victim" for row in EpochLog(record / "metrics.csv", None, None).rows()),

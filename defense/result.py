@@ -79,6 +79,7 @@ class Result:
         discrepancy: DataElixir's target-label detection.
         votes: int64 (N, 1+nm), the victim's labels of originals (column 0) and intermediaries.
         power: size of a backdoor -> how often it would have been found, where none was (power.py).
+        notes: sentences on what the verdict is worth (doubt.py).
         unet_passes: denoiser passes spent, over all images.
         examples: a few purified samples, drawn when the report wants them.
     """
@@ -94,6 +95,7 @@ class Result:
     discrepancy: Optional[Discrepancy] = None
     votes: Optional[Tensor] = None
     power: Optional[dict[str, float]] = None
+    notes: tuple[str, ...] = ()
     unet_passes: int = 0
     examples: Callable[[Tensor], list[Example]] = lambda _: []
 

@@ -5,8 +5,7 @@ from typing import Any, Sequence
 
 from defense.folder import OutputFolder, outcome
 from defense.given import Given
-from defense.level import DESTROYED, rounds_survived
-from defense.power import in_words
+from defense.level import rounds_survived
 from defense.result import Result
 from defense.verdict import UNKNOWN
 from utils.data import LabeledImages
@@ -23,7 +22,7 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
     survived = rounds_survived(result.votes, data.labels, last_steps_m, result.discrepancy.is_target)
     return {"target_labels": list(result.discrepancy.targets), "prediction_survives": survived.tolist(),
             "classifier_agrees": (votes[:, 0] == labels).double().mean().item(), "purified": len(votes),
-            "power": result.power,
+            "power": result.power, "notes": list(result.notes),
             "unet_passes": result.unet_passes, "peak_rss_bytes": peak_rss_bytes(), "device": device}
 
 
@@ -60,11 +59,7 @@ def notes(given: Given, found: dict[str, Any], counts: dict[str, int], action: s
             "report": "This is an analysis only: no images were written."}[action]
     said = [done, "The truth about this set is not known here: these are verdicts, not measurements. "
                   f"{found['purified']:,} images were purified; the classifier reads {found['classifier_agrees']:.1%} of them as they are labelled."]
-    if found["power"]:
-        said.append(in_words(found["power"]))
-    if found["prediction_survives"][0] < DESTROYED:
-        said.append(f"The verdict is doubtful: only {found['prediction_survives'][0]:.0%} of the predictions survive the first round, "
-                    "so the noise level is too high (steps_T: auto finds one) or the denoiser is not one for such images.")
+    said += found.get("notes", [])    # not there where an older version analysed
     if resized(given, resolution):
         said.append(f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled back to the size of "
                     "their originals and are coarser than these; all others are untouched.")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from defense import level as module
-from defense.level import highest, rounds_survived, self_agreement, settled_level, warn_if_destroyed
+from defense.level import highest, rounds_survived, self_agreement, settled_level
 from defense.purifier import PurifyConfig
 from tests.toys import CLASSES, PatchReader, toy_dataset
 
@@ -51,13 +51,6 @@ def test_agreement_is_measured_on_purified_images():
 
 def test_a_given_level_is_taken_as_it_is():
     assert settled_level(replace(CONFIG, steps_T=77), None, None, None, 0, 0, False) == 77
-
-
-def test_a_level_that_destroys_what_the_classifier_reads_is_warned_of(caplog):
-    warn_if_destroyed(0.6, 150)
-    assert not caplog.records
-    warn_if_destroyed(5 / 9, 150)
-    assert "steps_T: only 0.56 of the predictions survive one round at T = 150" in caplog.text
 
 
 def test_self_agreement_by_hand():

@@ -32,11 +32,17 @@ def pick_device(name: str) -> torch.device:
     return own_device(device)
 
 
+def mixed_precision(device: torch.device) -> torch.dtype:
+    """What mixed precision computes in: float16 on CUDA, bfloat16 on a CPU that multiplies it, else float32."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if has_bfloat16() else torch.float32
+
+
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Mixed precision: float16 on CUDA, bfloat16 on a CPU that computes with it."""
-    if device.type == "cpu":
-        return torch.autocast("cpu", torch.bfloat16, enabled and has_bfloat16())
-    return torch.autocast(device.type, torch.float16, enabled)
+    """Mixed precision, where it is enabled and the device has one."""
+    dtype = mixed_precision(device)
+    return torch.autocast(device.type, enabled=False) if dtype == torch.float32 else torch.autocast(device.type, dtype, enabled)
 
 
 def trains_in_bfloat16(device: torch.device) -> bool:

@@ -1,0 +1,59 @@
+"""What the verdict on a set is worth, in sentences, from what can be seen without any truth.
+
+A denoiser that does not know such images, or too high a noise level, moves so many clean predictions that poison does not
+stand out, or that clean classes do. The first is what `power` tells (power.py), the share of predictions that survive a round
+tells of either, and of a class that is accused the two measures tell whether it lost its samples to all classes, as a backdoor's
+target does, or to a few, as images do that look alike to the classifier once they are purified.
+"""
+from __future__ import annotations
+
+import logging
+from typing import Optional, Sequence
+
+from defense.inflow import FEW
+from defense.power import in_words, says_little
+from defense.target_label import Discrepancy
+from utils.late import Tensor
+
+log = logging.getLogger("dataelixir")
+DESTROYED = 0.6    # of predictions that survive a round; below it the classifier can hardly read what comes out
+
+
+def verdict_notes(found: Discrepancy, survived: Sequence[float], level: int, power: Optional[dict[str, float]], classes: Sequence[str]) -> tuple[str, ...]:
+    """Sentences for the page, told in the log as well; none where there is nothing to say.
+
+    Args:
+        found: the target labels.
+        survived: share of predictions that survive each round (`rounds_survived`).
+        level: the noise level T.
+        power: how often a backdoor would have been found, where none was.
+        classes: K names.
+    """
+    grave = [_destroyed(survived[0], level)] if survived[0] < DESTROYED else []
+    alone = by_discrepancy_alone(found)
+    if len(alone):
+        grave.append(_alone([classes[k] for k in alone.tolist()], survived[-1]))
+    told = [in_words(power)] if power else []
+    for said in grave:
+        log.warning(said)
+    for said in told:
+        log.log(logging.WARNING if says_little(power) else logging.INFO, said)
+    return (*told, *grave)
+
+
+def by_discrepancy_alone(found: Discrepancy) -> Tensor:
+    """int64 (M,): target labels that the inflow does not confirm, where it is asked and there are classes enough for it to speak."""
+    speaks = found.inflow_limit < float("inf") and (found.inflow.unit > 0).sum() > FEW
+    return (found.is_target & ~found.by_inflow & bool(speaks)).nonzero().flatten()
+
+
+def _destroyed(share: float, level: int) -> str:
+    return (f"The verdict is doubtful: only {share:.0%} of the predictions survive the first round at T = {level}. The noise level is too high for "
+            "this denoiser and classifier (steps_T: auto finds one), or the denoiser is not one for such images.")
+
+
+def _alone(names: Sequence[str], share: float) -> str:
+    subject = f"Class {names[0]} stands" if len(names) == 1 else f"Classes {', '.join(names[:-1])} and {names[-1]} stand"
+    return (f"{subject} out by the discrepancy alone: what moves there goes to a few classes and not back to all. That may be poison taken from a few classes, or clean images "
+            f"that look alike to the classifier once they are purified; {share:.0%} of the predictions in the other classes survive all rounds. Look at the samples, "
+            "or try a lower steps_T or another denoiser.")
