@@ -5,10 +5,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.toys import INFO, random_images, toy_dataset
-from utils.config import UserError
+from utils.config import TrainConfig, UserError
 from utils.data import DATASETS, DatasetInfo, to_unit
 from utils.models import build_classifier, check_model, load_weights, save_classifier
 from utils.networks import MODELS, Classifier
+from utils.trained import trained
 
 SMALL = "preactresnet_small"
 
@@ -138,3 +139,14 @@ def test_models_that_cannot_read_the_images_are_refused_before_anything_is_compu
     check_model("resnet18", dataset)
     with pytest.raises(UserError, match="Did you mean"):
         check_model("preactresnet81", dataset)
+
+
+def test_a_model_read_back_has_the_bits_of_the_one_that_was_trained(tmp_path):
+    """In float32, where the order of weights in memory decides about the order of sums."""
+    dataset, config = toy_dataset(per_class=8), TrainConfig(model=SMALL, epochs=1, batch_size=16, device="cpu", amp=False)
+    made = lambda: trained("victim", dataset.train, config, dataset, torch.device("cpu"), tmp_path)
+    fresh, read = made(), made()
+    assert fresh is not read and [p.stride() for p in fresh.parameters()] == [p.stride() for p in read.parameters()]
+    images = unit_images(100, side=8)
+    with torch.inference_mode():
+        assert torch.equal(fresh(images), read(images))

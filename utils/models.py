@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 def build_classifier(name: str, num_classes: int, info: DatasetInfo, seed: Sequence[int]) -> Classifier:
     """A freshly initialised classifier, the same for the same seed whatever ran before.
 
+    Its weights lie in channels_last, as they do after a training: in another order sums may come out with other last bits, and a
+    model that is read back from its file must not differ from the one that was just trained.
+
     Raises:
         UserError: neither one of MODELS nor a timm model.
     """
@@ -25,7 +28,7 @@ def build_classifier(name: str, num_classes: int, info: DatasetInfo, seed: Seque
 
     with global_stream(*seed):
         body, width = MODELS[name]() if name in MODELS else _timm_body(name)
-        return Classifier(body, width, num_classes, info)
+        return Classifier(body, width, num_classes, info).to(memory_format=torch.channels_last)
 
 
 def check_model(name: str, dataset: Dataset) -> None:
