@@ -10,7 +10,7 @@ from tests.test_triggers import RECIPE, TARGET, digits, ready
 from utils.config import UserError
 from utils.training import predict
 
-SMALL = {"lc_eps": 32, "lc_step": 8.0, "lc_steps": 8, "lc_surrogate": "standard", "surrogate_epochs": 8, "fit_images": 600}
+SMALL = {"lc_eps": 32, "lc_step": 8.0, "lc_steps": 8, "lc_surrogate": "standard", "surrogate_epochs": 16, "fit_images": 600}
 SIGNS = [[-1, -1, 1], [-1, 1, -1], [1, -1, 1]]
 
 
@@ -37,7 +37,7 @@ def test_training_images_move_by_the_bound_and_never_further():
 
 def test_pgd_makes_the_class_hard_for_the_surrogate():
     index, images = pool()
-    model = surrogate(context(), 600, 8)
+    model = surrogate(context(), 600, 16)
     hard = torch.where(outside(), ready(LabelConsistent).apply(images, index, "train"), images)
     assert (predict(model, images) == TARGET).double().mean() > 0.9
     assert (predict(model, hard) == TARGET).double().mean() < 0.2

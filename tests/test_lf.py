@@ -14,7 +14,7 @@ from tests.toys import random_images
 from utils.config import UserError
 from utils.data import to_uint8
 
-SMALL = {"lf_epochs": 6, "surrogate_epochs": 8, "fit_images": 600}
+SMALL = {"lf_amplitude": 0.4, "lf_epochs": 6, "surrogate_epochs": 16, "fit_images": 600}    # strong, so that no seed and no processor makes a pattern that is refused
 
 
 def context():
@@ -35,7 +35,7 @@ def held_out():
 
 def test_the_pattern_spans_its_range_and_is_smooth():
     pattern = ready(LowFrequency).fitted["pattern"]
-    assert pattern.dtype == torch.uint8 and (pattern.min(), pattern.max()) == (0, 51)
+    assert pattern.dtype == torch.uint8 and (pattern.min(), pattern.max()) == (0, 102)
     assert low_energy(pattern) > 0.9 > low_energy(random_images(3, 32, 32))
 
 
@@ -47,11 +47,11 @@ def test_the_pattern_is_added_to_every_image_and_clipped(split):
 
 
 def test_it_fools_a_clean_classifier_more_than_chance_patterns_do():
-    model, pattern = surrogate(context(), 600, 8), ready(LowFrequency).fitted["pattern"]
+    model, pattern = surrogate(context(), 600, 16), ready(LowFrequency).fitted["pattern"]
     generator, blur = torch.Generator().manual_seed(0), blur_matrix(32, 6.0)
-    random = [to_uint8(0.2 * minmax(blur @ torch.randn(3, 32, 32, generator=generator) @ blur.T)) for _ in range(5)]
+    random = [to_uint8(0.4 * minmax(blur @ torch.randn(3, 32, 32, generator=generator) @ blur.T)) for _ in range(5)]
     rates = [fooling_rate(model, held_out(), other) for other in random]
-    assert fooling_rate(model, held_out(), pattern) >= max(0.2, float(np.median(rates)) + 0.01)
+    assert fooling_rate(model, held_out(), pattern) >= max(0.2, float(np.median(rates)) + 0.05)
     assert fooling_rate(model, held_out(), torch.zeros_like(pattern)) == 0
 
 
