@@ -103,6 +103,11 @@ class DataElixirConfig(TrainConfig, PurifyConfig):
         return replace(self, **PUBLISHED) if self.conform else self
 
     @property
+    def of_fine_tuning(self) -> "DataElixirConfig":
+        """This config with the epochs and learning rate of the fine-tuning."""
+        return replace(self, lr=self.ft_lr, epochs=self.ft_epochs or self.epochs)
+
+    @property
     def target_rule(self) -> TargetRule:
         return TargetRule(self.outliers == "two_sided", self.outlier_threshold, self.evidence_prior, self.mad_floor, self.inflow_threshold)
 
@@ -159,8 +164,7 @@ def defend(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     with record.stage("finetune"):
         settle = partial(selector.settle_suspicious, candidates=candidates, source=config.relabel_source)
         settled, consensus = settle(draft, stage1)
-        tuned = replace(config, lr=config.ft_lr, epochs=config.ft_epochs or config.epochs)
-        benign = train("benign", settled.rows(~settled.suspicious | consensus), config=tuned, start=stage1)
+        benign = train("benign", settled.rows(~settled.suspicious | consensus), config=config.of_fine_tuning, start=stage1)
         final, _ = settle(draft, benign)
     return result(final, benign, stage1)
 
