@@ -12,6 +12,7 @@ with random weights (35.7 M parameters), with PreActResNet-18; the others are sh
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import subprocess
@@ -75,6 +76,7 @@ def reference(denoiser: Denoiser, victim, images: Tensor, device: torch.device) 
     from PIL import Image
     from skimage.metrics import structural_similarity
 
+    victim = copy.deepcopy(victim).to(memory_format=torch.contiguous_format)
     batch, level = torch.randn(images.shape, device=device), torch.full((len(images),), 100, device=device)
     one_pass = best(lambda: denoiser(batch, level), device) / len(batch)
     column = images[:1].expand(1 + N * M, -1, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()

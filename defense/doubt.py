@@ -29,16 +29,17 @@ def verdict_notes(found: Discrepancy, survived: Sequence[float], level: int, pow
         power: how often a backdoor would have been found, where none was.
         classes: K names.
     """
-    grave = [_destroyed(survived[0], level)] if survived[0] < DESTROYED else []
-    alone = by_discrepancy_alone(found)
-    if len(alone):
-        grave.append(_alone([classes[k] for k in alone.tolist()], survived[-1]))
-    told = [in_words(power)] if power else []
-    for said in grave:
-        log.warning(said)
-    for said in told:
-        log.log(logging.WARNING if says_little(power) else logging.INFO, said)
-    return (*told, *grave)
+    said = {}    # sentence -> how grave it is
+    if power:
+        said[in_words(power)] = logging.WARNING if says_little(power) else logging.INFO
+    if survived[0] < DESTROYED:
+        said[_destroyed(survived[0], level)] = logging.WARNING
+    alone = by_discrepancy_alone(found).tolist()
+    if alone:
+        said[_alone([classes[k] for k in alone], survived[-1])] = logging.WARNING
+    for sentence, grave in said.items():
+        log.log(grave, sentence)
+    return tuple(said)
 
 
 def by_discrepancy_alone(found: Discrepancy) -> Tensor:

@@ -65,8 +65,9 @@ def test_three_processes_learn_what_one_learns_even_after_an_interruption(tmp_pa
     assert stopped.returncode != 0 and "error: enough" in stopped.stderr and (tmp_path / "three" / "checkpoint.pt").exists()
     done = together(3, train, tmp_path / "three")
     assert done.returncode == 0 and done.stdout.count("left") == 3, done.stderr[-2000:]
-    kept = [line for run in (stopped, done) for line in run.stdout.splitlines() if line.startswith("threads of")]
-    assert sorted(kept) == sorted(2 * ["threads of 0", "threads of 1", "threads of 2"])   # one of gloo's may abort a process at its end
+    kept = [[line for line in run.stdout.splitlines() if line.startswith("threads of")] for run in (stopped, done)]
+    assert sorted(kept[1]) == ["threads of 0", "threads of 1", "threads of 2"]    # one of gloo's may abort a process at its end
+    assert set(kept[0]) <= set(kept[1])    # torchrun may end the others before they say it
     (one, losses), (three, later) = (torch.load(tmp_path / name / "out.pt") for name in ("one", "three"))
     torch.manual_seed(3)
     before = dict(plain().named_parameters())

@@ -42,7 +42,7 @@ def mixed_precision(device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """Mixed precision, where it is enabled and the device has one."""
     dtype = mixed_precision(device)
-    return torch.autocast(device.type, enabled=False) if dtype == torch.float32 else torch.autocast(device.type, dtype, enabled)
+    return torch.autocast(device.type, dtype, enabled and dtype != torch.float32)
 
 
 def trains_in_bfloat16(device: torch.device) -> bool:

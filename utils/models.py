@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def build_classifier(name: str, num_classes: int, info: DatasetInfo, seed: Sequence[int]) -> Classifier:
     """A freshly initialised classifier, the same for the same seed whatever ran before.
 
-    Its weights lie in channels_last, as they do after a training: in another order sums may come out with other last bits, and a
-    model that is read back from its file must not differ from the one that was just trained.
+    Its weights lie in channels_last, the fastest order to train in. It is given here, to all alike: in another one sums may come out with other
+    last bits, and a model that is read back from its file must not differ from the one that was just trained.
 
     Raises:
         UserError: neither one of MODELS nor a timm model.

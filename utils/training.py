@@ -101,7 +101,6 @@ class Trainer:
     def __init__(self, model: Classifier, config: TrainConfig, stage: str, flip: bool, checkpoint: Optional[Path] = None, together: bool = True):
         self.model, self.config, self.stage, self.flip = model, config, stage, flip
         self.checkpoint, self.network, self.together = checkpoint, model, together and size() > 1
-        model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=config.amp and model.device.type == "cuda")
