@@ -151,11 +151,30 @@ def test_classes_that_drift_far_more_than_most_do_not_stand_apart_from_each_othe
     assert (found.inflow_score > 4).sum() >= 3 and target_labels(votes, filter_candidates(votes, TAU), labels, 30, TargetRule(threshold=1e9)).targets == ()
 
 
+def doubly_poisoned(first, second, sizes, drift):
+    """Votes and labels with backdoors into class 0 and, of other samples, into class 5; and the labels without the first."""
+    votes, labels = poisoned(0, sizes, drift=drift)
+    draw = torch.rand(len(labels), generator=torch.Generator().manual_seed(9))
+    labels = torch.where(draw < second, 5, labels)
+    both = torch.where(draw > 1 - first, 0, labels)
+    votes[:, 0] = both
+    return votes, both, labels
+
+
+def accused(votes, labels, classes):
+    """Target labels by the inflow alone."""
+    return target_labels(votes, filter_candidates(votes, TAU), labels, classes, TargetRule(threshold=1e9)).targets
+
+
 def test_two_backdoors_are_found_at_once():
-    votes, labels = poisoned(0.1, [300] * 12, drift=0.2)
-    second = torch.rand(len(labels), generator=torch.Generator().manual_seed(9)) < 0.06
-    labels, votes[second, 0] = torch.where(second, 5, labels), 5
-    assert target_labels(votes, filter_candidates(votes, TAU), labels, 12, TargetRule(threshold=1e9)).targets == (0, 5)
+    votes, labels, _ = doubly_poisoned(0.1, 0.06, [300] * 12, drift=0.2)
+    assert accused(votes, labels, 12) == (0, 5)
+
+
+@pytest.mark.parametrize("classes, small", [(10, 0.02), (43, 0.005)])
+def test_a_backdoor_much_smaller_than_another_is_found_once_that_one_is_gone(classes, small):
+    votes, labels, mended = doubly_poisoned(0.1, small, [500] * classes, drift=0.2)
+    assert 0 in accused(votes, labels, classes) and accused(votes, mended, classes) == (5,)
 
 
 def test_a_class_close_to_the_limit_is_undecided_until_the_sample_has_grown():
