@@ -41,13 +41,21 @@ def open_classes(moved, whole=(), error=0.02, per_class=40):
     return found.targets, undecided(votes, candidates, labels, sizes, found, RULE, error, seed=0).nonzero().flatten().tolist()
 
 
+def least_flagged(per_class=40):
+    """How many samples of class 0 must move, where no other moves, for it to be a target label."""
+    for n in range(per_class):
+        votes, labels = votes_of([n, 0, 0, 0, 0, 0], per_class)
+        if target_labels(votes, filter_candidates(votes, TAU), labels, K, RULE).targets:
+            return n
+
+
 def test_clear_verdicts_are_settled():
     assert open_classes([0] * K) == ((), [])
     assert open_classes([30, 0, 0, 0, 0, 0]) == ((0,), []) and open_classes([40, 1, 0, 0, 1, 0], per_class=64) == ((0,), [])
 
 
 def test_a_class_close_to_the_threshold_is_undecided_until_it_is_purified_whole():
-    edge = next(n for n in range(40) if open_classes([n, 0, 0, 0, 0, 0])[0])
+    edge = least_flagged()
     for n in (edge - 1, edge):
         assert open_classes([n, 0, 0, 0, 0, 0])[1] == [0] and open_classes([n, 0, 0, 0, 0, 0], whole=[0])[1] == []
     assert open_classes([edge, 0, 0, 0, 0, 0], error=0.99)[1] == []
@@ -55,23 +63,23 @@ def test_a_class_close_to_the_threshold_is_undecided_until_it_is_purified_whole(
 
 def test_what_is_left_to_chance_shrinks_with_what_is_left_of_the_class():
     """The share of a class of 400 that moved, from samples without replacement: flips as often as the samples themselves do."""
-    draw, edge = torch.Generator().manual_seed(2), next(n for n in range(400) if open_classes([n, 0, 0, 0, 0, 0], per_class=400)[0])
+    draw, edge = torch.Generator().manual_seed(2), least_flagged(per_class=400)
     for seen, expected in ((100, True), (380, False)):
         votes, labels = votes_of([edge + 12, 0, 0, 0, 0, 0], per_class=400)
         flipped, asked, candidates = 0, 0, filter_candidates(votes, TAU)
-        for _ in range(40):
+        for i in range(40):
             rows = torch.cat([torch.randperm(400, generator=draw)[:seen], torch.arange(400, 2400)])
             part = filter_candidates(votes[rows], TAU)
             found = target_labels(votes[rows], part, labels[rows], K, RULE, labels.bincount())
             flipped += found.targets != target_labels(votes, candidates, labels, K, RULE).targets
-            asked += bool(undecided(votes[rows], part, labels[rows], labels.bincount(), found, RULE, 0.02, seed=0)[0])
-        assert (flipped > 0) == expected and (asked > 20) == expected, (seen, flipped, asked)
+            asked += i < 12 and bool(undecided(votes[rows], part, labels[rows], labels.bincount(), found, RULE, 0.02, seed=0)[0])
+        assert (flipped > 0) == expected and (asked > 6) == expected, (seen, flipped, asked)
 
 
 def test_where_a_whole_class_is_undecided_the_others_grow():
     """Its own votes are all there, but the classes that it is compared with are known from a few samples."""
     sizes, asked = [40, 4000, 4000, 4000, 4000, 4000], 0
-    for seed in range(20):
+    for seed in range(10):
         draw = torch.Generator().manual_seed(seed)
         moved = [12] + [int((torch.rand(40, generator=draw) < 0.1).sum()) for _ in range(K - 1)]
         votes, labels = votes_of(moved)
@@ -82,11 +90,11 @@ def test_where_a_whole_class_is_undecided_the_others_grow():
         assert not short[0]
         alone = undecided(votes, candidates, labels, torch.tensor(sizes), found, rule, 0.9, seed=0)
         asked += short[1:].all() and not alone.any()
-    assert asked > 10
+    assert asked > 5
 
 
 def test_a_larger_sample_of_the_same_shares_is_decided_sooner():
-    edge = next(n for n in range(40) if open_classes([n, 0, 0, 0, 0, 0])[0])
+    edge = least_flagged()
     assert open_classes([2 * edge, 0, 0, 0, 0, 0])[1] == [0] and open_classes([40 * edge, 0, 0, 0, 0, 0], per_class=800)[1] == []
 
 
