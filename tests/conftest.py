@@ -23,5 +23,21 @@ def world(tmp_path_factory):
     made.seconds = warm_up(made)
     return made
 
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """What is logged of odd file names (`caf\\udce9.png`) could not be sent from one of pytest-xdist's processes to the other."""
+    return sendable((yield))
+
+
+def sendable(part):
+    """A copy in which no string holds half a surrogate pair."""
+    if isinstance(part, str):
+        return part.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(part, dict):
+        return {key: sendable(value) for key, value in part.items()}
+    return type(part)(map(sendable, part)) if isinstance(part, (list, tuple)) else part
+
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # in the background of a shell; programs under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
