@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+from pathlib import Path
 
 from benchmarks.runs import ROOT, run_script, write_results
 
@@ -42,13 +43,14 @@ def run(record: str, setting: str, extra: list[str]) -> dict:
     name = "lever_" + setting.replace(" ", "_").replace(",", "")
     flags = [word for key, value in (ALL | SETTINGS[setting]).items() if value is not None for word in (f"--{key}", value)]
     run_script("defense/dataelixir.py", "--result_file", record, "--run_name", name, *flags, *extra)
-    report = json.loads((ROOT / "record" / record / "defense" / name / "report.json").read_text(encoding="utf-8"))
-    return {"record": record, "setting": setting, "images": sum_images(record)} | report
+    folder = ROOT / "record" / record / "defense" / name
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return {"record": record, "setting": setting, "images": count_images(folder)} | report
 
 
-def sum_images(record: str) -> int:
-    """Training images of a record."""
-    with open(ROOT / "record" / record / "decisions.csv", encoding="utf-8") as rows:
+def count_images(folder: Path) -> int:
+    """Training images that a run decided on."""
+    with open(folder / "decisions.csv", encoding="utf-8") as rows:
         return sum(1 for _ in rows) - 1
 
 

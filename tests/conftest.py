@@ -1,4 +1,5 @@
-"""One thread: the networks of the tests are so small that several only wait for each other. Fits are kept for the session."""
+"""One thread, here and in the programs that tests start: the networks are so small that several only wait for each other. Fits are kept for the session."""
+import os
 import signal
 
 import pytest
@@ -8,6 +9,7 @@ from attack import fitting
 from benchmarks.kills import World, warm_up
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
