@@ -1,6 +1,6 @@
 """A part of GTSRB in GTSRB's own layout, for what would take too long on all of it, such as the exact process with three seeds.
 
-    python benchmarks/part.py --dataset_path DIR --out PART [--classes 10] [--images 70]
+    python benchmarks/part.py --dataset_path DIR --out PART [--classes 6] [--images 120]
 
 The classes with the most training images, as many of each, spread evenly over its file names (and so over its signs); of the test set
 everything of those classes. Then `--dataset_path PART` of any script reads it.
@@ -19,8 +19,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_path", type=Path, required=True, help="folder with gtsrb/ in it")
     parser.add_argument("--out", type=Path, required=True, help="folder to write gtsrb/ in")
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--images", type=int, default=70, help="training images of each class")
+    parser.add_argument("--classes", type=int, default=6)
+    parser.add_argument("--images", type=int, default=120, help="training images of each class")
     return parser.parse_args()
 
 

@@ -33,6 +33,11 @@ def estimate(votes, labels, classes, part=None):
     return found.inflow.share, found
 
 
+def accused(votes, labels, classes):
+    """Target labels by the inflow alone."""
+    return target_labels(votes, filter_candidates(votes, TAU), labels, classes, TargetRule(threshold=1e9)).targets
+
+
 def test_by_hand():
     """Class 0 of 8 samples loses one to each of 1 and 2, and half of the votes of one to 3; of four others the one that gets most is left out."""
     labels = torch.tensor([0] * 8 + [1] * 10 + [2] * 20 + [3] * 5 + [4] * 7)
@@ -131,7 +136,7 @@ def test_clean_sets_are_seldom_accused(classes, each):
     for seed in range(100):
         rates = (0.15 * torch.exp(0.5 * torch.randn(classes, generator=torch.Generator().manual_seed(seed)))).clamp(max=0.9)
         votes, labels = drifting([each] * classes, rates, 0.5, seed)
-        flagged += bool(target_labels(votes, filter_candidates(votes, TAU), labels, classes, TargetRule(threshold=1e9)).targets)
+        flagged += bool(accused(votes, labels, classes))
     assert flagged <= 15
 
 
@@ -148,7 +153,7 @@ def test_what_few_samples_do_is_chance():
 def test_classes_that_drift_far_more_than_most_do_not_stand_apart_from_each_other():
     votes, labels = drifting([400] * 30, 0.6 * 0.8 ** torch.arange(30), 3.0, 1)
     found = estimate(votes, labels, 30)[1]
-    assert (found.inflow_score > 4).sum() >= 3 and target_labels(votes, filter_candidates(votes, TAU), labels, 30, TargetRule(threshold=1e9)).targets == ()
+    assert (found.inflow_score > 4).sum() >= 3 and accused(votes, labels, 30) == ()
 
 
 def doubly_poisoned(first, second, sizes, drift):
@@ -159,11 +164,6 @@ def doubly_poisoned(first, second, sizes, drift):
     both = torch.where(draw > 1 - first, 0, labels)
     votes[:, 0] = both
     return votes, both, labels
-
-
-def accused(votes, labels, classes):
-    """Target labels by the inflow alone."""
-    return target_labels(votes, filter_candidates(votes, TAU), labels, classes, TargetRule(threshold=1e9)).targets
 
 
 def test_two_backdoors_are_found_at_once():

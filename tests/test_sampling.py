@@ -67,19 +67,19 @@ def test_what_is_left_to_chance_shrinks_with_what_is_left_of_the_class():
     for seen, expected in ((100, True), (380, False)):
         votes, labels = votes_of([edge + 12, 0, 0, 0, 0, 0], per_class=400)
         flipped, asked, candidates = 0, 0, filter_candidates(votes, TAU)
-        for i in range(40):
+        for _ in range(40):
             rows = torch.cat([torch.randperm(400, generator=draw)[:seen], torch.arange(400, 2400)])
             part = filter_candidates(votes[rows], TAU)
             found = target_labels(votes[rows], part, labels[rows], K, RULE, labels.bincount())
             flipped += found.targets != target_labels(votes, candidates, labels, K, RULE).targets
-            asked += i < 12 and bool(undecided(votes[rows], part, labels[rows], labels.bincount(), found, RULE, 0.02, seed=0)[0])
-        assert (flipped > 0) == expected and (asked > 6) == expected, (seen, flipped, asked)
+            asked += bool(undecided(votes[rows], part, labels[rows], labels.bincount(), found, RULE, 0.02, seed=0)[0])
+        assert (flipped > 0) == expected and (asked > 20) == expected, (seen, flipped, asked)
 
 
 def test_where_a_whole_class_is_undecided_the_others_grow():
     """Its own votes are all there, but the classes that it is compared with are known from a few samples."""
     sizes, asked = [40, 4000, 4000, 4000, 4000, 4000], 0
-    for seed in range(10):
+    for seed in range(20):
         draw = torch.Generator().manual_seed(seed)
         moved = [12] + [int((torch.rand(40, generator=draw) < 0.1).sum()) for _ in range(K - 1)]
         votes, labels = votes_of(moved)
@@ -90,7 +90,7 @@ def test_where_a_whole_class_is_undecided_the_others_grow():
         assert not short[0]
         alone = undecided(votes, candidates, labels, torch.tensor(sizes), found, rule, 0.9, seed=0)
         asked += short[1:].all() and not alone.any()
-    assert asked > 5
+    assert asked > 10
 
 
 def test_a_larger_sample_of_the_same_shares_is_decided_sooner():
