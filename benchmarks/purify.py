@@ -97,7 +97,8 @@ def ours(denoiser: Denoiser, victim, images: Tensor, folder: Path, compiled: boo
     """The same seconds, of what a run calls; a short round is enough for a pass, a whole set of states for the rest."""
     config = PurifyConfig(steps_T=STEPS_T, rounds_n=1, last_steps_m=1, reverse_steps=4, compile="on" if compiled else "off")
     purifier, index = purifier_for(denoiser, config, len(images), 0, device, True), torch.arange(len(images))
-    one_pass = best(lambda: purifier.intermediaries(images, index), device) / len(images) / 4
+    spread = 10 * index     # as samples of one class lie in a set; noise is keyed by where a sample lies
+    one_pass = best(lambda: purifier.intermediaries(images, spread), device) / len(images) / 4
     columns = images[:64, None].repeat(1, 1 + N * M, 1, 1, 1).to(device)    # the states are there
     label = best(lambda: predict(victim, columns.flatten(0, 1), amp=True), device, 1) / len(columns)
     few = columns[:16].cpu()

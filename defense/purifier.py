@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusion.denoiser import Denoiser
 
 AUTO_TOP = 300     # the highest level that steps_T: auto tries
-NOISE_BLOCK = 8    # samples that share a random stream: keyed by data set index, so batches of any size draw the same
+STREAM_SHARED_BY = {"cpu": 1, "cuda": 8}   # samples of one random stream: a GPU starts a kernel for each, a CPU would draw for samples that are not asked for
 COMPILING_PAYS = {"cpu": 4e3, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
 
 
@@ -130,8 +130,9 @@ class KeyedNoise:
     """
 
     def __init__(self, index: Tensor, seed: int, device: torch.device):
-        blocks, position = (index // NOISE_BLOCK).unique(return_inverse=True)
-        self.position, self.within, self.device = position, index % NOISE_BLOCK, device
+        self.shared = STREAM_SHARED_BY.get(device.type, 1)
+        blocks, position = (index // self.shared).unique(return_inverse=True)
+        self.position, self.within, self.device = position, index % self.shared, device
         self.rows = self._rows()
         self.generators = [keyed_generator(seed, "purify", int(block), device=device) for block in blocks]
 
@@ -143,11 +144,11 @@ class KeyedNoise:
 
     def _rows(self) -> Tensor:
         """Where the samples' noise lies in a drawing; on the device, so that no step waits for a copy."""
-        return (self.position * NOISE_BLOCK + self.within).to(self.device)
+        return (self.position * self.shared + self.within).to(self.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """N(0, I) of x's shape (B, ...)."""
-        draw = lambda generator: torch.randn((NOISE_BLOCK, *x.shape[1:]), generator=generator, device=x.device)
+        draw = lambda generator: torch.randn((self.shared, *x.shape[1:]), generator=generator, device=x.device)
         return torch.cat([draw(generator) for generator in self.generators])[self.rows]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from defense import purifier as module
-from defense.purifier import KeyedNoise, PurifyConfig, Purifier, open_denoiser, quantised, requantised
+from defense.purifier import STREAM_SHARED_BY, KeyedNoise, PurifyConfig, Purifier, open_denoiser, quantised, requantised
 from diffusion.denoiser import Denoiser
 from diffusion.sampler import Schedule, subset_steps
 from diffusion.network import DenoiserConfig, build_unet
@@ -100,14 +100,26 @@ def test_noise_is_keyed_by_seed_and_index():
     assert not torch.equal(first[:, 1:5], first[:, 5:9])    # rounds draw anew
 
 
-def test_noise_is_normal_and_independent_between_samples():
+@pytest.mark.parametrize("shared", [1, 8])
+def test_noise_is_normal_and_independent_between_samples(shared, monkeypatch):
+    monkeypatch.setitem(STREAM_SHARED_BY, "cpu", shared)
     noise, x = KeyedNoise(torch.arange(100), 3, CPU), torch.zeros(100, 3, 16, 16)
     first, second = noise(x).flatten(1), noise(x).flatten(1)
     assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02 and not torch.equal(first, second)
     both = torch.corrcoef(torch.cat([first, second])) - torch.eye(200)
     assert both.abs().max() < 6 / (3 * 16 * 16) ** 0.5
     picked = torch.tensor([99, 31, 32, 0])
-    assert torch.equal(KeyedNoise(picked, 3, CPU)(x[:4]).flatten(1), first[picked])
+    some = KeyedNoise(picked, 3, CPU)
+    assert torch.equal(some(x[:4]).flatten(1), first[picked])
+    some.keep(torch.tensor([True, False, False, True]))
+    assert torch.equal(some(x[:2]).flatten(1), second[picked[[0, 3]]])
+
+
+def test_on_a_cpu_noise_is_drawn_for_no_sample_that_was_not_asked_for(monkeypatch):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda shape, **keys: drawn.append(shape) or randn(shape, **keys))
+    KeyedNoise(torch.arange(0, 1000, 100), 0, CPU)(torch.zeros(10, 3, 4, 4))
+    assert sum(torch.Size(shape).numel() for shape in drawn) == 10 * 3 * 4 * 4
 
 
 @pytest.mark.parametrize(("noise_index", "suffix"), [("T-1", 149), ("T", 150)])
