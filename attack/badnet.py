@@ -13,6 +13,7 @@ from PIL import Image
 from attack.run import main
 from attack.trigger import Trigger
 from utils.config import UserError, resolve_path
+from utils.decoding import open_image
 from utils.late import torch
 
 # built-in patches, (h, w, 3) uint8, put into the lower right corner
@@ -48,6 +49,8 @@ def patch_on(size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Pattern uint8 (3, size, size) and mask bool (1, size, size) of a built-in patch or an image file."""
     if name in PATCHES:
         patch = PATCHES[name]
+        if size < len(patch):
+            raise UserError(f"image_size: {size}, but patch_mask_path {name} is {len(patch)} pixels wide; take larger images, or a file of your own")
         canvas, mask = np.zeros((size, size, 3), np.uint8), np.zeros((size, size), bool)
         canvas[-patch.shape[0]:, -patch.shape[1]:], mask[-patch.shape[0]:, -patch.shape[1]:] = patch, True
     else:
@@ -58,14 +61,17 @@ def patch_on(size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 def _read_patch(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         path = resolve_path(name, "patch_mask_path")
-        rgba = np.asarray(Image.open(path).convert("RGBA").resize((size, size), Image.Resampling.NEAREST))
+        with Image.open(path) as image:
+            has_alpha = image.has_transparency_data
+            seen = (image if has_alpha else open_image(path)).convert("RGBA")
+        rgba = np.asarray(seen.resize((size, size), Image.Resampling.NEAREST))
     except UserError as error:
         raise UserError(f"{error}; built-in patches: {', '.join(PATCHES)}") from None
     except Exception as error:   # each of PIL's readers raises its own on a hostile file
         raise UserError(f"patch_mask_path: {path} is not an image ({str(error)[:80]})") from None
-    mask = (rgba[..., 3] > 0) & (rgba[..., :3].max(-1) > 0)
+    mask = rgba[..., 3] > 0 if has_alpha else rgba[..., :3].max(-1) > 0
     if not mask.any():
-        raise UserError(f"patch_mask_path: {path} is black all over: no pixel would be changed")
+        raise UserError(f"patch_mask_path: {path} is {'transparent' if has_alpha else 'black'} all over: no pixel would be changed")
     return rgba[..., :3], mask
 
 

@@ -1,7 +1,7 @@
 """What some attacks must fit before they can stamp: made once and kept, and the surrogate classifier that they fit on.
 
-Fitted tensors lie in record/.cache/fitted/ under a hash of everything they depend on: training images and labels,
-seed, recipe, the attack's keys and the code. A maker checks its own work and raises where it is not good enough, so
+Fitted tensors lie in record/.cache/fitted/ under a hash of everything they depend on: training images, labels and
+what the data set's entry says, seed, recipe, the attack's keys and the code. A maker checks its own work and raises where it is not good enough, so
 that no dud is ever kept. FGSM training with a random start: Wong et al., "Fast is better than free", arXiv 2001.03994;
 with predicted labels: Kurakin et al., "Adversarial Machine Learning at Scale", arXiv 1611.01236.
 """
@@ -48,7 +48,9 @@ def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[
             then nothing is kept.
     """
     recipe = {f.name: getattr(context.config, f.name) for f in fields(TrainConfig) if f.name not in NO_INFLUENCE}
-    parts = {"data": _data_hash(context.dataset.train), "code": _code_hash(make), "seed": context.seed} | recipe | keys
+    dataset = context.dataset
+    parts = {"data": _data_hash(dataset.train), "classes": dataset.num_classes, "normalisation": (dataset.info.mean, dataset.info.std), "flip": dataset.info.flip}
+    parts |= {"code": _code_hash(make), "seed": context.seed} | recipe | keys
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     file = FITTED / f"{name}-{digest[:24]}.npz"
     if not file.exists():

@@ -85,7 +85,7 @@ def label_map(trigger: type[Trigger] | Trigger, config: PoisonConfig, num_classe
     """The label map that `config` asks for.
 
     Raises:
-        UserError: another attack's config, a target outside the classes, a clean-label attack with all2all.
+        UserError: another attack's config, a target outside the classes, all2all with a clean-label attack or a rate of the target class.
     """
     if config.attack and config.attack != trigger.name:
         raise UserError(f"attack: this config is for '{config.attack}', but the script is attack/{trigger.name}.py")
@@ -93,6 +93,8 @@ def label_map(trigger: type[Trigger] | Trigger, config: PoisonConfig, num_classe
         raise UserError(f"attack_target: {config.attack_target} is outside the classes 0..{num_classes - 1}")
     if config.attack_label_trans == "all2all" and trigger.label_mode == "clean":
         raise UserError(f"attack_label_trans: all2all changes labels, which the clean-label attack '{trigger.name}' never does; use all2one")
+    if config.attack_label_trans == "all2all" and config.rate_of == "target_class":
+        raise UserError("rate_of: target_class, but all2all has no one target class; use rate_of: all")
     return LabelMap(num_classes, config.attack_target if config.attack_label_trans == "all2one" else None)
 
 
@@ -108,12 +110,14 @@ def choose_poison(labels: Tensor, trigger: Trigger, labels_to: LabelMap, config:
     """Sorted indices int64 of the samples to poison: exactly round(pratio * base) of the pool, keyed by (seed, attack).
 
     Raises:
-        UserError: the pool is smaller than that; the message gives the numbers.
+        UserError: that is none though pratio is not 0, or the pool is smaller; the message gives the numbers.
     """
     pool, described = _pool(labels, trigger, labels_to, config)
     in_target = int((labels == config.attack_target).sum())
     base = in_target if config.rate_of == "target_class" else len(labels)
     count, candidates = round(config.pratio * base), pool.nonzero().flatten()
+    if config.pratio and not count:
+        raise UserError(f"pratio: {config.pratio:g} of {base} images are none; " + ("raise pratio (0 poisons nothing on purpose)" if base else "give another attack_target"))
     if count > len(candidates):
         raise UserError(f"pratio: {config.pratio:g} of {base} images are {count}, but the pool ({described}) holds {len(candidates)}; "
                         "lower pratio" + (" or set rate_of: target_class" if config.rate_of == "all" else ""))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional, Sequence
@@ -19,7 +20,7 @@ from utils.late import torch
 from utils.metrics import EpochLog, Truth
 from utils.models import check_model
 from utils.processes import led
-from utils.record import Record, start_logging
+from utils.record import DATA_KEY, Record, start_logging
 from utils.trained import trained
 
 log = logging.getLogger("dataelixir")
@@ -64,7 +65,7 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
     labels_to = label_map(trigger, poison, dataset.num_classes)
     if run.stop_after == "report":
         module.check(config, dataset)
-    export = Path(run.export).expanduser() if run.export else None
+    export = Path(os.path.abspath(os.path.expanduser(run.export))) if run.export else None
     if export:
         refuse_occupied(export)
     if run.dry_run:
@@ -72,7 +73,7 @@ def lead(trigger_class: type[Trigger], argv: Optional[Sequence[str]]) -> None:
         return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
     keys = as_flat_dict(replace(run, save_folder_name=record.name, stop_after="report", export=None, dry_run=False), data_config, poison, config, trigger)
-    record.claim(keys | {"passed_over": passed_over(argv, module.Config)})    # for the defences that the record is defended with later
+    record.claim(keys | {DATA_KEY: dataset.digest(), "passed_over": passed_over(argv, module.Config)})    # for the defences that the record is defended with later
     start_logging(record / "log.txt")
     data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, config, dataset)
     if export:
@@ -117,6 +118,9 @@ def poisoned_case(record: Record, trigger: Trigger, labels_to: LabelMap, poison:
 def write_trigger_sheet(record: Record, dataset: Dataset, triggered: TriggeredImages) -> None:
     """trigger.png: eight test images clean, triggered, and their difference."""
     n = len(triggered.labels)
+    if not n:
+        log.warning("trigger.png is left out: no test image has a label that the attack would change, so there is no ASR either")
+        return
     picked = torch.linspace(0, n - 1, min(8, n)).long()
     captions = [dataset.classes[label] for label in triggered.original_labels[picked]]
     figures.trigger_sheet(record / "trigger.png", dataset.test.images[triggered.index[picked]], triggered.images[picked], captions)

@@ -12,10 +12,9 @@ from utils.config import UserError
 from utils.data import LabeledImages
 from utils.late import Tensor, torch
 from utils.layouts import Layout, Outcome
-from utils.record import Record, load_arrays
+from utils.record import DATA_KEY, Record, load_arrays
 from utils.source import Source
 
-OWN_KEY = "data_sha256"   # in the config.yaml of every folder that this program made
 CLEANED = "cleaned"
 
 
@@ -38,7 +37,7 @@ class OutputFolder(Record):
         """
         with contextlib.suppress(FileNotFoundError):
             others = [path.name for path in self.path.iterdir()]
-            if others and OWN_KEY not in (self.config() if "config.yaml" in others else {}):
+            if others and DATA_KEY not in (self.config() if "config.yaml" in others else {}):
                 raise UserError(f"out: {self.path} is not empty and holds no run of this command; name a new or an empty folder")
         try:
             self.lock = lock.take(self.path, "save_folder_name")

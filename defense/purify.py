@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ import numpy as np
 from defense import dataelixir
 from defense.dataelixir import DataElixirConfig
 from defense.evidence import write_evidence
-from defense.folder import OWN_KEY, OutputFolder, outcome, refuse_overlap, write_cleaned
+from defense.folder import OutputFolder, outcome, refuse_overlap, write_cleaned
 from defense.forecast import classifier_lines, defense_lines
 from defense.given import Given, as_labeled, fitting_denoiser, open_given
 from defense.result import Result
 from defense.summary import findings, summarise
+from utils.checksums import of_tensors
 from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.data import DATASETS, Dataset, LabeledImages
 from utils.devices import pick_device
@@ -34,7 +36,7 @@ from utils.files import printable, write_table
 from utils.late import Tensor, torch
 from utils.models import build_classifier, load_weights
 from utils.processes import led
-from utils.record import save_arrays, start_logging, write_json
+from utils.record import DATA_KEY, save_arrays, start_logging, write_json
 from utils.report import write_page
 from utils.trained import trained
 
@@ -109,7 +111,7 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
     dataelixir.check(config, dataset)
     victim = copy.deepcopy(victim).to(pick_device(config.device)).eval() if victim else None
     with _kept(folder) as place:
-        place.claim(as_flat_dict(config) | {"data": "in memory", OWN_KEY: digest(given), "victim": victim is not None, VICTIM_KEY: weights_digest(victim)})
+        place.claim(as_flat_dict(config) | {"data": "in memory", DATA_KEY: of_tensors(given.images, given.labels), "victim": victim is not None, VICTIM_KEY: weights_digest(victim)})
         result = analyse(given, dataset, config, place, victim)
         dataelixir.clean_up(config, place)
     table = result.decisions.table(given.labels, config.last_steps_m)
@@ -121,11 +123,6 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
 def _kept(folder: Optional[Path]) -> Iterator[OutputFolder]:
     with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as path:
         yield OutputFolder(Path(path))
-
-
-def digest(data: LabeledImages) -> str:
-    """A hash of images and labels, by which a run knows its set again."""
-    return hashlib.sha256(data.images.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()[:16]
 
 
 def weights_digest(victim: Optional[Classifier]) -> Optional[str]:
@@ -189,7 +186,7 @@ def lead(argv: Optional[Sequence[str]]) -> None:
     given = open_given(order.data)
     dataelixir.refuse_few_classes(len(given.layout.classes), "data")
     if order.out:
-        refuse_overlap(given.path, Path(order.out).expanduser())
+        refuse_overlap(given.path, Path(os.path.expanduser(order.out)))
     denoiser = fitting_denoiser(given, config.resolved(), order.resize)
     data = given.layout.read(denoiser.resolution)
     dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, DATASETS.get(given.dataset, DATASETS["imagefolder"]))
@@ -206,8 +203,8 @@ def lead(argv: Optional[Sequence[str]]) -> None:
 
 def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset, config: DataElixirConfig, victim: Optional[Classifier]) -> None:
     """Analyse what is not analysed yet, carry the action out, and write summary and page."""
-    folder = OutputFolder(Path(order.out).expanduser())
-    folder.claim(as_flat_dict(config) | {"data": printable(str(given.path)), OWN_KEY: digest(data), "victim": order.victim,
+    folder = OutputFolder(Path(os.path.expanduser(order.out)))
+    folder.claim(as_flat_dict(config) | {"data": printable(str(given.path)), DATA_KEY: of_tensors(data.images, data.labels), "victim": order.victim,
                                          VICTIM_KEY: weights_digest(victim), "resize": order.resize})
     start_logging(folder / "log.txt")
     if "report" in folder.finished():

@@ -20,7 +20,7 @@ from utils.devices import pick_device
 from utils.metrics import EpochLog, Truth
 from utils.models import build_classifier, load_weights
 from utils.processes import led
-from utils.record import RUNTIME_KEYS, Record, load_arrays, save_arrays, start_logging, write_json
+from utils.record import DATA_KEY, RUNTIME_KEYS, Record, load_arrays, save_arrays, start_logging, write_json
 from utils.report import write_page
 
 log = logging.getLogger("dataelixir")
@@ -122,6 +122,8 @@ def defend_again(name: str) -> None:
     if source is None:
         raise UserError("result_file: give --result_file NAME, the name of a record that an attack script made")
     dataset = load_dataset(data_config)
+    if kept.get(DATA_KEY, dataset.digest()) != dataset.digest():
+        raise UserError(f"dataset_path: the images or labels there are others than those that record {source.name} was made from; give the folder that they are in")
     module.check(config, dataset)
     if again.dry_run:
         start_logging(None)

@@ -4,6 +4,7 @@
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def load_denoiser(name: str, resolution: int | None = None, dataset: str | None 
         source = locate(card.source, [CARD_FOLDER / card.source, Path(card.source).absolute()], CARDS)
         denoiser = _from_folder(source, card.name, card.sha256)
     else:
-        source = locate(name, [Path(name).expanduser().absolute()], CARDS)
+        source = locate(name, [Path(os.path.expanduser(name)).absolute()], CARDS)
         denoiser = _from_folder(source, name) if source.is_dir() else _from_checkpoint(source, name, resolution or 32)
     _check_resolution(denoiser.name, denoiser.resolution, resolution)
     log.info("denoiser %s: %s, sha256 %s", denoiser.name, source, denoiser.sha256)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Optional
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloat, PositiveInt, restricted_string_type
+from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt, restricted_number_type, restricted_string_type
 
 from diffusion.ho_layout import FIXED
 from diffusion.weights import DenoiserError
@@ -15,6 +15,7 @@ from diffusion.weights import DenoiserError
 if TYPE_CHECKING:
     from torch import nn
 
+ShortSeed = restricted_number_type("ShortSeed", int, [(">=", 0), ("<", 2**31)])    # the upper half of a seed whose lower half counts steps
 Channels = restricted_string_type("Channels", r"\d+(,\d+)*")
 
 
@@ -65,7 +66,7 @@ class DenoiserConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     device: str = "auto"
     save_every: PositiveInt = 1000
-    random_seed: NonNegativeInt = 2022
+    random_seed: ShortSeed = 2022
     dry_run: bool = False
 
 

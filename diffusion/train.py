@@ -4,7 +4,6 @@ from __future__ import annotations
 
 
 import contextlib
-import hashlib
 import json
 import logging
 import shlex
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 from diffusion.network import DenoiserConfig
 from diffusion.weights import DenoiserError
+from utils.checksums import of_tensors
 from utils.compiled import Compiled
 from utils.config import DataConfig, UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.cost import clock
@@ -186,7 +186,7 @@ def training_images(dataset: Dataset, result_file: Optional[str]) -> torch.Tenso
 def identity(data: DataConfig, config: DenoiserConfig, images: torch.Tensor) -> dict[str, Any]:
     """What must be the same for a training to go on: keys and pixels, as plain words and numbers that a checkpoint can hold."""
     keys = {key: value for key, value in as_flat_dict(data, config).items() if key not in RUNTIME_KEYS}
-    return json.loads(json.dumps(keys | {"images": hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}))
+    return json.loads(json.dumps(keys | {"images": of_tensors(images)}))
 
 
 def parameters(training: Training) -> int:

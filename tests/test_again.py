@@ -8,6 +8,7 @@ from attack.run import main
 from defense.run import defend_again
 from utils import record
 from utils.config import UserError
+from utils.data import Dataset
 
 
 @pytest.fixture
@@ -42,3 +43,11 @@ def test_keys_that_decide_nothing_open_no_other_folder(again):
     """Who is told to take a smaller batch wants to go on, and not to purify from the start."""
     assert len(again("dataelixir")) == len(again("dataelixir", "--purify_batch_size", "7", "--frequency_save", "3")) == 1
     assert len(again("dataelixir", "--steps_T", "60")) == 2
+
+
+def test_other_images_than_the_record_was_made_from_are_refused(again, monkeypatch):
+    """The test set is read anew, and a model is no better for being measured on another one."""
+    monkeypatch.setattr(Dataset, "digest", lambda self: "another")
+    monkeypatch.setattr(sys, "argv", ["again", "--result_file", "x"])
+    with pytest.raises(UserError, match="dataset_path: the images or labels there are others than those that record x was made from"):
+        defend_again("dataelixir")

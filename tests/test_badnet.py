@@ -98,6 +98,27 @@ def test_a_mask_file_is_the_patch(tmp_path, alpha):
     assert (out[:, :, 2:5, 10:14] == torch.tensor([9, 200, 0])[:, None, None]).all() and (out[:, :, 20, 20] == torch.tensor([1, 0, 0])).all()
 
 
+def test_where_a_mask_file_has_alpha_black_is_a_colour_like_others(tmp_path):
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[28:, 28:] = (0, 0, 0, 255)
+    pixels[28, 28, :3] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    pattern, mask = patch_on(32, str(tmp_path / "mask.png"))
+    assert torch.equal(mask[0], corner(32, 4)) and int(pattern.sum()) == 3 * 255
+
+
+def test_a_mask_file_of_sixteen_bits_is_scaled_down(tmp_path):
+    Image.fromarray(np.full((4, 4), 120 * 257, np.uint16)).save(tmp_path / "mask.png")
+    assert (patch_on(4, str(tmp_path / "mask.png"))[0] == 120).all()
+
+
+@pytest.mark.parametrize(("size", "name", "words"), [(2, "white3x3", "image_size: 2, but patch_mask_path white3x3 is 3"), (3, "color4x4", "image_size: 3"),
+                                                     (32, "~nobody-here/x.png", "patch_mask_path: nothing found at .*built-in patches: white3x3")])
+def test_patches_that_cannot_be_had_are_refused(size, name, words):
+    with pytest.raises(UserError, match=words):
+        patch_on(size, name)
+
+
 def test_a_mask_of_another_size_is_scaled_without_new_colours(tmp_path):
     small = np.zeros((8, 8, 3), np.uint8)
     small[7, 7] = (10, 20, 30)

@@ -95,6 +95,13 @@ def test_imagefolder_with_train_and_test(tmp_path):
     assert_is(found.test, [(0, test["a", 0]), (2, test["c", 0])])
 
 
+def test_test_folders_that_are_no_classes_are_refused(tmp_path):
+    image_tree(tmp_path / "train", ["cat", "dog"], 2)
+    image_tree(tmp_path / "test", ["cat", "Dog", "eel"], 1)
+    with pytest.raises(UserError, match=r"dataset_path: .*test has 2 folders that train/ has not, the first is Dog/\..*dog.*Rename"):
+        load("imagefolder", tmp_path, image_size=6)
+
+
 def test_imagefolder_without_parts_is_split(tmp_path):
     files = image_tree(tmp_path, ["cat", "dog"], 8)
     found = load("imagefolder", tmp_path, image_size=6, test_fraction=0.25)

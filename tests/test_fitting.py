@@ -51,7 +51,11 @@ def with_data(context, images, labels):
     return replace(context, dataset=replace(context.dataset, train=LabeledImages(images, labels)))
 
 
-@pytest.mark.parametrize("what", ["key", "seed", "pixel", "label", "recipe", "name"])
+def with_info(context, **entry):
+    return replace(context, dataset=replace(context.dataset, info=replace(context.dataset.info, **entry)))
+
+
+@pytest.mark.parametrize("what", ["key", "seed", "pixel", "label", "recipe", "name", "classes", "flip", "mean"])
 def test_what_a_fit_depends_on_makes_it_anew(what):
     context, make = fit_context(), counting()
     train = context.dataset.train
@@ -60,7 +64,9 @@ def test_what_a_fit_depends_on_makes_it_anew(what):
     image[3, 1, 2, 2] ^= 1
     label[3] = (label[3] + 1) % CLASSES
     others = {"seed": replace(context, seed=1), "pixel": with_data(context, image, train.labels), "label": with_data(context, train.images, label),
-              "recipe": replace(context, config=replace(context.config, lr=0.3))}
+              "recipe": replace(context, config=replace(context.config, lr=0.3)),
+              "classes": replace(context, dataset=replace(context.dataset, classes=(*context.dataset.classes, "one more"))),
+              "flip": with_info(context, flip=not context.dataset.info.flip), "mean": with_info(context, mean=(0.1, 0.2, 0.3))}
     cached("other" if what == "name" else "toy", others.get(what, context), {"key": 2 if what == "key" else 1}, make)
     assert make.calls == 2
 

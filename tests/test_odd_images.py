@@ -165,6 +165,8 @@ def test_odd_names_are_read_and_hidden_files_are_not(tmp_path):
     (root / "train" / "a" / name).write_bytes((root / "train" / "a" / "0.png").read_bytes())
     (root / "train" / "a" / "._0.png").write_bytes(b"what a Mac leaves")
     (root / "train" / "a" / "Thumbs.db").write_bytes(b"what Windows leaves")
+    (root / "train" / "a" / "deep" / ".ipynb_checkpoints").mkdir(parents=True)
+    picture().save(root / "train" / "a" / "deep" / ".ipynb_checkpoints" / "0-checkpoint.png")
     assert len(load(root).train) == 3 + 5 + 3
     (root / "train" / "a" / name).write_bytes(b"bad")
     with pytest.raises(UserError, match="1 image files"):
@@ -179,9 +181,11 @@ def test_pictures_in_two_classes_and_classes_of_none_or_one_are_told(tmp_path, c
     picture(seed=5).save(root / "train" / "single" / "only.png")
     picture(seed=5).save(root / "train" / "b" / "same.png")
     picture(seed=5).save(root / "test" / "a" / "same.bmp")
+    for path in (root / "test" / "b").iterdir():
+        path.unlink()
     found = load(root)
     assert found.classes == ("a", "b", "empty", "single") and found.train.labels.bincount(minlength=4).tolist() == [3, 4, 0, 1]
-    assert "  empty: 0\n  single: 1" in caplog.text
+    assert "  empty: 0\n  single: 1" in caplog.text and "classes without a test image:\n  b" in caplog.text
     assert f"train/single/only.png: the same as {root}/train/b/same.png" in caplog.text and "test/a/same.bmp: the same as" in caplog.text
 
 

@@ -46,7 +46,7 @@ def test_only_the_chosen_rows_change_and_they_carry_trigger_and_label(config, tr
     assert torch.equal(train.images, before.images) and torch.equal(train.labels, before.labels)
 
 
-@pytest.mark.parametrize("rate", [0, 0.004, 0.006, 0.1, 0.126, 0.25, 0.8])
+@pytest.mark.parametrize("rate", [0, 0.016, 0.026, 0.1, 0.126, 0.25, 0.8])
 def test_the_count_is_exactly_the_rounded_rate(rate):
     assert len(chosen(replace(ONE, pratio=rate)).unique()) == round(rate * 100)
     labels = torch.arange(5).repeat_interleave(11)
@@ -81,11 +81,15 @@ def test_every_sample_of_the_pool_is_equally_likely():
 
 @pytest.mark.parametrize(("config", "trigger", "words"), [
     (replace(ONE, pratio=0.81), ToyTrigger(), r"pratio: 0.81 of 100 images are 81, but the pool \(all classes but 2\) holds 80"),
+    (replace(ONE, pratio=0.004), ToyTrigger(), r"pratio: 0.004 of 100 images are none; raise pratio"),
+    (replace(ONE, pratio=0.02, rate_of="target_class"), CleanLabelTrigger(), r"pratio: 0.02 of 20 images are none; raise pratio"),
     (replace(ONE, pratio=0.21), CleanLabelTrigger(), r"0.21 of 100 images are 21, but the pool \(class 2\) holds 20.*rate_of: target_class"),
 ])
-def test_a_pool_too_small_is_refused_with_the_numbers(config, trigger, words):
+def test_a_rate_that_poisons_nothing_and_a_pool_too_small_are_refused_with_the_numbers(config, trigger, words):
     with pytest.raises(UserError, match=words):
         poison(config, trigger)
+    with pytest.raises(UserError, match="pratio: 0.1 of 0 images are none; give another attack_target"):
+        chosen(replace(ONE, rate_of="target_class"), labels=torch.tensor([0, 1, 3]))
 
 
 def test_indices_depend_on_seed_and_attack_and_nothing_else():
@@ -113,6 +117,7 @@ def test_all_to_one_and_all_to_all_labels():
 
 @pytest.mark.parametrize(("changes", "trigger", "words"), [
     ({"attack_label_trans": "all2all"}, CleanLabelTrigger(), "attack_label_trans: .*clean-label attack 'toy_clean'"),
+    ({"attack_label_trans": "all2all", "rate_of": "target_class"}, ToyTrigger(), "rate_of: target_class, but all2all"),
     ({"attack_target": 5}, ToyTrigger(), r"attack_target: 5 is outside the classes 0\.\.4"),
     ({"attack": "blended"}, ToyTrigger(), "attack: this config is for 'blended', but the script is attack/toy.py"),
 ])

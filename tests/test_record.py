@@ -10,7 +10,7 @@ import yaml
 
 from utils import record as module
 from utils.config import UserError
-from utils.record import RUNTIME_KEYS, Record, load_arrays, replacing, save_arrays, write_json
+from utils.record import DATA_KEY, RUNTIME_KEYS, Record, load_arrays, replacing, save_arrays, write_json
 
 CONFIG = {"attack": "badnet", "epochs": 3, "lr": 0.1, "pratio": 0.1, "device": "cpu", "purify_batch_size": 4, "ft_epochs": None}
 
@@ -144,6 +144,14 @@ def test_another_config_is_refused_and_names_the_keys():
     with pytest.raises(UserError, match="new_key: None there, 1 now"):
         record.claim(CONFIG | {"new_key": 1})
     assert (record / "config.yaml").read_bytes() == before
+
+
+def test_other_images_are_refused_wherever_they_lie_and_a_record_older_than_the_key_goes_on():
+    record = claimed()
+    record.claim(CONFIG | {DATA_KEY: "a1"})
+    record.claim(CONFIG | {DATA_KEY: "a1", "dataset_path": "/moved"})
+    with pytest.raises(UserError, match="data_sha256: 'a1' there, 'b2' now: these are other images or labels"):
+        record.claim(CONFIG | {DATA_KEY: "b2"})
 
 
 def test_a_damaged_config_is_refused_in_words():

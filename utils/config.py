@@ -21,6 +21,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval as Fraction
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
+from jsonargparse.typing import restricted_number_type
 
 from utils.command import UserError, command_line
 from utils.yaml_files import mapping, nearest, read_yaml
@@ -29,6 +30,7 @@ __all__ = ["Fraction", "NonNegativeFloat", "NonNegativeInt", "OpenFraction", "Po
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "attack"
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])    # what a tensor can hold
 NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
 
@@ -86,7 +88,7 @@ class TrainConfig:
     frequency_save: NonNegativeInt = 0
     amp: bool = True
     device: str = "auto"
-    random_seed: NonNegativeInt = 2022
+    random_seed: Seed = 2022
 
 
 def resolve_path(text: str, key: str) -> Path:
@@ -107,7 +109,7 @@ def resolve_path(text: str, key: str) -> Path:
 
 def candidate_paths(text: str) -> list[Path]:
     """Where a path from the user may lie, in the order tried, without repetition."""
-    given = Path(text).expanduser()
+    given = Path(os.path.expanduser(text))    # of a user that there is not, it stays as it is
     return list(dict.fromkeys([given.absolute(), Path(os.path.normpath(SCRIPTS / given))]))
 
 

@@ -12,12 +12,14 @@ from typing import Callable, Sequence
 
 import numpy as np
 
+from utils.checksums import of_tensors
 from utils.config import DataConfig, UserError, candidate_paths, choose_by_name
 from utils.decoding import are_splits, class_folders, files_by_class, resize_all
-from utils.folders import gtsrb_test_files, read_parts, tell_oddities
+from utils.folders import gtsrb_test_files, read_parts, refuse_unknown
 from utils.late import Tensor, torch
 
 log = logging.getLogger("dataelixir")
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (the python version, unpacked there)"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Dataset(Splits):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def digest(self) -> str:
+        """A hash of all images and labels."""
+        return of_tensors(self.train.images, self.train.labels, self.test.images, self.test.labels)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -203,6 +209,7 @@ def _load_imagefolder(folder: Path, config: DataConfig) -> Splits:
     """folder/train/<class>/* and folder/test/<class>/*, or folder/<class>/* split by test_fraction."""
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         classes = class_folders(folder / "train")
+        refuse_unknown(folder / "test", classes)
         parts = [files_by_class(folder / part, classes) for part in ("train", "test")]
     else:
         classes = class_folders(folder)
@@ -213,8 +220,7 @@ def _load_imagefolder(folder: Path, config: DataConfig) -> Splits:
         parts = [[files[i] for i in kept], [files[i] for i in split]]
     if not parts[0] or not parts[1]:
         raise FileNotFoundError(folder)
-    train, test = (_labeled(*part) for part in read_parts(parts, config, folder))
-    tell_oddities(parts, config, folder, classes)
+    train, test = (_labeled(*part) for part in read_parts(parts, config, folder, classes))
     return Splits(train, test, classes)
 
 
@@ -234,11 +240,9 @@ def _download(name: str) -> Callable[[Path], None]:
 DATASETS: dict[str, DatasetInfo] = {
     "digits": DatasetInfo((0.3, 0.3, 0.3), (0.35, 0.35, 0.35), False, _load_digits),
     "cifar10": DatasetInfo((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), True,
-                           lambda folder, config: _load_cifar("cifar10", folder, config), _download("cifar10"),
-                           "https://www.cs.toronto.edu/~kriz/cifar.html (the python version, unpacked there)"),
+                           lambda folder, config: _load_cifar("cifar10", folder, config), _download("cifar10"), CIFAR),
     "cifar100": DatasetInfo((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True,
-                            lambda folder, config: _load_cifar("cifar100", folder, config), _download("cifar100"),
-                            "https://www.cs.toronto.edu/~kriz/cifar.html (the python version, unpacked there)"),
+                            lambda folder, config: _load_cifar("cifar100", folder, config), _download("cifar100"), CIFAR),
     "gtsrb": DatasetInfo((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False, _load_gtsrb, _download("gtsrb"),
                          "https://benchmark.ini.rub.de (GTSRB/Training or GTSRB/Final_Training/Images, GTSRB/Final_Test/Images and GT-final_test.csv)"),
     "imagefolder": DatasetInfo((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), False, _load_imagefolder,

@@ -148,14 +148,14 @@ def _decode(files: Sequence[tuple[str, int]], size: int) -> Decoded:
         with np.load(cached, allow_pickle=False) as content:
             bad = dict(zip(content["bad"].tolist(), content["reasons"].tolist()))
             return Decoded(content["images"], content["kept"], bad)
-    images, bad = [], {}
+    images, kept, bad = np.empty((len(files), 3, size, size), np.uint8), [], {}
     for place, (path, _) in enumerate(files):
         try:
-            images.append(_decoded(path, size))
+            images[len(kept)] = _decoded(path, size)
+            kept.append(place)
         except BadImage as error:
             bad[place] = str(error)
-    kept = np.array([place for place in range(len(files)) if place not in bad], np.int64)
-    found = Decoded(np.stack(images) if images else np.empty((0, 3, size, size), np.uint8), kept, bad)
+    found = Decoded(images[:len(kept)], np.array(kept, np.int64), bad)
     _keep(cached, found)
     return found
 
@@ -193,10 +193,14 @@ def _state(path: str) -> str:
 
 
 def files_by_class(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of every image below folder/<class>/, in sorted order; hidden files and other endings are passed over."""
+    """(path, label) of every image below folder/<class>/, in sorted order; what is hidden, or in a hidden folder, and other endings are passed over."""
     return [(str(path), label) for label, name in enumerate(classes)
             for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and not path.is_dir()]
+            if path.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(path.relative_to(folder / name)) and not path.is_dir()]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -8,19 +8,20 @@ from typing import Sequence
 
 import numpy as np
 
-from utils.config import DataConfig, UserError
-from utils.decoding import Decoded, decode_readable
+from utils.config import DataConfig, UserError, nearest
+from utils.decoding import Decoded, class_folders, decode_readable
 
 log = logging.getLogger("dataelixir")
 Files = Sequence[tuple[str, int]]    # (path, label)
 SHOWN = 200
 
 
-def read_parts(parts: Sequence[Files], config: DataConfig, root: Path) -> list[tuple[np.ndarray, list[int]]]:
-    """(images uint8 (M, 3, S, S), labels) of each part, say of the training and of the test files.
+def read_parts(parts: Sequence[Files], config: DataConfig, root: Path, classes: Sequence[str] = ()) -> list[tuple[np.ndarray, list[int]]]:
+    """(images uint8 (M, 3, S, S), labels) of each part, of the training and of the test files.
 
     Args:
         root: the data folder; nothing outside it is read.
+        classes: their names, to log what is readable but hardly meant: one picture in two classes, a class with hardly any image.
 
     Raises:
         UserError: a file is no usable image, and `config.on_bad_image` is stop; all such files are logged.
@@ -30,6 +31,8 @@ def read_parts(parts: Sequence[Files], config: DataConfig, root: Path) -> list[t
     _tell_bad(bad, sum(map(len, parts)), root)
     if bad and config.on_bad_image == "stop":
         raise UserError(f"dataset_path: {_first_of(bad, root)}, or leave it out with --on_bad_image skip")
+    if classes:
+        _tell_oddities(parts, found, classes)
     return [(decoded.images, [part[place][1] for place in decoded.kept]) for part, decoded in zip(parts, found)]
 
 
@@ -48,11 +51,18 @@ def _first_of(bad: Sequence[str], root: Path) -> str:
     return f"{len(bad)} image files in {root} cannot be used, the first is {bad[0]};\nrepair or remove what is listed above"
 
 
-def tell_oddities(parts: Sequence[Files], config: DataConfig, root: Path, classes: Sequence[str]) -> None:
-    """Log what is readable but hardly meant: one picture in two classes, a class with no image or a single one."""
-    found = [decode_readable(part, config.image_size, root) for part in parts]
-    counts = np.bincount([parts[0][place][1] for place in found[0].kept], minlength=len(classes))
-    _tell("classes with hardly any training images", [f"{name}: {n}" for name, n in zip(classes, counts) if n < 2])
+def refuse_unknown(test: Path, classes: Sequence[str]) -> None:
+    """Raises UserError where test/ has folders that are none of the `classes` of train/: their images would be left out."""
+    unknown = [name for name in class_folders(test) if name not in classes]
+    if unknown:
+        raise UserError(f"dataset_path: {test} has {len(unknown)} folders that train/ has not, the first is {unknown[0]}/.{nearest(unknown[0], list(classes))} "
+                        "Rename them as in train/, or take them out")
+
+
+def _tell_oddities(parts: Sequence[Files], found: Sequence[Decoded], classes: Sequence[str]) -> None:
+    train, test = (np.bincount([part[place][1] for place in decoded.kept], minlength=len(classes)) for part, decoded in zip(parts, found))
+    _tell("classes with hardly any training images", [f"{name}: {n}" for name, n in zip(classes, train) if n < 2])
+    _tell("classes without a test image", [name for name, n, tested in zip(classes, train, test) if n > 1 and not tested])
     _tell("pictures that are in more than one class (kept in each)", _in_two_classes(parts, found))
 
 

@@ -33,6 +33,7 @@ log = logging.getLogger("dataelixir")
 RECORDS = ROOT / "record"
 # keys that may differ when a run is continued: they say how fast or where, not what
 RUNTIME_KEYS = ("device", "frequency_save", "purify_batch_size", "dataset_path", "keep_intermediaries", "on_bad_image", "dry_run", "passed_over")
+DATA_KEY = "data_sha256"    # what the data set was like, wherever it lay; records that are older than this key have none
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
 
 
@@ -73,9 +74,10 @@ class Record:
         self.lock = lock.take(self.path, "save_folder_name")
         if self._holds_results():
             old = self.config()
-            differing = [key for key in config if key not in RUNTIME_KEYS and old.get(key) != config[key]]
+            differing = [key for key in config if key not in RUNTIME_KEYS and old.get(key) != config[key] and (key in old or key != DATA_KEY)]
             if differing:
                 shown = "; ".join(f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4])
+                shown += ": these are other images or labels" * (DATA_KEY in differing)
                 raise UserError(f"save_folder_name: {self.path} belongs to another config ({shown}); "
                                 "give another --save_folder_name, or delete that folder")
         mending.mend(self.path)

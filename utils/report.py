@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
@@ -148,7 +149,7 @@ def _write(path: Path, **values: Any) -> Path:
 
 def _folder(text: str) -> Path:
     """The folder that a person means: as given, or below record/."""
-    found = next((path for path in (Path(text).expanduser(), RECORDS / text) if path.is_dir()), None)
+    found = next((path for path in (Path(os.path.expanduser(text)), RECORDS / text) if path.is_dir()), None)
     if found is None:
         raise UserError(f"{text}: no such folder, and no such record in {RECORDS}")
     return found.resolve()
