@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Protocol, Sequence
 
 from defense.store import Block
+from utils.compiled import ROWS
 from utils.late import Tensor
 from utils.memory import Halving
 from utils.processes import gathered, helped, rank, size, told
@@ -25,9 +26,13 @@ class Recipe(Protocol):
 
 
 def shares(index: Tensor, most: int) -> Sequence[Tensor]:
-    """An index (B,) cut into parts of at most `most`, as equal as can be, as many that no process waits for the others' last."""
-    count = -(-len(index) // most)
-    return index.tensor_split(min(len(index), count + -count % size())) if len(index) else ()
+    """An index (B,) cut into parts of at most `most`, as equal as whole passes of ROWS can be, as many that no process waits for the others' last."""
+    unit = ROWS if most >= ROWS and len(index) >= ROWS * size() else 1
+    units, together = -(-len(index) // unit), most // unit
+    count = -(-units // together)
+    count = min(units, count + -count % size())
+    cuts = [unit * (units * part // count) for part in range(1, count)]
+    return index.tensor_split(cuts) if len(index) else ()
 
 
 class Crew:

@@ -20,14 +20,14 @@ from defense.crew import crew_for
 from defense.denoising import warn_if_noise
 from defense.doubt import verdict_notes
 from defense.draft import Draft, Selector
-from defense.forecast import purifying_bytes, purifying_pace, smallest, span
+from defense.forecast import announced_pace, smallest
 from defense.knowledge import DENOISER
 from defense.level import rounds_survived, self_agreement, settled_level
 from defense.power import detection_power
 from defense.purification import Purification
-from defense.purifier import PurifyConfig, open_denoiser, purifier_for, requantised
+from defense.purifier import PurifyConfig, open_denoiser, requantised
 from defense.result import Result
-from defense.rounds import Rounds
+from defense.rounds import Recipe
 from defense.store import IntermediaryStore
 from defense.target_label import PUBLISHED_RULE, Discrepancy, TargetRule
 from defense.verdict import UNKNOWN, Candidates, Verdict, filter_candidates, first_verdicts
@@ -35,7 +35,6 @@ from utils.config import Fraction, OpenFraction, TrainConfig, UserError
 from utils.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
 from utils.models import save_classifier
-from utils.processes import size
 from utils.record import Record
 from utils.trained import trained
 from utils.training import Observer
@@ -179,13 +178,13 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         log.warning("threshold_tau: of %d x %d intermediaries no two labels can have %d votes each, so no sample will be SUSPICIOUS; take at most %d",
                     config.rounds_n, config.last_steps_m, config.threshold_tau, max(1, config.rounds_n * config.last_steps_m // 2))
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
-    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp)
-    warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
-    with crew_for(Recipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
-        purifier, pace = crew.work.purifier, purifying_pace(crew.work.purifier, victim, data) / size()
-        log.info("purifying with %s at T = %d: %d passes an image that is purified, %d images, %s, memory about %.1f GB", denoiser.name, level,
-                 purifier.passes_per_image, len(data), span(smallest(data.labels, config), len(data), pace), purifying_bytes(purifier.config, data) / 1e9)
-        purification = Purification(data, crew.work, IntermediaryStore(record / "purify"), config.target_rule, dataset.num_classes, crew.blocks, pace)
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp, record / "purify" / "level.npz")
+    store, unfinished = IntermediaryStore(record / "purify"), "purify" not in record.finished()
+    if unfinished:
+        warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
+    with crew_for(Recipe(data, victim, denoiser, replace(config, steps_T=level), _expected(data, config))) as crew:
+        pace = announced_pace(crew.work, smallest(data.labels, config)) if unfinished else None
+        purification = Purification(data, crew.work, store, config.target_rule, dataset.num_classes, crew.blocks, pace)
         if config.end_early is not None:
             found = purification.ending_early(config.sample_first, config.sample_error, config.end_early, others=not config.target_first)
         elif config.target_first:
@@ -195,20 +194,9 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
     return purification, found
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What every process of a run needs to make blocks."""
-
-    data: LabeledImages
-    victim: Classifier
-    denoiser: Denoiser
-    config: DataElixirConfig
-
-    def prepared(self) -> Rounds:
-        """Networks on this process's device, compiled where that pays."""
-        config, device = self.config, self.victim.device
-        purifier = purifier_for(self.denoiser, config, len(self.data), config.random_seed, device, config.amp)
-        return Rounds(self.data, self.victim, purifier, config.threshold_tau)
+def _expected(data: LabeledImages, config: DataElixirConfig) -> int:
+    """About how many images will be purified: the sample, and one class if it is a target label."""
+    return min(len(data), smallest(data.labels, config) + len(data) // len(data.labels.unique()))
 
 
 def _first_draft(data: LabeledImages, candidates: Candidates, found: Discrepancy, config: DataElixirConfig) -> Draft:

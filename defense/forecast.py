@@ -1,35 +1,63 @@
 """What a run will cost, from a small batch measured on the spot: passes, minutes, memory and disk."""
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Optional
 
-from defense.purifier import AUTO_TOP, Purifier, PurifyConfig
+from defense.purifier import AUTO_TOP, Purifier, PurifyConfig, purifier_for
 from utils.compiled import ROWS
 from utils.config import TrainConfig
 from utils.cost import clock, seconds
 from utils.data import Dataset, LabeledImages
-from utils.late import torch
+from utils.late import Tensor, torch
+from utils.memory import Halving
 from utils.models import build_classifier
+from utils.processes import size
 from utils.record import peak_rss_bytes
 from utils.training import Trainer, predict
 
 if TYPE_CHECKING:
+    from defense.rounds import Rounds
     from diffusion.denoiser import Denoiser
     from utils.networks import Classifier
 
-PURIFIED, VOTED, TRAINED = ROWS, 512, 512   # images that are measured on
+log = logging.getLogger("dataelixir")
+VOTED, TRAINED = 512, 512   # images that are measured on
+VOTE_BYTES = 40             # of a vote while target labels are looked for: it, its support, and what resamples take of it
 
 
 def purifying_pace(purifier: Purifier, victim: Classifier, data: LabeledImages) -> float:
     """Seconds that an image takes which is given all rounds, measured on one denoiser pass and one vote of a few images."""
+    def one_pass(index: Tensor) -> float:
+        x = purifier.start(data.images[index])
+        t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        with torch.inference_mode():
+            return seconds(lambda: purifier.predict_noise(x, t), purifier.device) / len(x)
+
+    rows = torch.arange(min(len(data), rows_at_once(purifier.config, purifier.device)))
+    each = next(Halving("purify_batch_size")(one_pass, rows))    # the first part, as large as memory allows
+    return purifier.passes_per_image * each + images_each(purifier.config) * vote_pace(victim, data, purifier.amp)
+
+
+def rows_at_once(config: PurifyConfig, device: torch.device) -> int:
+    """Images of a batch that a call of the denoiser works on: all, or ROWS of them at a time on a CPU."""
+    return min(ROWS, config.purify_batch_size) if device.type == "cpu" else config.purify_batch_size
+
+
+def vote_pace(model: Classifier, data: LabeledImages, amp: bool) -> float:
+    """Seconds that a classifier takes to read an image, measured on a few."""
     some = data[:VOTED].images
-    x = purifier.start(some[:min(PURIFIED, purifier.config.purify_batch_size)])
-    t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    with torch.inference_mode():
-        one_pass = seconds(lambda: purifier.predict_noise(x, t), purifier.device) / len(x)
-    one_vote = seconds(lambda: predict(victim, some, purifier.amp), victim.device) / len(some)
-    return purifier.passes_per_image * one_pass + images_each(purifier.config) * one_vote
+    return seconds(lambda: predict(model, some, amp), model.device) / len(some)
+
+
+def announced_pace(rounds: Rounds, least: int) -> float:
+    """Seconds that an image takes, with all processes at work; said, with what follows from it, before a purification of `least` images or more."""
+    purifier, data = rounds.purifier, rounds.data
+    pace = purifying_pace(purifier, rounds.victim, data) / size()
+    log.info("purifying at T = %d: %d passes an image that is purified, %d images, %s, memory about %.1f GB", purifier.config.steps_T,
+             purifier.passes_per_image, len(data), span(least, len(data), pace), purifying_bytes(purifier.config, data) / 1e9)
+    return pace
 
 
 def training_pace(model: Classifier, config: TrainConfig, data: LabeledImages, flip: bool) -> float:
@@ -50,8 +78,9 @@ def images_each(config: PurifyConfig) -> int:
 
 
 def purifying_bytes(config: PurifyConfig, data: LabeledImages) -> int:
-    """Memory about: what this process has held so far, the set once more, a block of intermediaries three times."""
-    return peak_rss_bytes() + data.images[0].numel() * 3 * (len(data) + config.purify_batch_size * images_each(config))
+    """Memory about: what this process has held so far, the set and a block of intermediaries three times more, and all votes."""
+    pictures, votes = 3 * (len(data) + config.purify_batch_size * images_each(config)), len(data) * images_each(config)
+    return peak_rss_bytes() + data.images[0].numel() * pictures + VOTE_BYTES * votes
 
 
 def classifier_lines(name: str, data: LabeledImages, config: TrainConfig, dataset: Dataset, device: torch.device, epochs: Optional[int] = None) -> str:
@@ -69,7 +98,7 @@ def purifying_lines(data: LabeledImages, denoiser: Denoiser, config: Any, datase
         config: keys of DataElixir, or of another defence that purifies.
     """
     config = replace(config, steps_T=min(AUTO_TOP, denoiser.t_max)) if config.steps_T == "auto" else config   # the dearest that auto may find
-    purifier = Purifier(denoiser.to(device), config, 0, device, config.amp)
+    purifier = purifier_for(denoiser, replace(config, compile="off"), len(data), 0, device, config.amp)
     model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device).eval()
     n, pace, passes, least = len(data), purifying_pace(purifier, model, data), purifier.passes_per_image, smallest(data.labels, config)
     images, picture = images_each(config), data.images[0].numel()
@@ -94,7 +123,23 @@ def defense_lines(name: str, data: LabeledImages, denoiser: Optional[Denoiser], 
         return ["none: nothing"]
     if name == "dataelixir":
         return lines + [classifier_lines("stage1 and finetune, if a backdoor is found", data, config, dataset, device, config.epochs + tuning)]
-    return lines + [classifier_lines(f"{name}: at most", data, config, dataset, device, config.epochs + tuning)]
+    if name == "strip":
+        lines.append(strip_line(data, config, dataset, device))
+    beside = "inspection, which takes minutes more than this; then at most" if name == "spectre" else "at most"
+    return lines + [classifier_lines(f"{name}: {beside}", data, config, dataset, device, config.epochs + tuning)]
+
+
+def strip_line(data: LabeledImages, config: Any, dataset: Dataset, device: torch.device) -> str:
+    """A line that says what STRIP's inspection takes: predictions on every image under every overlay."""
+    from defense.knowledge import clean_images
+    from defense.strip import overlay_count
+
+    model = build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast")).to(device).eval()
+    clean = len(clean_images(dataset, config.clean_share, config.random_seed))
+    overlays = overlay_count(clean, config)
+    votes = overlays * (len(data) + clean - overlays)
+    took = clock(vote_pace(model, data, config.amp) * votes)
+    return f"strip: inspection, {overlays} overlays on each of {len(data):,} images and {clean - overlays:,} clean ones, about {took} on {device}"
 
 
 def smallest(labels: torch.Tensor, config: Any) -> int:

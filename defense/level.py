@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Optional, Sequence
 
 from defense.purifier import AUTO_TOP, PurifyConfig, Purifier, purifier_for
 from defense.sampling import stratified
@@ -17,6 +18,7 @@ from defense.verdict import UNKNOWN, reads_as_before
 from utils.data import LabeledImages
 from utils.late import Tensor, torch
 from utils.memory import Halving
+from utils.record import load_arrays, save_arrays
 from utils.training import predict
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ SAMPLE, GRAIN = 256, 10
 
 
 def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages, victim: Classifier, num_classes: int,
-                  seed: int, amp: bool) -> int:
+                  seed: int, amp: bool, kept: Optional[Path] = None) -> int:
     """`config.steps_T`, or where that is "auto" the level found by bisection over multiples of 10.
 
     Args:
@@ -38,9 +40,12 @@ def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages,
         victim: a classifier trained on it, in eval mode.
         seed: key of the sample and the noise.
         amp: run the network in mixed precision.
+        kept: a file that the level found is kept in, and is taken from the next time: all blocks of a set are to be made at one level.
     """
     if config.steps_T != "auto":
         return config.steps_T
+    if kept and kept.exists():
+        return int(load_arrays(kept)["level"])
     sizes = torch.full((num_classes,), max(1, SAMPLE // num_classes))
     index = stratified(data.labels, sizes, seed)
 
@@ -52,7 +57,11 @@ def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages,
 
     lowest = max(GRAIN, config.reverse_steps or 0, config.last_steps_m + 1)
     levels = list(range(-(-lowest // GRAIN) * GRAIN, min(AUTO_TOP, denoiser.t_max) + 1, GRAIN)) or [min(lowest, denoiser.t_max)]
-    return highest(levels, survives)
+    found = highest(levels, survives)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_arrays(kept, level=found)
+    return found
 
 
 def survival(purifier: Purifier, victim: Classifier, images: Tensor, index: Tensor, batch: int) -> float:

@@ -16,7 +16,7 @@ from diffusion.card import CARDS
 from diffusion.weights import DenoiserError
 from utils.compiled import Compiled, FixedRows
 from utils.config import UserError, candidate_paths
-from utils.devices import autocast
+from utils.devices import autocast, has_bfloat16
 from utils.late import Tensor, inference_mode, torch
 from utils.randomness import keyed_generator
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 AUTO_TOP = 300     # the highest level that steps_T: auto tries
 STREAM_SHARED_BY = {"cpu": 1, "cuda": 8}   # samples of one random stream: a GPU starts a kernel for each, a CPU would draw for samples that are not asked for
-COMPILING_PAYS = {"cpu": 4e3, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
+COMPILING_PAYS = {"cpu": 4e4, "cuda": 1e6}   # 10^9 operations from which on compiling takes less time than it saves
+IN_FLOAT32 = 1e5                             # on a CPU that multiplies no bfloat16, where there is less to save
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def worth_compiling(config: PurifyConfig, denoiser: Denoiser, passes: int, devic
     if config.compile == "auto":
         from diffusion.denoiser import Denoiser
 
-        return isinstance(denoiser, Denoiser) and passes * denoiser.gflops() > COMPILING_PAYS.get(device.type, float("inf"))
+        least = IN_FLOAT32 if device.type == "cpu" and not has_bfloat16() else COMPILING_PAYS.get(device.type, float("inf"))
+        return isinstance(denoiser, Denoiser) and passes * denoiser.gflops() > least
     return config.compile == "on"
 
 
@@ -148,8 +150,10 @@ class KeyedNoise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """N(0, I) of x's shape (B, ...)."""
-        draw = lambda generator: torch.randn((self.shared, *x.shape[1:]), generator=generator, device=x.device)
-        return torch.cat([draw(generator) for generator in self.generators])[self.rows]
+        drawn = torch.empty((len(self.generators) * self.shared, *x.shape[1:]), device=x.device)
+        for part, generator in zip(drawn.split(self.shared), self.generators):
+            part.normal_(generator=generator)
+        return drawn[self.rows]
 
 
 class Purifier:
@@ -192,7 +196,7 @@ class Purifier:
 
     def start(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> where the first round starts, [-1, 1] on the device."""
-        return (images.to(self.device).float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last)
+        return (images.to(self.device).float() / 255 * 2 - 1).contiguous(memory_format=torch.channels_last if self.device.type == "cuda" else torch.contiguous_format)
 
     def original(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as they stand in column 0 of the intermediaries."""

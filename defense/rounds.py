@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
-from defense.purifier import KeyedNoise, Purifier
+from defense.purifier import KeyedNoise, Purifier, purifier_for
 from defense.store import Block
 from defense.verdict import UNKNOWN, Kind, filter_candidates
 from utils.data import LabeledImages
@@ -12,6 +12,8 @@ from utils.late import Tensor, inference_mode, torch
 from utils.training import predict
 
 if TYPE_CHECKING:
+    from defense.dataelixir import DataElixirConfig
+    from diffusion.denoiser import Denoiser
     from utils.networks import Classifier
 
 CONFIDENCE = 0.95   # of the bound on how often an early verdict would still have changed
@@ -110,3 +112,25 @@ class Rounds:
 
     def _read(self, images: Tensor) -> Tensor:
         return predict(self.victim, images, self.purifier.amp)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every process of a run needs to make blocks.
+
+    Attributes:
+        config: keys of DataElixir, steps_T a number.
+        expected: about how many images will be purified.
+    """
+
+    data: LabeledImages
+    victim: Classifier
+    denoiser: Denoiser
+    config: DataElixirConfig
+    expected: int
+
+    def prepared(self) -> Rounds:
+        """Networks on this process's device, compiled where that pays."""
+        config, device = self.config, self.victim.device
+        purifier = purifier_for(self.denoiser, config, self.expected, config.random_seed, device, config.amp)
+        return Rounds(self.data, self.victim, purifier, config.threshold_tau)

@@ -15,7 +15,7 @@ from diffusion.weights import DenoiserError
 if TYPE_CHECKING:
     from torch import nn
 
-ShortSeed = restricted_number_type("ShortSeed", int, [(">=", 0), ("<", 2**31)])    # the upper half of a seed whose lower half counts steps
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])    # what a tensor can hold
 Channels = restricted_string_type("Channels", r"\d+(,\d+)*")
 
 
@@ -66,7 +66,7 @@ class DenoiserConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     device: str = "auto"
     save_every: PositiveInt = 1000
-    random_seed: ShortSeed = 2022
+    random_seed: Seed = 2022
     dry_run: bool = False
 
 

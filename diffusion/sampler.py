@@ -145,11 +145,11 @@ class Sampler:
         for step in self.plan(steps):
             e = self.denoiser(x, torch.full((len(x),), step.t, dtype=torch.long, device=x.device))
             assert e.shape == x.shape, (e.shape, x.shape)
-            p = step.x_scale * x - step.e_scale * e
-            p = p.clamp(-1, 1) if self.clip else p
-            x = step.c1 * p + step.c2 * x
+            p = (step.x_scale * x).sub_(step.e_scale * e)    # in place from here on, but never in what came from others
+            p = p.clamp_(-1, 1) if self.clip else p
+            x = p.mul_(step.c1).add_(step.c2 * x)
             if step.sigma > 0:
-                x = x + step.sigma * noise(x)
+                x.add_(step.sigma * noise(x))
             yield x
 
     def plan(self, steps: list[int]) -> list[Step]:

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class Training:
 
     def step(self, progress: float) -> None:
         """One optimizer step; dropout can only draw from the global stream, so that is what the step's number keys."""
-        torch.manual_seed((self.config.random_seed << 32) + self.steps + 1)
+        torch.manual_seed(zlib.crc32(f"{self.config.random_seed} {self.steps}".encode()))    # a CPU's stream takes no more than 32 bits of a seed
         x, t, noise = (part[self.rank::self.processes] for part in self.batch())
         share = len(x) * self.processes / self.config.batch_size    # gradients are averaged over processes, the loss is to be over images
         with torch.autocast(self.device.type, torch.bfloat16, self.amp):

@@ -12,9 +12,9 @@ from tests.test_purification import CONFIG, DATA, purification
 from tests.torchrun import together
 from tests.toys import FlatDenoiser, PatchReader
 from utils import processes
+from utils.compiled import ROWS
 from utils.config import UserError
 from utils.processes import helped, led, own_device, rank
-
 
 
 class Scarce:
@@ -88,10 +88,23 @@ def test_a_lost_process_is_told_in_words(monkeypatch):
 
 def test_every_process_gets_as_many_blocks_of_as_many_samples(monkeypatch):
     index = torch.arange(1438)
-    assert [len(part) for part in shares(index, 256)] == [240, 240, 240, 240, 239, 239] and shares(index[:0], 256) == ()
+    assert [len(part) for part in shares(index, 256)] == [192, 256, 256, 256, 256, 222] and shares(index[:0], 256) == ()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert [len(part) for part in shares(index, 256)] == [180] * 6 + [179] * 2 and torch.equal(torch.cat(shares(index, 256)), index)
+    assert [len(part) for part in shares(index, 256)] == [128] + [192] * 6 + [158] and torch.equal(torch.cat(shares(index, 256)), index)
     assert [part.tolist() for part in shares(index[:2], 256)] == [[0], [1]]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("most", [1, 16, 64, 100, 256, 1000])
+def test_blocks_hold_every_sample_once_and_waste_no_pass(monkeypatch, processes, most):
+    """A pass takes ROWS rows, filled or not."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for count in (1, 2, 7, 63, 64, 65, 300, 640, 1313, 4096):
+        parts = shares(torch.arange(count), most)
+        assert torch.cat(parts).tolist() == list(range(count)) and 1 <= min(map(len, parts)) and max(map(len, parts)) <= most
+        assert len(parts) % processes == 0 or len(parts) == count or max(map(len, parts)) <= ROWS
+        if most >= ROWS and count >= ROWS * processes:
+            assert sum(-(-len(part) // ROWS) for part in parts) == -(-count // ROWS)
 
 
 def test_without_torchrun_there_is_no_crew():

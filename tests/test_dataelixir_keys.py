@@ -44,3 +44,19 @@ def test_steps_that_no_level_has_are_refused_at_once_where_the_level_is_to_be_fo
     with pytest.raises(UserError, match=told):
         open_denoiser(PurifyConfig(ddpm="digits", steps_T="auto", **keys), 32, "digits")
     assert torch.is_tensor(next(open_denoiser(PurifyConfig(ddpm="digits", steps_T="auto"), 32, "digits").parameters()))
+
+
+def test_what_is_purified_is_neither_measured_nor_made_again(monkeypatch):
+    """A run that was interrupted later on goes on at once, also where it had to look for its noise level."""
+    asked, forward = [], FlatDenoiser.forward
+    monkeypatch.setattr(FlatDenoiser, "forward", lambda self, x, t: asked.append(len(x)) or forward(self, x, t))
+    monkeypatch.setattr(dataelixir, "open_denoiser", lambda *_: FlatDenoiser())
+    config, record = DataElixirConfig(steps_T="auto", rounds_n=2, last_steps_m=4, threshold_tau=4, device="cpu", amp=False), Record("run")
+    record.claim({})
+    with record.stage("purify"):
+        first, found = dataelixir.purify(DATASET.train, PatchReader(), config, DATASET, record)
+    before = len(asked)
+    again, found_again = dataelixir.purify(DATASET.train, PatchReader(), config, DATASET, record)
+    assert before and len(asked) == before
+    assert torch.equal(first.votes(), again.votes()) and found.targets == found_again.targets
+    assert first.rounds.purifier.config == again.rounds.purifier.config

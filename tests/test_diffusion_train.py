@@ -154,6 +154,17 @@ def test_batches_follow_the_forward_process(tiny_training):
     assert nearest.values.max() < 0.1 and len(nearest.indices.unique()) == 20
 
 
+def test_seeds_and_steps_draw_other_batches(tiny_training, monkeypatch):
+    seen, whole_batch = [], Training.batch
+    monkeypatch.setattr(Training, "batch", lambda self: seen.append(whole_batch(self)) or seen[-1])
+    for seed in (0, 1, 2**32, 0):
+        training = tiny_training(random_seed=seed)
+        training.step(0.0)
+        training.step(0.0)
+    drawn = torch.stack([noise.flatten() for _, _, noise in seen])
+    assert len(drawn[:6].unique(dim=0)) == 6 and torch.equal(drawn[6:], drawn[:2])
+
+
 def test_the_learning_rate_rises_and_falls():
     curve = [learning_rate(k / 1000) for k in range(1001)]
     top = curve.index(max(curve))

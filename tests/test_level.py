@@ -49,6 +49,14 @@ def test_agreement_is_measured_on_purified_images():
     assert lost == 10 < keep
 
 
+def test_a_level_that_was_found_is_kept_whatever_would_be_found_now(monkeypatch, tmp_path):
+    levels = []
+    monkeypatch.setattr(module, "survival", lambda purifier, victim, images, index, batch: float(purifier.config.steps_T <= 45))
+    for denoiser in (Shifting(0), None):
+        levels.append(settled_level(CONFIG, denoiser, DATA, PatchReader(), CLASSES, 0, False, tmp_path / "new" / "level.npz"))
+    assert levels == [40, 40]
+
+
 def test_a_given_level_is_taken_as_it_is():
     assert settled_level(replace(CONFIG, steps_T=77), None, None, None, 0, 0, False) == 77
 

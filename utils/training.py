@@ -157,7 +157,7 @@ class Trainer:
         total, count = torch.zeros((), device=images.device), 0
         generator = keyed_generator(self.config.random_seed, self.stage, epoch)
         for batch in self._batches(len(labels), generator):
-            batch = batch.to(images.device)
+            batch = batch.to(images.device, non_blocking=True)    # else a GPU would be waited for
             x, y = random_crop_flip(to_unit(images[batch]), self.flip, generator), labels[batch]
             if self.together:
                 x, y = share(x), share(y)
