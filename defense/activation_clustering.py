@@ -5,6 +5,9 @@ Poisoned and clean samples of one class reach it by different features. So the f
 are reduced to ten dimensions and split in two by k-means, and the smaller cluster is poison where it is clearly the
 smaller one (Section 3.3, relative size). All samples of a class are clustered at once.
 
+Deviation. The paper reduces by independent component analysis; here it is principal components, which keep their variances.
+So k-means splits along the directions of large variance, where the independent ones would all count alike.
+
 A target class that is half poison splits into equal clusters, and the rule then flags nothing, by construction: at 10 %
 of all samples that is the usual case. The sizes are logged.
 """

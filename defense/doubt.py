@@ -31,7 +31,7 @@ def verdict_notes(found: Discrepancy, survived: Sequence[float], level: int, pow
     """
     said = {}    # sentence -> how grave it is
     if power:
-        said[in_words(power)] = logging.WARNING if says_little(power) else logging.INFO
+        said[in_words(power, int((found.inflow.unit > 0).sum()))] = logging.WARNING if says_little(power) else logging.INFO
     if survived[0] < DESTROYED:
         said[_destroyed(survived[0], level)] = logging.WARNING
     alone = by_discrepancy_alone(found).tolist()
@@ -50,7 +50,7 @@ def by_discrepancy_alone(found: Discrepancy) -> Tensor:
 
 def _destroyed(share: float, level: int) -> str:
     return (f"The verdict is doubtful: only {share:.0%} of the predictions survive the first round at T = {level}. The noise level is too high for "
-            "this denoiser and classifier (steps_T: auto finds one), or the denoiser is not one for such images.")
+            "this denoiser and classifier (where steps_T was given as a number, auto looks for a lower one), or the denoiser is not one for such images.")
 
 
 def _alone(names: Sequence[str], share: float) -> str:

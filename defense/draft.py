@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Iterable, Iterator
 
 from defense.result import Decisions, Example
 from defense.selection import choose, image_distances
@@ -43,10 +43,18 @@ class Draft:
         nan = torch.full((len(data),), torch.nan, dtype=torch.float64)
         return cls(data.labels, data.images, data.labels, verdict, torch.zeros_like(data.labels), nan, nan)
 
-    def updated(self, index: Tensor, **columns: Tensor) -> "Draft":
-        """A copy with new values in the rows `index`."""
-        return replace(self, **{key: getattr(self, key).index_copy(0, index, value.to(getattr(self, key).dtype))
-                                for key, value in columns.items()})
+    def updated(self, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> "Draft":
+        """A copy with new values in some rows; a column is copied once, however many parts there are.
+
+        Args:
+            parts: (rows int64 (B,), {attribute: its new values (B, ...)}), one after the other.
+        """
+        own: dict[str, Tensor] = {}
+        for index, columns in parts:
+            for key, value in columns.items():
+                own[key] = own[key] if key in own else getattr(self, key).clone()
+                own[key][index] = value.to(own[key].dtype)
+        return replace(self, **own)
 
     def rows(self, which: Tensor) -> LabeledImages:
         """The samples that a mask names, as a training set."""
@@ -92,9 +100,8 @@ class Selector:
     def take_poisoned(self, draft: Draft, candidates: Candidates) -> Draft:
         """POISONED samples get the label that the intermediaries agree on, and one of these (algorithm.md 3.6)."""
         wanted = (draft.verdict == Verdict.POISONED).nonzero().flatten()
-        for index, images in self.store.fetch(wanted):
-            draft = draft.updated(index, labels=candidates.top[index], **self.select(images, candidates.kept[index]))
-        return draft
+        return draft.updated((index, {"labels": candidates.top[index], **self.select(images, candidates.kept[index])})
+                             for index, images in self.store.fetch(wanted))
 
     def settle_suspicious(self, draft: Draft, model: Classifier, candidates: Candidates, source: str) -> tuple[Draft, Tensor]:
         """SUSPICIOUS samples get the label that `model` reads, and one of the images that it reads the same way, or of all, where it reads none so.
@@ -108,13 +115,16 @@ class Selector:
             The draft, and bool (N,): samples whose label is also the one that the victim saw most often (consensus).
         """
         consensus = torch.zeros_like(draft.suspicious)
-        for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
-            read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
-            read = torch.where(candidates.kept[index], read, UNKNOWN)    # all are kept that were made
-            labels = settled_labels(read, draft.given[index], source)
-            draft = draft.updated(index, labels=labels, **self.select(images, read == labels[:, None]))
-            consensus[index] = labels == candidates.top[index]
-        return draft, consensus
+
+        def settlements() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
+                read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
+                read = torch.where(candidates.kept[index], read, UNKNOWN)    # all are kept that were made
+                labels = settled_labels(read, draft.given[index], source)
+                consensus[index] = labels == candidates.top[index]
+                yield index, {"labels": labels, **self.select(images, read == labels[:, None])}
+
+        return draft.updated(settlements()), consensus
 
     def examples(self, index: Tensor) -> list[Example]:
         """All intermediaries of the given samples."""

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from utils import checksums, lock
 from utils.config import UserError
@@ -15,7 +17,10 @@ from utils.layouts import Layout, Outcome
 from utils.record import DATA_KEY, Record, load_arrays
 from utils.source import Source
 
-CLEANED = "cleaned"
+log = logging.getLogger("dataelixir")
+CLEANED = "cleaned"         # also the key of SUMMARY that says of which action the set there is
+SUMMARY = "summary.json"
+COMPARED = 1024             # images at a time
 
 
 class OutputFolder(Record):
@@ -49,17 +54,33 @@ class OutputFolder(Record):
             raise UserError(str(error).replace("save_folder_name", "out")) from None
 
     def note_cleaned(self) -> None:
-        """Note the checksums of what lies in cleaned/ now: it is the user's, so it is neither judged nor set aside by `mend`.
+        """Note the checksums of what lies in cleaned/, and in what was put aside, now: it is the user's, so it is neither judged nor set aside by `mend`.
 
         Files in deeper folders, as those of an image folder, are never looked at there.
         """
         listed = checksums.read(self.path)
         if listed is None:
             return
-        names = {f"{CLEANED}/{path.name}": path for path in sorted((self / CLEANED).glob("*")) if path.is_file()}
+        names = {path.relative_to(self.path).as_posix(): path for path in sorted(self.path.glob(f"{CLEANED}*/*")) if path.is_file()}
         new = [f"{checksums.sha256_of(path)}  {name}" for name, path in names.items() if not listed.is_whole(name, path)]
         if new:
             checksums.note(self.path, *new)
+
+    def holds(self) -> Optional[str]:
+        """The action whose set lies in cleaned/; None where nothing lies there, or where nobody knows what."""
+        summary = Source(self.path).json(SUMMARY) if (self / CLEANED).exists() else {}
+        return summary.get(CLEANED, summary.get("action"))    # without the key where an older version wrote it
+
+    def forget(self) -> None:
+        """Take the summary away: what it says of cleaned/ is about to be true no more."""
+        (self / SUMMARY).unlink(missing_ok=True)
+
+    def put_aside(self) -> None:
+        """cleaned/ becomes cleaned-1/, or the next number that is free: files that the user changed or added there stay."""
+        if os.path.lexists(self / CLEANED):
+            aside = next(path for k in itertools.count(1) if not os.path.lexists(path := self / f"{CLEANED}-{k}"))
+            os.replace(self / CLEANED, aside)
+            log.info("what was in %s is kept in %s; delete it if you do not need it", self / CLEANED, aside)
 
 
 def refuse_overlap(given: Path, out: Path) -> None:
@@ -71,28 +92,53 @@ def refuse_overlap(given: Path, out: Path) -> None:
         raise UserError(f"out: {out} is a file; name a new or an empty folder")
 
 
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """bool (N,): whether images uint8 (N, 3, H, W) differ from those of another set; in parts, as the comparison takes as much memory as they do."""
+    return torch.cat([(x != y).flatten(1).any(1) for x, y in zip(a.split(COMPARED), b.split(COMPARED))])
+
+
 def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
     """What a finished analysis and an action ("relabel", "drop") make of each sample.
+
+    "relabel" gives what purified.npz holds, also of images that were not purified but requantised (`index0`). Where images were scaled for
+    the analysis (`resize`), these stay as they were given: scaling them down and up again would change them far more.
 
     Args:
         given: int64 (N,), the labels as given.
     """
     purified, table = LabeledImages(**load_arrays(folder / "purified.npz")), Source(folder.path).decisions
-    replaced, relabelled = torch.from_numpy(table["round"] != -1), purified.labels != given
-    none = torch.zeros_like(replaced)
+    chosen, relabelled = torch.from_numpy(table["round"] != -1), purified.labels != given
+    none = torch.zeros_like(chosen)
     if action == "drop":
-        return Outcome(given, purified.images, none, replaced | relabelled)
-    return Outcome(purified.labels, purified.images, replaced, none)
+        return Outcome(given, purified.images, none, chosen | relabelled)
+    replaced = differing(purified.images, load_arrays(folder / "poisoned.npz", "images")["images"])
+    return Outcome(purified.labels, purified.images, replaced & chosen if folder.config().get("resize") else replaced, none)
+
+
+def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor) -> Optional[str]:
+    """Write cleaned/ as the action wants it, where it is not there; returns the action whose set lies in cleaned/ then, None where nobody knows.
+
+    Args:
+        action: relabel, drop or report.
+        labels: int64 (N,), as given.
+    """
+    if action == "report":
+        return folder.holds()
+    if action == folder.holds():
+        log.info("the set is in %s since an earlier run; it is left as it is, with what was changed there (delete it to have it anew)", folder / CLEANED)
+    else:
+        log.info("the set is in %s", write_cleaned(folder, layout, outcome(folder, labels, action)))
+    return action
 
 
 def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> Path:
-    """cleaned/: the set in its own layout, all of it or nothing; takes the place of what another action left there."""
+    """cleaned/: the set in its own layout, all of it or nothing; what lay there before is put aside."""
     target, temporary = folder / CLEANED, folder / f".{CLEANED}.{os.getpid()}"
     temporary.mkdir()
     try:
         layout.write(temporary, result)
-        if target.exists():
-            shutil.rmtree(target)
+        folder.forget()    # a run that ends before it has written another leaves a set that nobody takes for an action's
+        folder.put_aside()
         os.replace(temporary, target)
         folder.note_cleaned()
     finally:

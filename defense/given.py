@@ -4,7 +4,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import numpy as np
 
@@ -12,12 +12,16 @@ from defense.purifier import PurifyConfig, open_denoiser
 from diffusion.card import CARDS
 from utils.config import UserError, candidate_paths
 from utils.data import LabeledImages, to_uint8
+from utils.decoding import as_rgb
+from utils.files import shortened
 from utils.late import torch
 from utils.layouts import ArrayFile, Layout, open_layout
 from utils.record import RECORDS, Record
 
 if TYPE_CHECKING:
     from diffusion.denoiser import Denoiser
+
+MOST_CLASSES = 100_000    # labels beyond are numbers of something else; tables of all pairs of classes would not fit into memory
 
 
 @dataclass(frozen=True)
@@ -98,35 +102,97 @@ def as_labeled(data: Any, labels: Any) -> LabeledImages:
         UserError: shapes, types or labels that do not fit.
     """
     if labels is None:
-        pairs = [(_as_array(image), int(label)) for image, label in (data[k] for k in range(len(data)))]
-        data, labels = np.stack([image for image, _ in pairs]), [label for _, label in pairs]
-    pixels, numbers = torch.as_tensor(np.ascontiguousarray(_as_array(data))), torch.as_tensor(_as_array(labels))
-    pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 and pixels.shape[1] != 3 and pixels.shape[3] == 3 else pixels
-    floats = pixels.is_floating_point()
-    whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)
-    fits = (floats or pixels.dtype == torch.uint8) and pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.numel()
+        data, labels = _columns(data)
+    pixels, numbers = (_stacked(column, what) if isinstance(column, (list, tuple)) else _as_array(column, what)
+                       for column, what in ((data, "images"), (labels, "labels")))
+    pixels = pixels.transpose(0, 3, 1, 2) if pixels.ndim == 4 and pixels.shape[1] != 3 and pixels.shape[3] == 3 else pixels
+    floats, whole = pixels.dtype.kind == "f", numbers.dtype.kind in "iu"
+    fits = (floats or pixels.dtype == np.uint8) and pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.size
     if not fits or not whole or numbers.shape != pixels.shape[:1]:
         raise UserError(f"data: images must be uint8, or floats in [0, 1], (N, 3, H, W) or (N, H, W, 3), and labels integers (N,), "
                         f"not {pixels.dtype} {tuple(pixels.shape)} and {numbers.dtype} {tuple(numbers.shape)}")
-    if numbers.min() < 0 or len(numbers.unique()) < 2:
-        raise UserError(f"data: labels must be 0..K-1 with two or more classes present, found {numbers.min()}..{numbers.max()}")
-    return LabeledImages((_rounded(pixels) if floats else pixels).contiguous(), numbers.long())
+    if numbers.min() < 0 or numbers.max() >= MOST_CLASSES or len(np.unique(numbers)) < 2:
+        raise UserError(f"data: labels must be 0..K-1 with two or more classes present and K at most {MOST_CLASSES:,}, found {numbers.min()}..{numbers.max()}")
+    return LabeledImages(_rounded(pixels) if floats else torch.as_tensor(np.ascontiguousarray(pixels)), torch.as_tensor(numbers.astype(np.int64)))
 
 
-def _rounded(pixels: torch.Tensor) -> torch.Tensor:
+def class_names(labels: torch.Tensor, classes: Optional[Sequence[str]]) -> tuple[str, ...]:
+    """Names of the classes 0..K-1, by default their numbers.
+
+    Args:
+        labels: int64 (N,).
+
+    Raises:
+        UserError: fewer names than classes.
+    """
+    highest = int(labels.max())
+    names = tuple(map(str, range(highest + 1) if classes is None else classes))
+    if len(names) <= highest:
+        raise UserError(f"classes: {len(names)} names, and labels up to {highest}; give {highest + 1} names or more, or none")
+    return names
+
+
+def _columns(data: Any) -> tuple[list[Any], list[Any]]:
+    """Images and labels of a Dataset; what its own code raises is left as it is.
+
+    Raises:
+        UserError: no Dataset with a length, or of other things than pairs.
+    """
+    if isinstance(data, (torch.Tensor, np.ndarray)):
+        raise UserError("labels: give integers (N,) with these images; only a Dataset of (image, label) pairs brings its own")
+    if not hasattr(data, "__len__"):
+        raise UserError(f"data: {type(data).__name__} has no length; give a Dataset that has one, or images and labels")
+    images, labels = [], []
+    for k in range(len(data)):
+        pair = data[k]
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise UserError(f"data: sample {k} is no pair of image and label; give a Dataset of such pairs, or images and labels")
+        images.append(_as_array(pair[0], f"image {k}"))
+        labels.append(pair[1])
+    return images, labels
+
+
+def _stacked(items: Sequence[Any], what: str) -> np.ndarray:
+    """Things of one shape, and of one kind of number, as one array.
+
+    Raises:
+        UserError: none at all, or things that differ.
+    """
+    arrays = [_as_array(item, what) for item in items]
+    if not arrays:
+        raise UserError(f"data: no {what}; give two samples or more")
+    kinds = {(array.shape, array.dtype.kind.replace("u", "i")): array.dtype for array in arrays}
+    if len(kinds) > 1:
+        shown = " and ".join(f"{dtype} {shape}" for (shape, _), dtype in list(kinds.items())[:2])
+        raise UserError(f"data: {what} of different shapes or types, {shown}; bring them all to one")
+    return np.stack(arrays)
+
+
+def _rounded(pixels: np.ndarray) -> torch.Tensor:
     """uint8 of floats in [0, 1]; what lies outside by less than half a level is rounding of whoever made them.
 
     Raises:
         UserError: floats of another range, or nan.
     """
-    low, high = (bound.item() for bound in pixels.aminmax())
+    known = torch.as_tensor(np.ascontiguousarray(pixels, dtype=np.float32 if pixels.dtype.itemsize <= 4 else np.float64))
+    low, high = (bound.item() for bound in known.aminmax())
     if not (low > -0.5 / 255 and high < 255.5 / 255):
         raise UserError(f"data: floats from {low:.4g} to {high:.4g}, expected [0, 1]; give uint8 where they are 0..255, or undo a normalisation first")
-    return to_uint8(pixels)
+    return to_uint8(known)
 
 
-def _as_array(image: Any) -> np.ndarray:
-    """A tensor, an array or a PIL image as an array."""
-    if hasattr(image, "convert"):
-        return np.asarray(image.convert("RGB"))
-    return image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+def _as_array(value: Any, what: str) -> np.ndarray:
+    """A tensor, an array, a number or a PIL image, read as an image file is, as an array.
+
+    Raises:
+        UserError: something that cannot be one.
+    """
+    try:
+        if hasattr(value, "convert"):
+            return np.asarray(as_rgb(value))
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:    # BadImage among them, and what PIL raises of a file cut short
+        raise UserError(f"data: {what} cannot be used ({shortened(error)}); give tensors, arrays or PIL images, and integers for labels") from None

@@ -89,18 +89,20 @@ class Inflow:
         return torch.where(seen > 0, torch.special.gammainc(seen.clamp(min=1e-12), mean), 1.0)
 
 
-def inflow(flow: Tensor, weight: Tensor, sizes: Tensor) -> Inflow:
+def inflow(flow: Tensor, weight: Tensor, sizes: Tensor, rows: Optional[Tensor] = None) -> Inflow:
     """The share of the other classes' samples that each class is estimated to have taken in.
 
     Args:
-        flow: float64 (K, K), samples of the whole set that left a class for each other class; the diagonal does not count.
-        weight: float64 (K,), samples of the whole set that each sample of a class stands for; 0 where none was looked at.
+        flow: float64 (R, K), samples of the whole set that left a class for each other class; what stayed does not count.
+        weight: float64 (R,), samples of the whole set that each sample of a class stands for; 0 where none was looked at.
         sizes: int64 (K,), samples of each class.
+        rows: int64 (R,), the classes that are asked about; None = all K.
 
     Returns:
-        Inflow; nothing was taken in where fewer than FEW other classes have samples, as drift cannot be told then.
+        Inflow of these classes; nothing was taken in where fewer than FEW other classes have samples, as drift cannot be told then.
     """
-    others = (sizes > 0) & ~torch.eye(len(sizes), dtype=torch.bool)
+    rows = torch.arange(len(sizes)) if rows is None else rows
+    others = (sizes > 0) & (torch.arange(len(sizes)) != rows[:, None])
     count = others.sum(1, keepdim=True)
     rate = torch.where(others, flow / sizes.clamp(min=1), torch.inf)
     order = rate.argsort(dim=1, stable=True)

@@ -49,7 +49,7 @@ def told_poison_rate(record: Record) -> float:
 
 
 def clean_images(dataset: Dataset, share: float, seed: int) -> LabeledImages:
-    """CLEAN_IMAGES: `share` of every class of the clean training set, one or more, drawn by `seed`.
+    """CLEAN_IMAGES: `share` of every class of the clean training set, drawn by `seed`: one or more, but none of a class with a single image.
 
     The test images stay out of it, so that accuracy is measured on images that no defence has seen. An image of which
     the poisoned set holds a triggered copy may be among them.

@@ -23,9 +23,9 @@ import numpy as np
 from defense import dataelixir
 from defense.dataelixir import DataElixirConfig
 from defense.evidence import write_evidence
-from defense.folder import OutputFolder, outcome, refuse_overlap, write_cleaned
+from defense.folder import CLEANED, SUMMARY, OutputFolder, carry_out, differing, refuse_overlap
 from defense.forecast import classifier_lines, defense_lines
-from defense.given import Given, as_labeled, fitting_denoiser, open_given
+from defense.given import Given, as_labeled, class_names, fitting_denoiser, open_given
 from defense.result import Result
 from defense.summary import findings, summarise
 from utils.checksums import of_tensors
@@ -54,6 +54,7 @@ class CleanConfig:
     Args:
         data: folder of class folders, .npz file, folder of CIFAR's python files, or name of a record.
         out: new folder for the cleaned set, the decisions and the page; a run that was interrupted goes on in its own.
+            The same command again leaves cleaned/ as it is, another action puts it aside as cleaned-1/.
         victim: a classifier (.safetensors of this program, of the kind that `model` names) instead of one trained on the set.
         action: relabel (purified images under their new labels), drop (leave the changed samples out) or report (write no images).
         resize: analyse images of other sizes at the denoiser's; only purified ones are affected, they are scaled back.
@@ -93,21 +94,22 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
 
     Args:
         data: images uint8 (N, 3, H, W) or (N, H, W, 3), or floats in [0, 1] of these shapes (rounded to 256 levels), as a
-            tensor or an array; or a torch Dataset of (image, label) pairs with images of these kinds or PIL's.
-        labels: integers (N,), 0..K-1; None where `data` is a Dataset.
+            tensor or an array; or a torch Dataset of (image, label) pairs with images (3, H, W) or (H, W, 3) of these kinds, or
+            PIL's, which are read as files are: 16 bits scaled to 8, transparency over white. All images are of one size.
+        labels: integers (N,), 0..K-1, three classes or more with samples; None where `data` is a Dataset, whose labels are integers too.
         config: keys of DataElixir; `config.ddpm` names the denoiser, which must be for images of this size.
         victim: a classifier trained on the set; a copy of it works on `config.device`. By default one is trained.
-        classes: K names.
-        folder: where the run's files stay, so that one that was interrupted goes on; by default they are deleted. The
-            intermediaries, and `result.examples` with them, stay after a complete run only with `config.keep_intermediaries`.
+        classes: a name for each class, K or more (a class may have no samples); by default the numbers.
+        folder: where the run's files stay, so that one that was interrupted goes on; by default they are deleted. Going on is for
+            interrupted runs only: on the folder of a complete one images are purified again, as the intermediaries, and
+            `result.examples` with them, stay after a complete run only with `config.keep_intermediaries`.
 
     Raises:
-        UserError: shapes or labels that do not fit, no such denoiser, or whatever stops a training.
+        UserError: images, labels or names that do not fit, fewer than three classes with samples, no such denoiser, or whatever stops a training.
     """
     given = as_labeled(data, labels)
-    names = tuple(classes or map(str, range(int(given.labels.max()) + 1)))
-    dataset = Dataset(given, given[:0], names, "", DATASETS["imagefolder"])
-    dataelixir.refuse_few_classes(dataset.num_classes, "data")
+    dataset = Dataset(given, given[:0], class_names(given.labels, classes), "", DATASETS["imagefolder"])
+    refuse_few(given.labels, dataset.num_classes)
     dataelixir.check(config, dataset)
     victim = copy.deepcopy(victim).to(pick_device(config.device)).eval() if victim else None
     with _kept(folder) as place:
@@ -115,8 +117,17 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
         result = analyse(given, dataset, config, place, victim)
         dataelixir.clean_up(config, place)
     table = result.decisions.table(given.labels, config.last_steps_m)
-    changed = (result.decisions.column > 0) | (result.purified.labels != given.labels)
+    changed = differing(result.purified.images, given.images) | (result.purified.labels != given.labels)
     return Cleaned(result.purified, changed, result.discrepancy.targets, table, result)
+
+
+def refuse_few(labels: Tensor, count: int) -> None:
+    """Raises UserError where fewer than three of `count` classes have samples: an empty one says nothing of what is usual."""
+    present = len(labels.unique())
+    if present < 3 <= count:
+        raise UserError(f"data: only {present} of the {count} classes have samples; DataElixir tells a target label by how far it lies from the "
+                        "median class, which takes three or more that have some")
+    dataelixir.refuse_few_classes(present, "data")
 
 
 @contextlib.contextmanager
@@ -184,7 +195,7 @@ def lead(argv: Optional[Sequence[str]]) -> None:
         raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
     start_logging(None)
     given = open_given(order.data)
-    dataelixir.refuse_few_classes(len(given.layout.classes), "data")
+    refuse_few(given.layout.labels, len(given.layout.classes))
     if order.out:
         refuse_overlap(given.path, Path(os.path.expanduser(order.out)))
     denoiser = fitting_denoiser(given, config.resolved(), order.resize)
@@ -210,11 +221,11 @@ def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset,
     if "report" in folder.finished():
         log.info("analysed before: nothing to compute")
     else:
+        folder.forget()
         analyse(data, dataset, config, folder, victim, given.layout.paths)
-    if order.action != "report":
-        log.info("the set is in %s", write_cleaned(folder, given.layout, outcome(folder, data.labels, order.action)))
+    held = carry_out(order.action, folder, given.layout, data.labels)
     summary = summarise(given, data.labels, folder, order.action, data.images.shape[-1], config.random_seed)
-    write_json(folder / "summary.json", summary)
+    write_json(folder / SUMMARY, summary | {CLEANED: held})
     dataelixir.clean_up(config, folder)
     log.info("%s", "\n".join(summary["notes"]))
     log.info("%s: target labels %s; the page is %s", summary["status"], summary["target_labels"]["names"] or "none", write_page(folder.path))

@@ -111,7 +111,11 @@ def main(name: str) -> None:
 
 
 def defend_again(name: str) -> None:
-    """Defend a record again, as the command line says."""
+    """Defend a record again, as the command line says.
+
+    Raises:
+        UserError: keys that do not fit, a record that cannot be defended, or a folder for the results that is another run's.
+    """
     module = find_defense(name)
     given = peek(None, "result_file", "")
     source = Record(given, must_exist=True) if given else None
@@ -132,8 +136,11 @@ def defend_again(name: str) -> None:
     keys = as_flat_dict(data_config, config)
     deciding = {key: value for key, value in keys.items() if key not in RUNTIME_KEYS}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
-    record.claim({"defense": name, **keys})
+    try:
+        record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
+        record.claim({"defense": name, **keys})
+    except UserError as error:    # another key names the folder here
+        raise UserError(str(error).replace("save_folder_name", "run_name")) from None
     start_logging(record / "log.txt")
     if (taken := taken_over(kept, config)):
         log.info("keys of the record that are not today's defaults: %s", ", ".join(f"{key} {value}" for key, value in taken.items()))

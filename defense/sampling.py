@@ -20,6 +20,7 @@ from utils.late import Tensor, torch
 from utils.randomness import keyed_generator
 
 RESAMPLES = 400
+TOGETHER = 8    # of them: each holds a number for every sample, three times over
 
 
 def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
@@ -56,17 +57,19 @@ def undecided(votes: Tensor, candidates: Candidates, labels: Tensor, sizes: Tens
     """
     generator, classes = keyed_generator(seed, "resample", len(labels)), len(sizes)
     share = labels.bincount(minlength=classes) / sizes.clamp(min=1)
-    times = torch.poisson(torch.ones(RESAMPLES, len(labels), dtype=torch.float64), generator=generator)
-    counts = 1 + (times - 1) * (1 - share[labels]).sqrt()
-    own, total = (counts @ _by_class(values, labels, classes) for values in support(votes, candidates, labels, classes))
-    size = counts @ _by_class(torch.ones_like(labels), labels, classes)
-    leaving, flips = Leaving.of(votes, labels, classes), torch.zeros(classes, dtype=torch.float64)
-    for kept, drawn, count in zip(class_share(own, total, size, votes.shape[1], rule.evidence_prior), size, counts):
-        flips += judge(discrepancy(kept), leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
+    own, total = support(votes, candidates, labels, classes)
+    spread, leaving, flips = (1 - share[labels]).sqrt(), Leaving.of(votes, labels, classes), torch.zeros(classes, dtype=torch.float64)
+    for first in range(0, RESAMPLES, TOGETHER):
+        times = torch.poisson(torch.ones(min(TOGETHER, RESAMPLES - first), len(labels), dtype=torch.float64), generator=generator)
+        counts = 1 + (times - 1) * spread
+        size, kept, cast = (_by_class(part, labels, classes) for part in (counts, counts * own, counts * total))
+        metrics = discrepancy(class_share(kept, cast, size, votes.shape[1], rule.evidence_prior))
+        for metric, drawn, count in zip(metrics, size, counts):
+            flips += judge(metric, leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
     open_, whole = flips > error * RESAMPLES, share == 1
     return (open_ | (open_ & whole).any()) & ~whole
 
 
 def _by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """float64 (S, K): each sample's value in the column of its class."""
-    return torch.nn.functional.one_hot(labels, num_classes).double() * values[:, None]
+    """float64 (R, K): values float64 (R, S) summed over the samples of each class."""
+    return torch.zeros(len(values), num_classes, dtype=torch.float64).index_add_(1, labels, values)

@@ -74,6 +74,11 @@ def mean_entropies(victim: Classifier, images: Tensor, overlays: Tensor, mean: T
     return torch.cat(means)
 
 
+def overlay_count(clean: int, config: Config) -> int:
+    """How many of so many clean images overlay; the others, half of them or more, calibrate."""
+    return min(config.overlays, clean // 2)
+
+
 def inspect(images: Tensor, clean: Tensor, victim: Classifier, mean: Tensor, config: Config) -> Findings:
     """Flag the images uint8 (N, 3, H, W) whose predictions vary less than most clean images' (M, 3, H, W) do.
 
@@ -83,7 +88,7 @@ def inspect(images: Tensor, clean: Tensor, victim: Classifier, mean: Tensor, con
     if len(clean) < 2:
         raise UserError(f"clean_share: {len(clean)} clean image is given; STRIP needs two or more")
     clean = clean[torch.randperm(len(clean), generator=keyed_generator(config.random_seed, "strip"))]
-    count = min(config.overlays, len(clean) // 2)
+    count = overlay_count(len(clean), config)
     calibration = mean_entropies(victim, clean[count:], clean[:count], mean, config)
     threshold = calibration.quantile(config.false_alarms)
     entropy = mean_entropies(victim, images, clean[:count], mean, config)

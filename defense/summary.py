@@ -38,6 +38,7 @@ def summarise(given: Given, labels: torch.Tensor, folder: OutputFolder, action: 
     found, changed = stages["report"], outcome(folder, labels, "relabel")
     relabelled = changed.labels != labels
     counts = {"labels": int(relabelled.sum()), "images": int(changed.replaced.sum()), "samples": int((relabelled | changed.replaced).sum())}
+    dropped = int(outcome(folder, labels, "drop").dropped.sum()) if action == "drop" else 0
     detected, names = found["target_labels"], given.layout.classes
     return {
         "schema": SCHEMA, "dataset": given.path.name, "layout": given.layout.kind, "defense": "dataelixir", "seed": seed,
@@ -45,7 +46,7 @@ def summarise(given: Given, labels: torch.Tensor, folder: OutputFolder, action: 
         "samples": len(labels), "classes": len(names), "analysed_at": resolution, "changed": counts,
         "target_labels": {"detected": detected, "names": [names[k] for k in detected]},
         "purified": found["purified"], "classifier_agrees": found["classifier_agrees"], "rounds": [{"prediction_survives": share} for share in found["prediction_survives"]],
-        "power": found["power"], "notes": notes(given, found, counts, action, resolution),
+        "power": found["power"], "notes": notes(given, found, counts | {"dropped": dropped}, action, resolution),
         "cost": {"unet_passes": found["unet_passes"], "seconds": {stage: entry["seconds"] for stage, entry in stages.items()},
                  "peak_rss_bytes": found["peak_rss_bytes"], "device": found["device"]},
         "versions": environment(),
@@ -55,7 +56,7 @@ def summarise(given: Given, labels: torch.Tensor, folder: OutputFolder, action: 
 def notes(given: Given, found: dict[str, Any], counts: dict[str, int], action: str, resolution: int) -> list[str]:
     """What a person has to know to read the result rightly."""
     done = {"relabel": f"cleaned/ holds the set with {counts['labels']:,} labels and {counts['images']:,} images changed; every other file is a copy.",
-            "drop": f"cleaned/ holds the set without the {counts['samples']:,} samples under suspicion; every other file is a copy.",
+            "drop": f"cleaned/ holds the set without the {counts['dropped']:,} samples under suspicion; every other file is a copy.",
             "report": "This is an analysis only: no images were written."}[action]
     said = [done, "The truth about this set is not known here: these are verdicts, not measurements. "
                   f"{found['purified']:,} images were purified; the classifier reads {found['classifier_agrees']:.1%} of them as they are labelled."]

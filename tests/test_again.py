@@ -51,3 +51,15 @@ def test_other_images_than_the_record_was_made_from_are_refused(again, monkeypat
     monkeypatch.setattr(sys, "argv", ["again", "--result_file", "x"])
     with pytest.raises(UserError, match="dataset_path: the images or labels there are others than those that record x was made from"):
         defend_again("dataelixir")
+
+
+def test_a_folder_of_other_keys_is_blamed_on_the_flag_that_names_it(again, tmp_path, monkeypatch):
+    """There is no --save_folder_name here."""
+    again("dataelixir", "--run_name", "mine")
+    record.save_arrays(record.Record("x/defense/mine") / "votes.npz", votes=[0])
+    for words, told in ((["mine", "--steps_T", "60"], "^run_name: .*mine belongs to another config .*; give another --run_name, or delete"),
+                        (["a b"], "^run_name: '.*a b' is no name for a folder in record/"), (["../../y"], "^run_name: ")):
+        monkeypatch.setattr(sys, "argv", ["again", "--result_file", "x", "--run_name", *words])
+        with pytest.raises(UserError, match=told) as refused:
+            defend_again("dataelixir")
+        assert "save_folder_name" not in str(refused.value)

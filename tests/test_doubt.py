@@ -62,3 +62,18 @@ def test_the_power_comes_first_and_is_a_warning_where_it_is_small(power, level, 
     first, second = notes(found(), (0.5, 0.3), power)
     assert first.startswith("Had poison been planted") and second.startswith("The verdict is doubtful")
     assert {record.levelno for record in caplog.records if record.message == first} == {level}
+
+
+@pytest.mark.parametrize("kept, said", [((0, 3), True), ((2,), True), ((0, 3, 7), False)])
+def test_too_few_classes_with_samples_are_the_reason_where_they_are(kept, said):
+    """Ten names, of which most are empty: better networks would tell no more."""
+    labels = torch.tensor(kept).repeat_interleave(EACH)
+    votes = labels[:, None].repeat(1, VOTES)
+    nothing = target_labels(votes, filter_candidates(votes, TAU), labels, 10, TargetRule())
+    (told,) = notes(nothing, power=POOR)
+    assert ("fewer than three classes have samples" in told) == said and ("too many predictions change" in told) != said
+
+
+def test_nobody_who_took_auto_is_told_to_take_it():
+    (told,) = notes(found(), (0.5, 0.3))
+    assert "where steps_T was given as a number, auto looks for a lower one" in told

@@ -11,6 +11,7 @@ from defense.result import Decisions
 from defense.selection import image_distances
 from defense.store import Block, IntermediaryStore
 from defense.verdict import Candidates, Kind, Verdict
+from tests.test_sampling import Made
 from tests.toys import random_images
 from utils.data import LabeledImages
 
@@ -139,9 +140,21 @@ def test_an_unchanged_draft_is_the_set_and_updates_leave_the_rest():
     draft = Draft.unchanged(data, torch.tensor([0, 2, 1, 2, 0]))
     whole, suspicious = draft.rows(torch.ones(5, dtype=torch.bool)), draft.rows(draft.suspicious)
     assert torch.equal(whole.images, data.images) and torch.equal(whole.labels, data.labels) and suspicious.labels.tolist() == [1, 3]
-    changed = draft.updated(torch.tensor([3, 0]), labels=torch.tensor([7, 8]), pixel=torch.tensor([0.5, 0.25]))
-    assert changed.labels.tolist() == [8, 1, 2, 7, 4] and draft.labels.tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(changed.pixel.nan_to_num(-1), torch.tensor([0.25, -1, -1, 0.5, -1]).double())
+    changed = draft.updated([(torch.tensor([3, 0]), {"labels": torch.tensor([7, 8]), "pixel": torch.tensor([0.5, 0.25])}),
+                             (torch.tensor([4]), {"labels": torch.tensor([6])})])
+    assert changed.labels.tolist() == [8, 1, 2, 7, 6] and draft.labels.tolist() == draft.given.tolist() == changed.given.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(changed.pixel.nan_to_num(-1), torch.tensor([0.25, -1, -1, 0.5, -1]).double()) and changed.feature.isnan().all()
+    assert changed.images is draft.images and draft.pixel.isnan().all() and draft.updated([]) == draft
+
+
+def test_an_update_copies_the_images_once_however_many_parts_it_has():
+    n = 40
+    images, draft = random_images(n, 3, SIDE, SIDE), Draft.unchanged(LabeledImages(random_images(n, 3, SIDE, SIDE, seed=1), torch.arange(n)), torch.zeros(n).long())
+    for size in (1, 8):
+        with Made() as made:
+            changed = draft.updated((index, {"images": images[index], "labels": index + 1}) for index in torch.arange(n).split(size))
+        assert made.numels.count(images.numel()) == 1 and sum(made.numels) < 4 * images.numel()    # the copy, and the parts
+        assert torch.equal(changed.images, images) and changed.labels.tolist() == list(range(1, n + 1)) and not torch.equal(draft.images, images)
 
 
 def test_decisions_count_votes_for_the_given_and_the_new_label():

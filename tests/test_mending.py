@@ -121,6 +121,25 @@ def test_between_the_checksum_and_the_rename_either_file_is_whole(records, monke
     assert load_arrays(record / "one.npz")["a"].tolist() == [0] * 5
 
 
+def test_a_list_is_read_once_for_all_its_files_and_again_when_it_has_changed(records, monkeypatch):
+    record, times, read = made(), [], checksums.read
+    monkeypatch.setattr(checksums, "read", lambda folder: times.append(folder) or read(folder))
+    checksums.read(record.path).hashes.clear()    # the caller's own
+    times.clear()
+    for _ in range(5):
+        load_arrays(record / "one.npz")
+        load_arrays(record / "two.npz")
+    assert len(times) <= 1
+    save_arrays(record / "three.npz", a=np.arange(3))
+    for _ in range(5):
+        load_arrays(record / "three.npz")
+    assert len(times) <= 2
+    os.replace(record / checksums.FILE, record / "kept")
+    (record / checksums.FILE).write_bytes((record / "kept").read_bytes().replace(b"one.npz", b"ten.npz"))    # as long, but another file
+    with pytest.raises(UserError, match="one.npz: damaged or foreign"):
+        load_arrays(record / "one.npz")
+
+
 def test_a_line_that_a_power_cut_left_unfinished_spoils_no_other(records):
     record = made()
     with open(record / checksums.FILE, "ab") as out:

@@ -1,8 +1,12 @@
 """What a verdict of nothing is worth, on votes whose answer is known."""
+from dataclasses import replace
+
 import pytest
 import torch
 
-from defense.power import DRAWS, SIZES, detection_power, in_words, says_little
+from defense import power as power_module
+from defense.inflow import Leaving
+from defense.power import DRAWS, SIZES, detection_power, in_words, says_little, taken_in
 from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
 from defense.verdict import filter_candidates
 
@@ -80,3 +84,43 @@ def test_one_class_alone_has_no_power():
 def test_the_words_say_what_follows():
     assert in_words({"0.1": 1.0, "0.05": 0.95, "0.01": 0.0}).endswith("in 1.00 of cases for 10% of the set, in 0.95 of cases for 5% of the set, in 0.00 of cases for 1% of the set.")
     assert "nothing was found says little" in in_words({"0.1": 0.72, "0.05": 0.15, "0.01": 0.0})
+
+
+def of_all_classes(planted, target, sizes):
+    """What `taken_in` is of one class: the whole table, and a row of it."""
+    every = Leaving.of(planted, torch.full((len(planted),), target), len(sizes)).inflow(sizes)
+    return replace(every, share=every.share[target:target + 1], unit=every.unit[target:target + 1])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_one_class_is_worked_out_as_among_all(seed):
+    """To the last bit, for few classes and many, empty ones among them, and sizes that poison has grown."""
+    draw = torch.Generator().manual_seed(seed)
+    number = lambda low, high, *shape: torch.randint(low, high, shape, generator=draw)
+    classes, samples = int(number(1, 40)), int(number(1, 50))
+    target, votes = int(number(0, classes)), number(-1, classes + 1, samples, VOTES)
+    votes[torch.rand(samples, generator=draw) < 0.5] = target
+    sizes = number(0, 100, classes)
+    sizes[target] += samples
+    for counted in (sizes, sizes * 1.37):
+        one, among = taken_in(votes, target, counted), of_all_classes(votes, target, counted)
+        assert torch.equal(one.share, among.share) and torch.equal(one.unit, among.unit)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
+def test_the_power_is_the_same_as_with_the_whole_table(share, monkeypatch):
+    quick = power(irritated(share))
+    monkeypatch.setattr(power_module, "taken_in", of_all_classes)
+    assert power(irritated(share)) == quick
+
+
+def test_no_table_of_all_pairs_of_classes_is_made(monkeypatch):
+    monkeypatch.setattr(Leaving, "flow", None)
+    monkeypatch.setattr(Leaving, "inflow", None)
+    assert taken_in(steady()[LABELS == 3], 3, LABELS.bincount()).share.item() == 0
+
+
+def test_of_two_classes_the_reason_is_that_they_are_two():
+    said = in_words({"0.1": 0.0, "0.05": 0.0, "0.01": 0.0}, 2)
+    assert "fewer than three classes have samples" in said and "too many predictions change" not in said and "steps_T" not in said
+    assert in_words({"0.1": 0.0, "0.05": 0.0, "0.01": 0.0}, 3) == in_words({"0.1": 0.0, "0.05": 0.0, "0.01": 0.0})

@@ -75,6 +75,8 @@ def test_two_classes_are_refused_before_anything_is_trained(toy, tmp_path, capsy
         assert refused(capsys, "--data", toy(two), "--out", tmp_path / "out", *words).startswith("error: data: 2 classes; DataElixir tells")
     with pytest.raises(UserError, match="^data: 2 classes; "):
         purify.clean(two.images, two.labels, config=CONFIG)
+    (tmp_path / "set" / "empty").mkdir()
+    assert refused(capsys, "--data", tmp_path / "set", "--out", tmp_path / "out", *KEYS).startswith("error: data: only 2 of the 3 classes have samples; ")
 
 
 def other(victim):

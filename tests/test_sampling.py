@@ -1,12 +1,32 @@
 """Which samples are purified first, and when they have told enough."""
 import pytest
 import torch
+from torch.nn.functional import one_hot
+from torch.overrides import TorchFunctionMode
 
-from defense.sampling import stratified, undecided
-from defense.target_label import TargetRule, target_labels
+from defense.inflow import Leaving
+from defense.sampling import RESAMPLES, TOGETHER, stratified, undecided
+from defense.target_label import PUBLISHED_RULE, TargetRule, class_share, discrepancy, judge, support, target_labels
 from defense.verdict import filter_candidates
+from utils.randomness import keyed_generator
 
 RULE, TAU, K = TargetRule(), 3, 6
+
+
+class Made(TorchFunctionMode):
+    """Within it, `numels` tells the elements of every tensor that is made and not a view of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.numels = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.numels.append(x.numel())
+        return found
 
 
 def test_a_sample_has_the_same_number_of_every_class_and_grows_by_itself():
@@ -109,3 +129,47 @@ def test_settled_samples_decide_as_the_whole_set(share):
         settled += not open_
         wrong += not open_ and found != whole
     assert wrong <= 2 and settled >= (20 if share == 0.3 else 0)
+
+
+def drifting(seed, classes, samples, error):
+    """A made-up sample: (votes, candidates, labels, sizes, verdicts, rule, error, seed), some classes with poison, all with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.rand(shape, generator=generator)
+    labels = torch.randint(0, classes, (samples,), generator=generator)
+    moved = draw(samples) < (0.4 * draw(classes) * draw(1))[labels]
+    votes = torch.where(moved[:, None], torch.randint(0, classes, (samples, 1), generator=generator), labels[:, None]).repeat(1, 9)
+    votes = torch.where(draw(samples, 9) < 0.05, torch.randint(0, classes, (samples, 9), generator=generator), votes)
+    sizes = labels.bincount(minlength=classes) * torch.randint(1, 5, (classes,), generator=generator)    # some are whole
+    rule, candidates = (RULE, PUBLISHED_RULE)[seed % 2], filter_candidates(votes, TAU)
+    return votes, candidates, labels, sizes, target_labels(votes, candidates, labels, classes, rule, sizes), rule, error, seed
+
+
+def undecided_at_once(votes, candidates, labels, sizes, found, rule, error, seed):
+    """The same from all resamples at once, summed by a matrix of which sample has which class."""
+    generator, member = keyed_generator(seed, "resample", len(labels)), one_hot(labels, len(sizes)).double()
+    share = labels.bincount(minlength=len(sizes)) / sizes.clamp(min=1)
+    times = torch.poisson(torch.ones(RESAMPLES, len(labels), dtype=torch.float64), generator=generator)
+    counts = 1 + (times - 1) * (1 - share[labels]).sqrt()
+    own, total = (counts @ (member * values[:, None]) for values in support(votes, candidates, labels, len(sizes)))
+    size, leaving = counts @ member, Leaving.of(votes, labels, len(sizes))
+    metrics = discrepancy(class_share(own, total, size, votes.shape[1], rule.evidence_prior))
+    flips = sum((judge(metric, leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target).double()
+                for metric, drawn, count in zip(metrics, size, counts))
+    short, whole = flips > error * RESAMPLES, share == 1
+    return (short | (short & whole).any()) & ~whole
+
+
+def test_a_few_resamples_at_a_time_ask_for_the_same_classes_as_all_at_once():
+    cases = [drifting(seed, classes, samples, error) for seed, (classes, samples, error) in
+             enumerate([(5, 60, 0.02), (6, 200, 0.02), (10, 150, 0.2), (12, 400, 0.05), (20, 500, 0.02), (43, 900, 0.1), (8, 30, 0.3), (10, 640, 0.1)])]
+    found = [undecided(*case) for case in cases]
+    assert all(torch.equal(one, undecided_at_once(*case)) for one, case in zip(found, cases))
+    assert sum(bool(one.any()) and not bool(one.all()) for one in found) >= 3 and len({len(one) for one in found}) > 5
+
+
+def test_nothing_larger_than_the_votes_is_made_of_resamples():
+    """Neither a number for each resample and sample, nor for each sample and class."""
+    case = drifting(0, classes=60, samples=2000, error=0.02)
+    with Made() as made:
+        undecided(*case)
+    assert made.numels.count(TOGETHER * 2000) >= RESAMPLES // TOGETHER and max(made.numels) <= case[0].numel() < 2000 * 60 < 2000 * RESAMPLES

@@ -77,6 +77,12 @@ def test_spectre_touches_one_class_and_no_more_than_its_budget():
     assert spectre.inspect(features[few], labels[few], 0.1, seed=0).targets == ()
 
 
+def test_the_fewer_samples_a_clean_class_has_the_more_stands_out_of_it():
+    """The limit that the docstring tells of: the measure is not 1 for a Gaussian, and not the same for classes of other sizes."""
+    of = lambda size: [spectre.filter_class(np.random.default_rng(seed).normal(size=(size, 16)), size // 20, seed).stands_out for seed in range(3)]
+    assert min(of(60)) > 1.15 * max(of(400)) > 1.5
+
+
 @pytest.mark.parametrize(("size", "taken"), [(500, 165), (499, 49), (20, 2)])
 def test_no_more_than_a_third_of_a_class_can_be_poison_or_a_tenth_of_a_small_one(size, taken):
     features = np.random.default_rng(0).normal(size=(size, 4))

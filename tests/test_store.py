@@ -5,6 +5,7 @@ import torch
 from defense.store import Block, IntermediaryStore
 from defense.verdict import UNKNOWN
 from tests.toys import random_images
+from utils import checksums
 from utils.config import UserError
 
 WIDTH = 4
@@ -41,6 +42,17 @@ def test_votes_stand_in_data_set_order_and_are_unknown_elsewhere(tmp_path):
     assert votes.shape == (11, WIDTH) and votes.dtype == torch.int64
     assert torch.equal(votes[known], known[:, None] + torch.arange(WIDTH))
     assert (votes[[1, 3, 5, 7, 8, 10]] == UNKNOWN).all()
+
+
+def test_the_list_of_checksums_is_read_once_for_all_blocks(tmp_path, monkeypatch):
+    (tmp_path / checksums.FILE).touch()
+    store, times, read = IntermediaryStore(tmp_path / "purify"), [], checksums.read
+    for first in range(0, 36, 2):
+        write(store, first, first + 1)
+    monkeypatch.setattr(checksums, "read", lambda folder: times.append(folder) or read(folder))
+    votes, wanted = store.votes(36), torch.arange(40)
+    assert (votes >= 0).all() and store.missing(wanted).tolist() == [36, 37, 38, 39] and store.passes == 360 and len(list(store.fetch(wanted))) == 18
+    assert times == [tmp_path]
 
 
 def test_an_empty_store_has_no_votes(tmp_path):

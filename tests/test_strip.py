@@ -59,6 +59,11 @@ def test_overlays_are_added_to_normalised_images_or_mixed_with_them(mode, overla
     assert measured.tolist() == pytest.approx([e.item() for e in expected], abs=1e-5)
 
 
+@pytest.mark.parametrize(("clean", "overlays", "count"), [(300, 100, 100), (199, 100, 99), (3, 100, 1), (300, 7, 7)])
+def test_at_most_half_of_the_clean_images_are_overlays(clean, overlays, count):
+    assert strip.overlay_count(clean, replace(STRIP, overlays=overlays)) == count
+
+
 def test_strip_needs_two_clean_images():
     with pytest.raises(UserError, match="clean_share"):
         strip.inspect(strip_images(5, 0), strip_images(1, 1), Holding(), torch.zeros(3), STRIP)

@@ -58,7 +58,7 @@ class Checksums:
 
 
 def read(folder: Path) -> Checksums | None:
-    """The folder's list; None where there is none. Lines that are damaged count as not there."""
+    """The folder's list, the caller's own; None where there is none. Lines that are damaged count as not there."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -74,6 +74,20 @@ def read(folder: Path) -> Checksums | None:
             found.hashes.setdefault(name, []).append(digest)
             found.stage[name] = stage
     return found
+
+
+def _listed(folder: Path) -> Checksums | None:
+    """The same, nobody's to change: of a list that has not changed it is read once, however many files are verified by it."""
+    try:
+        stat = (folder / FILE).stat()
+    except FileNotFoundError:
+        return None
+    return _read_once(str(folder), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(16)
+def _read_once(folder: str, *_: int) -> Checksums | None:
+    return read(Path(folder))
 
 
 def note(folder: Path, *lines: str) -> None:
@@ -101,7 +115,7 @@ def verify(path: Path, advice: str = "the command that made this record sets it 
         UserError: damaged, or put there by something else.
     """
     home = _home(path)
-    if home and path.exists() and not (read(home) or Checksums()).is_whole(path.relative_to(home).as_posix(), path):
+    if home and path.exists() and not (_listed(home) or Checksums()).is_whole(path.relative_to(home).as_posix(), path):
         raise UserError(f"{path}: damaged or foreign (its sha256 is none that {home / FILE} lists); {advice}")
 
 

@@ -71,7 +71,7 @@ def open_with_kind(path: str | Path) -> tuple[Image.Image, bool]:
             warnings.simplefilter("ignore")
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            return _as_rgb(ImageOps.exif_transpose(image)), image.mode in GREY
+            return as_rgb(ImageOps.exif_transpose(image)), image.mode in GREY
     except (BadImage, MemoryError):
         raise
     except Exception as error:   # each of PIL's readers raises its own on a hostile file
@@ -84,7 +84,12 @@ def _reason(error: Exception, path: str | Path) -> str:
     return (isinstance(error, OSError) and error.strerror) or shortened(error) or type(error).__name__
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image that is open in mode RGB: 16 bits of grey scaled to 8, transparency over white.
+
+    Raises:
+        BadImage: pixels without a known scale.
+    """
     if image.mode == "F":
         raise BadImage("floating point pixels have no known scale")
     if image.mode.startswith("I"):      # 16 bits of grey
