@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dataelixir")
 VOTED, TRAINED = 512, 512   # images that are measured on
-VOTE_BYTES = 40             # of a vote while target labels are looked for: it, its support, and what resamples take of it
+VOTE_BYTES = 50             # of a vote while target labels are looked for: it, its support, and what resamples take of it
 
 
 def purifying_pace(purifier: Purifier, victim: Classifier, data: LabeledImages) -> float:

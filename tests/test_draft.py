@@ -149,7 +149,8 @@ def test_an_unchanged_draft_is_the_set_and_updates_leave_the_rest():
 
 def test_an_update_copies_the_images_once_however_many_parts_it_has():
     n = 40
-    images, draft = random_images(n, 3, SIDE, SIDE), Draft.unchanged(LabeledImages(random_images(n, 3, SIDE, SIDE, seed=1), torch.arange(n)), torch.zeros(n).long())
+    images, others = (random_images(n, 3, SIDE, SIDE, seed=seed) for seed in (0, 1))
+    draft = Draft.unchanged(LabeledImages(others, torch.arange(n)), torch.zeros(n).long())
     for size in (1, 8):
         with Made() as made:
             changed = draft.updated((index, {"images": images[index], "labels": index + 1}) for index in torch.arange(n).split(size))
