@@ -85,13 +85,17 @@ class Purification:
     def ending_early(self, first: int, error: float, doubt: float, others: bool) -> Discrepancy:
         """The same, with all rounds for the sample, which shows the target labels, and for what follows no more than are needed.
 
+        How many that is, is measured apart for the samples with a target label. Among all they are few: on digits an eighth of
+        the poisoned ones ended too soon.
+
         Args:
             doubt: see `Ending.measured`.
             others: purify the samples without a target label as well.
         """
         sizes, found = self._settled(torch.full_like(self.sizes, first), error, "sample")
-        rows, wanted = self._rows(sizes), found.is_target[self.data.labels] | others
-        self.run(wanted.nonzero().flatten(), self.ending(rows[wanted[rows]], doubt))
+        rows, accused = self._rows(sizes), found.is_target[self.data.labels]
+        for part in (accused, ~accused) if others else (accused,):
+            self.run(part.nonzero().flatten(), self.ending(rows[part[rows]], doubt))
         return found
 
     def _rows(self, sizes: Tensor) -> Tensor:

@@ -168,3 +168,32 @@ def test_rounds_that_are_not_made_do_not_vote_on_the_class(tmp_path):
 def test_larger_blocks_change_nothing(tmp_path):
     small, large = purification(tmp_path / "small"), purification(tmp_path / "large", replace(CONFIG, purify_batch_size=64))
     assert small.everything().targets == large.everything().targets and torch.equal(small.votes(), large.votes())
+
+
+class Lingering(PatchReader):
+    """Reads the trigger once more in the first round's images of those samples that had it; `turn` is set to 0 before every block."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.m, self.turn, self.triggered = m, 0, None
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.turn == 0:
+            self.triggered = x[:, :, -1, -1].mean(1) > 0.95
+        elif self.turn == 1:
+            logits[self.triggered.repeat_interleave(self.m)[:len(x)], 0] += 9.0
+        self.turn += 1
+        return logits
+
+
+def test_when_rounds_end_is_measured_apart_for_samples_with_a_target_label(tmp_path, monkeypatch):
+    """A seventh of all samples still read as before after a first round and not later; of the target class's it is more than half."""
+    exact, early = (purification(tmp_path / name, victim=Lingering(CONFIG.last_steps_m)) for name in ("exact", "early"))
+    for work in (exact, early):
+        begin, victim = work.rounds.purifier.start, work.rounds.victim
+        monkeypatch.setattr(work.rounds.purifier, "start", lambda images, begin=begin, victim=victim: setattr(victim, "turn", 0) or begin(images))
+    exact.everything()
+    assert early.ending_early(20, 0.02, 0.3, others=True).targets == (0,)
+    kinds = [filter_candidates(work.votes(), 4).kind for work in (exact, early)]
+    assert torch.equal(*kinds) and (kinds[0][TRUTH.poison] == Kind.MIXED).all() and early.store.passes < exact.store.passes
