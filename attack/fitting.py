@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 from attack.progress import Progress
 from attack.trigger import FitContext
 from utils import augmentation, models, training
+from utils.checksums import of_tensors
 from utils.config import TrainConfig, UserError
 from utils.data import LabeledImages
 from utils.decoding import CACHE
@@ -49,7 +50,7 @@ def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[
     """
     recipe = {f.name: getattr(context.config, f.name) for f in fields(TrainConfig) if f.name not in NO_INFLUENCE}
     dataset = context.dataset
-    parts = {"data": _data_hash(dataset.train), "classes": dataset.num_classes, "normalisation": (dataset.info.mean, dataset.info.std), "flip": dataset.info.flip}
+    parts = {"data": of_tensors(dataset.train.images, dataset.train.labels), "classes": dataset.num_classes, "normalisation": (dataset.info.mean, dataset.info.std), "flip": dataset.info.flip}
     parts |= {"code": _code_hash(make), "seed": context.seed} | recipe | keys
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     file = FITTED / f"{name}-{digest[:24]}.npz"
@@ -69,13 +70,6 @@ def cached(name: str, context: FitContext, keys: dict[str, Any], make: Callable[
 
 class Dud(UserError):
     """A fit that is finished and not good enough; any other error leaves the progress for the same command to go on from."""
-
-
-def _data_hash(data: LabeledImages) -> str:
-    digest = hashlib.sha256(str(tuple(data.images.shape)).encode())
-    for tensor in (data.images, data.labels):
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
 
 
 def _code_hash(make: Callable) -> str:

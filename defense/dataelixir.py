@@ -23,7 +23,7 @@ from defense.draft import Draft, Selector
 from defense.forecast import announced_pace, smallest
 from defense.knowledge import DENOISER
 from defense.level import rounds_survived, self_agreement, settled_level
-from defense.power import detection_power
+from defense.power import COMPARABLE, detection_power
 from defense.purification import Purification
 from defense.purifier import PurifyConfig, open_denoiser, requantised
 from defense.result import Result
@@ -122,7 +122,7 @@ def check(config: DataElixirConfig, dataset: Dataset) -> None:
 
 def refuse_few_classes(count: int, key: str) -> None:
     """Raises UserError, in the name of `key`, where there are too few classes for one to be told from the median one."""
-    if count < 3:
+    if count < COMPARABLE:
         raise UserError(f"{key}: {count} classes; DataElixir tells a target label by how far it lies from the median class, which takes three or more")
 
 
@@ -178,8 +178,8 @@ def purify(data: LabeledImages, victim: Classifier, config: DataElixirConfig, da
         log.warning("threshold_tau: of %d x %d intermediaries no two labels can have %d votes each, so no sample will be SUSPICIOUS; take at most %d",
                     config.rounds_n, config.last_steps_m, config.threshold_tau, max(1, config.rounds_n * config.last_steps_m // 2))
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
-    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp, record / "purify" / "level.npz")
     store, unfinished = IntermediaryStore(record / "purify"), "purify" not in record.finished()
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp, store.folder)
     if unfinished:
         warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
     with crew_for(Recipe(data, victim, denoiser, replace(config, steps_T=level), _expected(data, config))) as crew:

@@ -31,7 +31,7 @@ def verdict_notes(found: Discrepancy, survived: Sequence[float], level: int, pow
     """
     said = {}    # sentence -> how grave it is
     if power:
-        said[in_words(power, int((found.inflow.unit > 0).sum()))] = logging.WARNING if says_little(power) else logging.INFO
+        said[in_words(power, looked_at(found))] = logging.WARNING if says_little(power) else logging.INFO
     if survived[0] < DESTROYED:
         said[_destroyed(survived[0], level)] = logging.WARNING
     alone = by_discrepancy_alone(found).tolist()
@@ -42,10 +42,15 @@ def verdict_notes(found: Discrepancy, survived: Sequence[float], level: int, pow
     return tuple(said)
 
 
+def looked_at(found: Discrepancy) -> int:
+    """Classes of which samples were purified."""
+    return int((found.inflow.unit > 0).sum())
+
+
 def by_discrepancy_alone(found: Discrepancy) -> Tensor:
     """int64 (M,): target labels that the inflow does not confirm, where it is asked and there are classes enough for it to speak."""
-    speaks = found.inflow_limit < float("inf") and (found.inflow.unit > 0).sum() > FEW
-    return (found.is_target & ~found.by_inflow & bool(speaks)).nonzero().flatten()
+    speaks = found.inflow_limit < float("inf") and looked_at(found) > FEW
+    return (found.is_target & ~found.by_inflow & speaks).nonzero().flatten()
 
 
 def _destroyed(share: float, level: int) -> str:

@@ -52,7 +52,8 @@ class Draft:
         own: dict[str, Tensor] = {}
         for index, columns in parts:
             for key, value in columns.items():
-                own[key] = own[key] if key in own else getattr(self, key).clone()
+                if key not in own:
+                    own[key] = getattr(self, key).clone()
                 own[key][index] = value.to(own[key].dtype)
         return replace(self, **own)
 

@@ -31,7 +31,7 @@ class OutputFolder(Record):
     """
 
     def __init__(self, path: Path):
-        self.name, self.path = path.name, path
+        self.name, self.path, self.key = path.name, path, "out"
         path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, config: dict[str, Any]) -> None:
@@ -44,14 +44,11 @@ class OutputFolder(Record):
             others = [path.name for path in self.path.iterdir()]
             if others and DATA_KEY not in (self.config() if "config.yaml" in others else {}):
                 raise UserError(f"out: {self.path} is not empty and holds no run of this command; name a new or an empty folder")
-        try:
-            self.lock = lock.take(self.path, "save_folder_name")
-            for left in self.path.glob(f".{CLEANED}.*"):    # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            self.note_cleaned()
-            super().claim(config)
-        except UserError as error:
-            raise UserError(str(error).replace("save_folder_name", "out")) from None
+        self.lock = lock.take(self.path, self.key)
+        for left in self.path.glob(f".{CLEANED}.*"):    # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.note_cleaned()
+        super().claim(config)
 
     def note_cleaned(self) -> None:
         """Note the checksums of what lies in cleaned/, and in what was put aside, now: it is the user's, so it is neither judged nor set aside by `mend`.

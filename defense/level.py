@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("dataelixir")
 AGREEMENT = 0.75   # share of predictions that must survive a round; a tenth of poison that moves, as it should, takes a tenth of them
 SAMPLE, GRAIN = 256, 10
+KEPT = "level.npz"
 
 
 def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages, victim: Classifier, num_classes: int,
-                  seed: int, amp: bool, kept: Optional[Path] = None) -> int:
+                  seed: int, amp: bool, folder: Optional[Path] = None) -> int:
     """`config.steps_T`, or where that is "auto" the level found by bisection over multiples of 10.
 
     Args:
@@ -40,12 +41,12 @@ def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages,
         victim: a classifier trained on it, in eval mode.
         seed: key of the sample and the noise.
         amp: run the network in mixed precision.
-        kept: a file that the level found is kept in, and is taken from the next time: all blocks of a set are to be made at one level.
+        folder: where the level found is kept, and taken from the next time: all blocks of a set are to be made at one level.
     """
     if config.steps_T != "auto":
         return config.steps_T
-    if kept and kept.exists():
-        return int(load_arrays(kept)["level"])
+    if folder and (folder / KEPT).exists():
+        return int(load_arrays(folder / KEPT)["level"])
     sizes = torch.full((num_classes,), max(1, SAMPLE // num_classes))
     index = stratified(data.labels, sizes, seed)
 
@@ -58,9 +59,8 @@ def settled_level(config: PurifyConfig, denoiser: Denoiser, data: LabeledImages,
     lowest = max(GRAIN, config.reverse_steps or 0, config.last_steps_m + 1)
     levels = list(range(-(-lowest // GRAIN) * GRAIN, min(AUTO_TOP, denoiser.t_max) + 1, GRAIN)) or [min(lowest, denoiser.t_max)]
     found = highest(levels, survives)
-    if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_arrays(kept, level=found)
+    if folder:
+        save_arrays(folder / KEPT, level=found)
     return found
 
 

@@ -26,6 +26,7 @@ from defense.evidence import write_evidence
 from defense.folder import CLEANED, SUMMARY, OutputFolder, carry_out, differing, refuse_overlap
 from defense.forecast import classifier_lines, defense_lines
 from defense.given import Given, as_labeled, class_names, fitting_denoiser, open_given
+from defense.power import COMPARABLE
 from defense.result import Result
 from defense.summary import findings, summarise
 from utils.checksums import of_tensors
@@ -124,7 +125,7 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
 def refuse_few(labels: Tensor, count: int) -> None:
     """Raises UserError where fewer than three of `count` classes have samples: an empty one says nothing of what is usual."""
     present = len(labels.unique())
-    if present < 3 <= count:
+    if present < COMPARABLE <= count:
         raise UserError(f"data: only {present} of the {count} classes have samples; DataElixir tells a target label by how far it lies from the "
                         "median class, which takes three or more that have some")
     dataelixir.refuse_few_classes(present, "data")

@@ -82,8 +82,8 @@ class PurifyRecipe:
 def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record) -> tuple[LabeledImages, int]:
     """The set with every image purified, block by block, and the denoiser passes that this costs."""
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
-    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp, record / "purify" / "level.npz")
     store, every = IntermediaryStore(record / "purify"), torch.arange(len(data))
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp, store.folder)
     parts = shares(store.missing(every), config.purify_batch_size)
     with crew_for(PurifyRecipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
         log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, crew.work.purifier.passes_per_image)

@@ -126,7 +126,7 @@ def defend_again(name: str) -> None:
     if source is None:
         raise UserError("result_file: give --result_file NAME, the name of a record that an attack script made")
     dataset = load_dataset(data_config)
-    if kept.get(DATA_KEY, dataset.digest()) != dataset.digest():
+    if DATA_KEY in kept and kept[DATA_KEY] != dataset.digest():
         raise UserError(f"dataset_path: the images or labels there are others than those that record {source.name} was made from; give the folder that they are in")
     module.check(config, dataset)
     if again.dry_run:
@@ -136,11 +136,8 @@ def defend_again(name: str) -> None:
     keys = as_flat_dict(data_config, config)
     deciding = {key: value for key, value in keys.items() if key not in RUNTIME_KEYS}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    try:
-        record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}")
-        record.claim({"defense": name, **keys})
-    except UserError as error:    # another key names the folder here
-        raise UserError(str(error).replace("save_folder_name", "run_name")) from None
+    record = Record(f"{source.name}/defense/{again.run_name or f'{name}-{digest}'}", key="run_name")
+    record.claim({"defense": name, **keys})
     start_logging(record / "log.txt")
     if (taken := taken_over(kept, config)):
         log.info("keys of the record that are not today's defaults: %s", ", ".join(f"{key} {value}" for key, value in taken.items()))

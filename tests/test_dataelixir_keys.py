@@ -9,10 +9,16 @@ from defense.dataelixir import PUBLISHED, DataElixirConfig
 from defense.purifier import PurifyConfig, open_denoiser
 from defense.target_label import PUBLISHED_RULE
 from tests.toys import FlatDenoiser, PatchReader, toy_dataset
+from utils import record as record_module
 from utils.config import UserError
 from utils.record import Record
 
 DATASET = toy_dataset()
+
+
+@pytest.fixture(autouse=True)
+def own_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_module, "RECORDS", tmp_path)
 
 
 def test_two_classes_are_refused_since_neither_can_lie_apart_from_the_other():
@@ -52,7 +58,7 @@ def test_what_is_purified_is_neither_measured_nor_made_again(monkeypatch):
     monkeypatch.setattr(FlatDenoiser, "forward", lambda self, x, t: asked.append(len(x)) or forward(self, x, t))
     monkeypatch.setattr(dataelixir, "open_denoiser", lambda *_: FlatDenoiser())
     config, record = DataElixirConfig(steps_T="auto", rounds_n=2, last_steps_m=4, threshold_tau=4, device="cpu", amp=False), Record("run")
-    record.claim({})
+    record.claim({"steps_T": "auto"})
     with record.stage("purify"):
         first, found = dataelixir.purify(DATASET.train, PatchReader(), config, DATASET, record)
     before = len(asked)

@@ -53,7 +53,7 @@ def test_a_level_that_was_found_is_kept_whatever_would_be_found_now(monkeypatch,
     levels = []
     monkeypatch.setattr(module, "survival", lambda purifier, victim, images, index, batch: float(purifier.config.steps_T <= 45))
     for denoiser in (Shifting(0), None):
-        levels.append(settled_level(CONFIG, denoiser, DATA, PatchReader(), CLASSES, 0, False, tmp_path / "new" / "level.npz"))
+        levels.append(settled_level(CONFIG, denoiser, DATA, PatchReader(), CLASSES, 0, False, tmp_path))
     assert levels == [40, 40]
 
 

@@ -30,8 +30,11 @@ TEMPORARY = re.compile(r"\..+\.\d+\.\w+")         # as utils.files.replacing nam
 STATES = ("whole", "damaged", "foreign", "missing")
 
 
-def mend(folder: Path) -> None:
+def mend(folder: Path, key: str) -> None:
     """Make a record that a run has to itself fit to go on: nothing damaged, foreign or half-written stays where it would be read.
+
+    Args:
+        key: the key that names the folder, for the message.
 
     Raises:
         UserError: config.yaml is damaged, or a file of a stage that is not known.
@@ -47,7 +50,7 @@ def mend(folder: Path) -> None:
         if state == "missing":
             _stage_again(folder, listed.stage[name], f"{folder / name}: missing")
         elif state != "whole":
-            _set_aside(folder, name, state, listed)
+            _set_aside(folder, name, state, listed, key)
     _drop_checkpoints(folder)
 
 
@@ -59,10 +62,10 @@ def _adopt(folder: Path) -> None:
     checksums.note(folder, *present)
 
 
-def _set_aside(folder: Path, name: str, state: str, listed: Checksums) -> None:
+def _set_aside(folder: Path, name: str, state: str, listed: Checksums, key: str) -> None:
     path, stage = folder / name, listed.stage.get(name, "")
     if name == "config.yaml":
-        raise UserError(f"{path}: {state}; restore it, or give another --save_folder_name")
+        raise UserError(f"{path}: {state}; restore it, or give another --{key}")
     aside = path.with_name(path.name + ASIDE)
     os.replace(path, aside)
     told = f"{path}: {state}, not what a run wrote; set aside as {aside.name}"

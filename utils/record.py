@@ -43,17 +43,18 @@ class Record:
     Args:
         name: save_folder_name, letters, digits, '.', '_', '-' and '/' between parts.
         must_exist: raise instead of creating.
+        key: the key that a person names the folder with, for messages.
 
     Raises:
         UserError: a name that would leave record/, or (must_exist) one that is not there.
     """
 
-    def __init__(self, name: str, must_exist: bool = False):
+    def __init__(self, name: str, must_exist: bool = False, key: str = "save_folder_name"):
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", name) or ".." in name:
-            raise UserError(f"save_folder_name: '{name}' is no name for a folder in record/; use letters, digits, '_', '-' and '.'")
-        self.name, self.path, self.lock = name, RECORDS / name, None
+            raise UserError(f"{key}: '{name}' is no name for a folder in record/; use letters, digits, '_', '-' and '.'")
+        self.name, self.path, self.lock, self.key = name, RECORDS / name, None, key
         if not self.path.resolve().is_relative_to(RECORDS.resolve()):
-            raise UserError(f"save_folder_name: '{name}' leads out of record/ through a link")
+            raise UserError(f"{key}: '{name}' leads out of record/ through a link")
         if must_exist and not self.path.is_dir():
             known = sorted(p.parent.name for p in RECORDS.glob("*/config.yaml"))
             raise UserError(f"result_file: there is no {self.path}; records: {', '.join(known) or 'none yet'}")
@@ -71,16 +72,16 @@ class Record:
         Raises:
             UserError: the folder belongs to another config (names the keys that differ) or is in use, or its config is damaged.
         """
-        self.lock = lock.take(self.path, "save_folder_name")
+        self.lock = lock.take(self.path, self.key)
         if self._holds_results():
             old = self.config()
             differing = [key for key in config if key not in RUNTIME_KEYS and old.get(key) != config[key] and (key in old or key != DATA_KEY)]
             if differing:
                 shown = "; ".join(f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4])
                 shown += ": these are other images or labels" * (DATA_KEY in differing)
-                raise UserError(f"save_folder_name: {self.path} belongs to another config ({shown}); "
-                                "give another --save_folder_name, or delete that folder")
-        mending.mend(self.path)
+                raise UserError(f"{self.key}: {self.path} belongs to another config ({shown}); "
+                                f"give another --{self.key}, or delete that folder")
+        mending.mend(self.path, self.key)
         with replacing(self / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False) + "\n# made with\n"
                                  + yaml.safe_dump({"environment": environment()}, sort_keys=False), encoding="utf-8")
@@ -90,7 +91,7 @@ class Record:
         if not any(path.name not in beside and not path.name.startswith(".") for path in self.path.iterdir()):
             return False
         if not (self / "config.yaml").exists() and (self / checksums.FILE).exists():
-            raise UserError(f"{self / 'config.yaml'}: missing, so nobody knows what made the rest; restore it, or give another --save_folder_name")
+            raise UserError(f"{self / 'config.yaml'}: missing, so nobody knows what made the rest; restore it, or give another --{self.key}")
         return (self / "config.yaml").exists()
 
     def config(self) -> dict[str, Any]:
