@@ -50,6 +50,8 @@ def test_a_missing_record_is_answered_with_those_there_are(records):
     Record("empty")
     with pytest.raises(UserError, match=rf"result_file: there is no {records}/knwon; records: known$"):
         Record("knwon", must_exist=True)
+    with pytest.raises(UserError, match="result_file: '../known' is no name"):
+        Record("../known", must_exist=True)
     assert not (records / "knwon").exists() and Record("known", must_exist=True).config()["epochs"] == 3
 
 

@@ -43,13 +43,14 @@ class Record:
     Args:
         name: save_folder_name, letters, digits, '.', '_', '-' and '/' between parts.
         must_exist: raise instead of creating.
-        key: the key that a person names the folder with, for messages.
+        key: the key that a person names the folder with, for messages; by default save_folder_name, result_file where it must exist.
 
     Raises:
         UserError: a name that would leave record/, or (must_exist) one that is not there.
     """
 
-    def __init__(self, name: str, must_exist: bool = False, key: str = "save_folder_name"):
+    def __init__(self, name: str, must_exist: bool = False, key: str = ""):
+        key = key or ("result_file" if must_exist else "save_folder_name")
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", name) or ".." in name:
             raise UserError(f"{key}: '{name}' is no name for a folder in record/; use letters, digits, '_', '-' and '.'")
         self.name, self.path, self.lock, self.key = name, RECORDS / name, None, key
@@ -57,7 +58,7 @@ class Record:
             raise UserError(f"{key}: '{name}' leads out of record/ through a link")
         if must_exist and not self.path.is_dir():
             known = sorted(p.parent.name for p in RECORDS.glob("*/config.yaml"))
-            raise UserError(f"result_file: there is no {self.path}; records: {', '.join(known) or 'none yet'}")
+            raise UserError(f"{key}: there is no {self.path}; records: {', '.join(known) or 'none yet'}")
         self.path.mkdir(parents=True, exist_ok=True)
 
     def __truediv__(self, file: str) -> Path:
