@@ -107,7 +107,7 @@ def _resized(image: Image.Image, size: int) -> np.ndarray:
     """(3, size, size) uint8 of an RGB image: PIL bilinear."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def resize_all(images_hwc: np.ndarray, size: int) -> np.ndarray:
