@@ -4,19 +4,20 @@ x' = x + a m (T - x): the picture of Blended in 4 x 4 pieces, of which a random 
 and none at test. As many cover samples carry the same trigger with their true label, so that poisoned samples do not
 stand apart in feature space.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attack.picture import load_picture
-from attack.run import main
-from attack.trigger import Trigger
+from attack.poisoning.picture import load_picture
+from attack.poisoning.run import main
+from attack.poisoning.trigger import Trigger
 from utils.config import Fraction, NonNegativeFloat
 from utils.late import torch
 from utils.randomness import per_sample
 
-GRID = 4    # pieces per side
+GRID = 4  # pieces per side
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ class AdaptiveBlend(Trigger):
 
     def pieces(self, index, size):
         """bool (B, 1, size, size): where the picture is laid over each training image, half of the 16 pieces."""
-        kept = per_sample(lambda g: torch.randperm(GRID**2, generator=g) < GRID**2 // 2, index, int(self.fitted["seed"]), self.name)
+        kept = per_sample(
+            lambda g: torch.randperm(GRID**2, generator=g) < GRID**2 // 2,
+            index,
+            int(self.fitted["seed"]),
+            self.name,
+        )
         piece_of = torch.arange(size) * GRID // size
         return kept.view(-1, 1, GRID, GRID)[:, :, piece_of][..., piece_of]
 

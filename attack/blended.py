@@ -2,14 +2,15 @@
 
 x' = (1 - a) x + a T: a whole picture T shines through the image.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attack.picture import load_picture
-from attack.run import main
-from attack.trigger import Trigger
+from attack.poisoning.picture import load_picture
+from attack.poisoning.run import main
+from attack.poisoning.trigger import Trigger
 from utils.config import Fraction
 
 
@@ -29,7 +30,11 @@ class Blended(Trigger):
     alpha_test: Fraction = 0.2
 
     def prepare(self, context):
-        return self.with_fitted(picture=load_picture(self.attack_trigger_img_path, context.dataset.train.images.shape[-1]))
+        return self.with_fitted(
+            picture=load_picture(
+                self.attack_trigger_img_path, context.dataset.train.images.shape[-1]
+            )
+        )
 
     def stamp(self, x, index, split):
         alpha = self.alpha_train if split == "train" else self.alpha_test

@@ -4,19 +4,25 @@ Quantization and Contrastive Adversarial Learning", CVPR 2022, arXiv 2205.13383.
 x' = round(x (L - 1)) / (L - 1): fewer levels per channel. Cover samples carry what quantising took from another image,
 and keep their labels, so that the victim learns the quantisation and not any small residual.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attack.run import main
-from attack.trigger import Trigger
+from attack.poisoning.run import main
+from attack.poisoning.trigger import Trigger
 from utils.config import NonNegativeFloat, PositiveInt, UserError
-from utils.data import to_uint8, to_unit
+from utils.images.data import to_uint8, to_unit
 from utils.late import F, Tensor, torch
 from utils.randomness import per_sample
 
-DIFFUSION = ((0, 1, 7 / 16), (1, -1, 3 / 16), (1, 0, 5 / 16), (1, 1, 1 / 16))    # Floyd-Steinberg: rows down, columns right, share
+DIFFUSION = (
+    (0, 1, 7 / 16),
+    (1, -1, 3 / 16),
+    (1, 0, 5 / 16),
+    (1, 1, 1 / 16),
+)  # Floyd-Steinberg: rows down, columns right, share
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,9 @@ class Bpp(Trigger):
 
     def __post_init__(self):
         if not 2 <= self.squeeze_num <= 256:
-            raise UserError(f"squeeze_num: {self.squeeze_num} is no number of levels between 2 and 256")
+            raise UserError(
+                f"squeeze_num: {self.squeeze_num} is no number of levels between 2 and 256"
+            )
 
     def prepare(self, context):
         return self.with_fitted(train=context.dataset.train.images, seed=torch.tensor(context.seed))
@@ -46,7 +54,12 @@ class Bpp(Trigger):
 
     def stamp_cover(self, x, index):
         train = self.fitted["train"]
-        ahead = per_sample(lambda g: torch.randint(1, len(train), (), generator=g), index, int(self.fitted["seed"]), self.name)
+        ahead = per_sample(
+            lambda g: torch.randint(1, len(train), (), generator=g),
+            index,
+            int(self.fitted["seed"]),
+            self.name,
+        )
         partner = (index + ahead) % len(train)
         other = to_unit(train[partner])
         return x + to_unit(to_uint8(self.stamp(other, partner, "train"))) - other

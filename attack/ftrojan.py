@@ -3,14 +3,15 @@
 x' = C^-1 D^-1 (D C x + m at some bins of some channels), with C: RGB -> YCrCb and D: the orthonormal DCT-II of the
 whole image. C and D are linear, so that in floats x' = x + C^-1 D^-1 (m at those bins): one fixed pattern.
 """
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from attack.run import main
-from attack.trigger import Trigger
+from attack.poisoning.run import main
+from attack.poisoning.trigger import Trigger
 from utils.config import PositiveFloat, UserError
 from utils.late import torch
 
@@ -34,18 +35,30 @@ class FTrojan(Trigger):
     magnitude: PositiveFloat = 30.0
 
     def __post_init__(self):
-        if not self.pos_list or not all(isinstance(pair, list) and len(pair) == 2 and _natural(pair) for pair in self.pos_list):
-            raise UserError(f"pos_list: {self.pos_list} is no list of pairs [row, column]; write for example [[15,15],[31,31]]")
+        if not self.pos_list or not all(
+            isinstance(pair, list) and len(pair) == 2 and _natural(pair) for pair in self.pos_list
+        ):
+            raise UserError(
+                f"pos_list: {self.pos_list} is no list of pairs [row, column]; write for example [[15,15],[31,31]]"
+            )
         if not self.channel_list or not _natural(self.channel_list, end=3):
-            raise UserError(f"channel_list: {self.channel_list} is no list of 0 (Y), 1 (Cr) and 2 (Cb)")
+            raise UserError(
+                f"channel_list: {self.channel_list} is no list of 0 (Y), 1 (Cr) and 2 (Cb)"
+            )
 
     def prepare(self, context):
         size = context.dataset.train.images.shape[-1]
         if max(map(max, self.pos_list)) >= size:
-            raise UserError(f"pos_list: {self.pos_list} is outside the bins 0..{size - 1} of {size}x{size} images")
-        waves = sum(torch.outer(cosine(row, size), cosine(column, size)) for row, column in self.pos_list)
+            raise UserError(
+                f"pos_list: {self.pos_list} is outside the bins 0..{size - 1} of {size}x{size} images"
+            )
+        waves = sum(
+            torch.outer(cosine(row, size), cosine(column, size)) for row, column in self.pos_list
+        )
         channels = torch.tensor(TO_RGB, dtype=torch.float64)[:, self.channel_list].sum(1)
-        return self.with_fitted(pattern=(self.magnitude / 255 * channels[:, None, None] * waves).float())
+        return self.with_fitted(
+            pattern=(self.magnitude / 255 * channels[:, None, None] * waves).float()
+        )
 
     def stamp(self, x, index, split):
         return x + self.fitted["pattern"]
@@ -57,7 +70,9 @@ def _natural(values: list[Any], end: float = math.inf) -> bool:
 
 def cosine(k: int, n: int) -> torch.Tensor:
     """Row k (n,) of the orthonormal DCT-II of length n."""
-    return math.sqrt((2 if k else 1) / n) * torch.cos(math.pi * k * (2 * torch.arange(n, dtype=torch.float64) + 1) / (2 * n))
+    return math.sqrt((2 if k else 1) / n) * torch.cos(
+        math.pi * k * (2 * torch.arange(n, dtype=torch.float64) + 1) / (2 * n)
+    )
 
 
 if __name__ == "__main__":

@@ -3,25 +3,29 @@
 Training images of the target class keep their label: x' = patch(clip(x + d)), where d (PGD within eps, against the
 image's own class) makes the class hard to see, so that the victim must read the patch. Test images: the patch alone.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from attack.fitting import cached, require, surrogate
-from attack.progress import Progress
-from attack.run import main
-from attack.trigger import FitContext, Trigger
+from attack.poisoning.fitting import cached, require, surrogate
+from attack.poisoning.progress import Progress
+from attack.poisoning.run import main
+from attack.poisoning.trigger import FitContext, Trigger
+from utils.classifier.training import EVAL_BATCH, predict
 from utils.config import Fraction, PositiveFloat, PositiveInt
-from utils.data import LabeledImages, to_uint8, to_unit
+from utils.images.data import LabeledImages, to_uint8, to_unit
 from utils.late import F, Tensor, enable_grad, torch
-from utils.training import EVAL_BATCH, predict
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
-SIGNS = (-1, -1, 1), (-1, 1, -1), (1, -1, 1)    # lower right corner; the other corners mirror it
-MISREAD = {"standard": 0.2, "robust": 0.6}    # PGD is refused where the surrogate still reads more than this
+SIGNS = (-1, -1, 1), (-1, 1, -1), (1, -1, 1)  # lower right corner; the other corners mirror it
+MISREAD = {
+    "standard": 0.2,
+    "robust": 0.6,
+}  # PGD is refused where the surrogate still reads more than this
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,21 @@ class LabelConsistent(Trigger):
     fit_images: PositiveInt = 5000
 
     def prepare(self, context):
-        keys = {"target": context.target} | {key: getattr(self, key) for key in (
-            "lc_eps", "lc_step", "lc_steps", "lc_surrogate", "surrogate_epochs", "fit_images")}
-        return self.with_fitted(patch=checker(context.dataset.train.images.shape[-1], self.lc_corners),
-                                **cached(self.name, context, keys, lambda progress: self._perturb(context, progress)))
+        keys = {"target": context.target} | {
+            key: getattr(self, key)
+            for key in (
+                "lc_eps",
+                "lc_step",
+                "lc_steps",
+                "lc_surrogate",
+                "surrogate_epochs",
+                "fit_images",
+            )
+        }
+        return self.with_fitted(
+            patch=checker(context.dataset.train.images.shape[-1], self.lc_corners),
+            **cached(self.name, context, keys, lambda progress: self._perturb(context, progress)),
+        )
 
     def stamp(self, x, index, split):
         if split == "train":
@@ -69,16 +84,30 @@ class LabelConsistent(Trigger):
 
     def _perturb(self, context: FitContext, progress: Progress) -> dict[str, Tensor]:
         eps = self.lc_eps / 255
-        model = surrogate(context, self.fit_images, self.surrogate_epochs, eps if self.lc_surrogate == "robust" else 0.0)
+        model = surrogate(
+            context,
+            self.fit_images,
+            self.surrogate_epochs,
+            eps if self.lc_surrogate == "robust" else 0.0,
+        )
         pool = (context.dataset.train.labels == context.target).nonzero().flatten()
         data = context.dataset.train[pool]
         hard, parts = data.images.clone(), torch.arange(len(data)).split(EVAL_BATCH)
         for number in progress.epochs("pgd", len(parts), hard=hard):
-            hard[parts[number]] = to_uint8(pgd(model, data[parts[number]], eps, self.lc_step / 255, self.lc_steps))
-        before, after = (predict(model, images).eq(data.labels).double().mean().item() for images in (data.images, hard))
-        require(self.name, after <= MISREAD[self.lc_surrogate],
-                f"the {self.lc_surrogate} surrogate reads {before:.3f} of the class before PGD and {after:.3f} after, "
-                f"at most {MISREAD[self.lc_surrogate]:g} allowed", "raise lc_eps or lc_steps, or set lc_surrogate: standard")
+            hard[parts[number]] = to_uint8(
+                pgd(model, data[parts[number]], eps, self.lc_step / 255, self.lc_steps)
+            )
+        before, after = (
+            predict(model, images).eq(data.labels).double().mean().item()
+            for images in (data.images, hard)
+        )
+        require(
+            self.name,
+            after <= MISREAD[self.lc_surrogate],
+            f"the {self.lc_surrogate} surrogate reads {before:.3f} of the class before PGD and {after:.3f} after, "
+            f"at most {MISREAD[self.lc_surrogate]:g} allowed",
+            "raise lc_eps or lc_steps, or set lc_surrogate: standard",
+        )
         perturbation = hard.short() - data.images.short()
         assert perturbation.abs().max() <= self.lc_eps, "PGD left its bound"
         return {"pool": pool, "perturbation": perturbation}
@@ -98,7 +127,9 @@ def pgd(model: Classifier, data: LabeledImages, eps: float, step: float, steps: 
     clean = x = to_unit(data.images)
     for _ in range(steps):
         x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), data.labels, reduction="sum"), x)
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(model(x), data.labels, reduction="sum"), x
+        )
         x = (x + step * gradient.sign()).clamp(clean - eps, clean + eps).clamp(0, 1)
     return x.detach().cpu()
 

@@ -3,24 +3,25 @@
 x' = clip(x + T) with one smooth pattern T = 0.2 minmax(G(u)) for all images, G a wide Gaussian blur. u is searched for
 with a clean classifier f: Adam on the cross-entropy of f(clip(x + T)) and the attack's label, over batches.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from attack.fitting import batches, cached, fit_split, require, surrogate
-from attack.poison import LabelMap
-from attack.progress import Progress
-from attack.run import main
-from attack.trigger import FitContext, Trigger
+from attack.poisoning.fitting import batches, cached, fit_split, require, surrogate
+from attack.poisoning.poison import LabelMap
+from attack.poisoning.progress import Progress
+from attack.poisoning.run import main
+from attack.poisoning.trigger import FitContext, Trigger
+from utils.classifier.training import predict
 from utils.config import Fraction, PositiveFloat, PositiveInt, as_flat_dict
-from utils.data import LabeledImages, to_uint8, to_unit
+from utils.images.data import LabeledImages, to_uint8, to_unit
 from utils.late import F, Tensor, torch
 from utils.randomness import keyed_generator
-from utils.training import predict
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class LowFrequency(Trigger):
 
     def prepare(self, context):
         keys = as_flat_dict(self) | {"target": context.target}
-        return self.with_fitted(**cached(self.name, context, keys, lambda progress: self._search(context, progress)))
+        return self.with_fitted(
+            **cached(self.name, context, keys, lambda progress: self._search(context, progress))
+        )
 
     def stamp(self, x, index, split):
         return x + self.fitted["pattern"].float() / 255
@@ -56,16 +59,37 @@ class LowFrequency(Trigger):
     def _search(self, context: FitContext, progress: Progress) -> dict[str, Tensor]:
         model = surrogate(context, self.fit_images, self.surrogate_epochs)
         data, held_out = fit_split(context, self.fit_images)
-        pattern = self._optimise(model, data, LabelMap(context.dataset.num_classes, context.target), context, progress)
-        others = held_out.images[held_out.labels != context.target] if context.target is not None else held_out.images
+        pattern = self._optimise(
+            model, data, LabelMap(context.dataset.num_classes, context.target), context, progress
+        )
+        others = (
+            held_out.images[held_out.labels != context.target]
+            if context.target is not None
+            else held_out.images
+        )
         rate = fooling_rate(model, others, pattern)
-        require(self.name, rate >= self.lf_min_fooling, f"{rate:.3f} of {len(others)} held-out images change class, at least {self.lf_min_fooling:g} should",
-                "raise lf_epochs or lf_amplitude, or lower lf_blur")
+        require(
+            self.name,
+            rate >= self.lf_min_fooling,
+            f"{rate:.3f} of {len(others)} held-out images change class, at least {self.lf_min_fooling:g} should",
+            "raise lf_epochs or lf_amplitude, or lower lf_blur",
+        )
         return {"pattern": pattern}
 
-    def _optimise(self, model: Classifier, data: LabeledImages, labels_to: LabelMap, context: FitContext, progress: Progress) -> Tensor:
+    def _optimise(
+        self,
+        model: Classifier,
+        data: LabeledImages,
+        labels_to: LabelMap,
+        context: FitContext,
+        progress: Progress,
+    ) -> Tensor:
         """uint8 (3, H, W): the pattern after `lf_epochs` passes."""
-        u = torch.randn(data.images.shape[1:], generator=keyed_generator(context.seed, self.name)).to(model.device).requires_grad_()
+        u = (
+            torch.randn(data.images.shape[1:], generator=keyed_generator(context.seed, self.name))
+            .to(model.device)
+            .requires_grad_()
+        )
         blur = blur_matrix(u.shape[-1], self.lf_blur).to(model.device)
         smooth = lambda: self.lf_amplitude * minmax(blur @ u @ blur.T)
         adam = torch.optim.Adam([u], self.lf_lr)

@@ -2,14 +2,15 @@
 
 X' = X + D sin(2 pi j f / W): vertical stripes, the same in every row and channel, on images of the target class only.
 """
+
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attack.run import main
-from attack.trigger import Trigger
+from attack.poisoning.run import main
+from attack.poisoning.trigger import Trigger
 from utils.config import PositiveFloat
 from utils.late import torch
 
@@ -32,7 +33,9 @@ class Sig(Trigger):
 
     def stamp(self, x, index, split):
         width = x.shape[-1]
-        wave = torch.sin(2 * math.pi * self.sig_f / width * torch.arange(width, dtype=torch.float64)).float()
+        wave = torch.sin(
+            2 * math.pi * self.sig_f / width * torch.arange(width, dtype=torch.float64)
+        ).float()
         return x + (self.delta_train if split == "train" else self.delta_test) / 255 * wave
 
 

@@ -14,6 +14,7 @@ what another poison or victim would change, only more records tell. Words after 
 The last epoch of every training counts. Results: benchmarks/results/NAME.csv (mean, deviation and number of runs of each
 case and defence), NAME_runs.csv (each run), NAME.md and NAME.html.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,20 +25,36 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 import yaml
 
 from benchmarks.comparison import Run, write_results
 from benchmarks.runs import RESULTS
-from utils import checksums
 from utils.config import ROOT, UserError, command_line
-from utils.record import RUNTIME_KEYS, Record
+from utils.storage import checksums
+from utils.storage.record import RUNTIME_KEYS, Record
 
-DEFENSES = ("none", "oracle_remove", "oracle_relabel", "train_longer", "purify_only", "spectral", "spectral:budget=share", "random_remove@spectral:budget=share",
-            "spectre", "activation_clustering", "scan", "strip", "abl", "ft", "dataelixir")
+DEFENSES = (
+    "none",
+    "oracle_remove",
+    "oracle_relabel",
+    "train_longer",
+    "purify_only",
+    "spectral",
+    "spectral:budget=share",
+    "random_remove@spectral:budget=share",
+    "spectre",
+    "activation_clustering",
+    "scan",
+    "strip",
+    "abl",
+    "ft",
+    "dataelixir",
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +71,10 @@ class Spec:
     text: str
     name: str
     keys: dict[str, str]
-    alike: Optional["Spec"] = None
+    alike: Spec | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Spec":
+    def parse(cls, text: str) -> Spec:
         """Read NAME, NAME:KEY=VALUE,KEY=VALUE or random_remove@SPEC.
 
         Raises:
@@ -68,8 +85,14 @@ class Spec:
             return cls(text, name, {}, cls.parse(other))
         matched = re.fullmatch(r"(\w+)(?::(\w+=[^=,]+(?:,\w+=[^=,]+)*))?", text)
         if not matched or not (ROOT / "defense" / f"{matched[1]}.py").exists():
-            raise UserError(f"defenses: '{text}' is neither NAME, NAME:KEY=VALUE,KEY=VALUE nor random_remove@NAME for a NAME in defense/")
-        return cls(text, matched[1], dict(pair.split("=") for pair in (matched[2] or "").split(",") if pair))
+            raise UserError(
+                f"defenses: '{text}' is neither NAME, NAME:KEY=VALUE,KEY=VALUE nor random_remove@NAME for a NAME in defense/"
+            )
+        return cls(
+            text,
+            matched[1],
+            dict(pair.split("=") for pair in (matched[2] or "").split(",") if pair),
+        )
 
     def folder(self, seed: int) -> str:
         """Name of a run's folder below record/RECORD/defense/."""
@@ -78,13 +101,21 @@ class Spec:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", nargs="+", required=True, help="names below record/")
-    parser.add_argument("--defenses", nargs="+", default=DEFENSES, help=f"default: {' '.join(DEFENSES)}")
+    parser.add_argument(
+        "--defenses", nargs="+", default=DEFENSES, help=f"default: {' '.join(DEFENSES)}"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each defence on each record")
     parser.add_argument("--name", default="compare", help="of the results")
-    parser.add_argument("--only_finished", action="store_true", help="run nothing, tabulate what is there")
-    parser.add_argument("extra", nargs="*", help="after --: flags for every defence, such as --device cpu")
+    parser.add_argument(
+        "--only_finished", action="store_true", help="run nothing, tabulate what is there"
+    )
+    parser.add_argument(
+        "extra", nargs="*", help="after --: flags for every defence, such as --device cpu"
+    )
     return parser.parse_args()
 
 
@@ -128,30 +159,60 @@ def told(keys: dict[str, str], extra: Sequence[str]) -> dict[str, str]:
 def is_meant(word: str, value: Any) -> bool:
     """Whether a word of the command line gives that value of a config."""
     with contextlib.suppress(ValueError, yaml.YAMLError):
-        return word == str(value) or (float(word) if isinstance(value, float) else yaml.safe_load(word)) == value
+        return (
+            word == str(value)
+            or (float(word) if isinstance(value, float) else yaml.safe_load(word)) == value
+        )
     return False
 
 
-def other_key(config: dict[str, Any], keys: dict[str, str]) -> Optional[str]:
+def other_key(config: dict[str, Any], keys: dict[str, str]) -> str | None:
     """A key that a run was not made with: the first of `keys` whose value in its config is another; None where there is none."""
-    return next((key for key, word in keys.items() if key in config and key not in RUNTIME_KEYS and not is_meant(word, config[key])), None)
+    return next(
+        (
+            key
+            for key, word in keys.items()
+            if key in config and key not in RUNTIME_KEYS and not is_meant(word, config[key])
+        ),
+        None,
+    )
 
 
-def finished(record: Record, spec: Spec, seed: int, extra: Sequence[str] = ()) -> Optional[dict[str, Any]]:
+def finished(
+    record: Record, spec: Spec, seed: int, extra: Sequence[str] = ()
+) -> dict[str, Any] | None:
     """The report of a run that is complete, from its folder or, for the record's own defence, from the record; else None.
 
     Raises:
         UserError: the run in that folder was made with other keys than are asked for now.
     """
     complete = lambda report: report.get("defense") == spec.name and "training_epochs" in report
-    keys, run = told(own_keys(record, spec, seed, extra), extra), record / "defense" / spec.folder(seed)
+    keys, run = (
+        told(own_keys(record, spec, seed, extra), extra),
+        record / "defense" / spec.folder(seed),
+    )
     if complete(report := read_report(run / "report.json")):
-        config = Record(f"{record.name}/defense/{run.name}").config() if (run / "config.yaml").exists() else {}
+        config = (
+            Record(f"{record.name}/defense/{run.name}").config()
+            if (run / "config.yaml").exists()
+            else {}
+        )
         if key := other_key(config, keys):
-            apart = "" if spec.alike else f", or give the other run keys of its own: {spec.text}{',' if spec.keys else ':'}{key}={keys[key]}"
-            raise UserError(f"{key}: {run} was made with {config[key]!r}, and {keys[key]} is asked for now;\ndelete that folder{apart}")
+            apart = (
+                ""
+                if spec.alike
+                else f", or give the other run keys of its own: {spec.text}{',' if spec.keys else ':'}{key}={keys[key]}"
+            )
+            raise UserError(
+                f"{key}: {run} was made with {config[key]!r}, and {keys[key]} is asked for now;\ndelete that folder{apart}"
+            )
         return report
-    own = record.config().get("random_seed") == seed and not spec.keys and not spec.alike and not other_key(record.config(), keys)
+    own = (
+        record.config().get("random_seed") == seed
+        and not spec.keys
+        and not spec.alike
+        and not other_key(record.config(), keys)
+    )
     return report if own and complete(report := read_report(record / "report.json")) else None
 
 
@@ -163,12 +224,26 @@ def command(record: Record, spec: Spec, seed: int, extra: Sequence[str]) -> list
     """
     keys = own_keys(record, spec, seed, extra)
     if spec.alike and not keys:
-        raise UserError(f"defenses: {spec.text} needs a run of {spec.alike.text} before it that gives out a training set")
-    return [sys.executable, str(ROOT / "defense" / f"{spec.name}.py"), "--result_file", record.name, "--run_name", spec.folder(seed),
-            "--random_seed", str(seed), *(word for key, value in keys.items() for word in (f"--{key}", value)), *extra]
+        raise UserError(
+            f"defenses: {spec.text} needs a run of {spec.alike.text} before it that gives out a training set"
+        )
+    return [
+        sys.executable,
+        str(ROOT / "defense" / f"{spec.name}.py"),
+        "--result_file",
+        record.name,
+        "--run_name",
+        spec.folder(seed),
+        "--random_seed",
+        str(seed),
+        *(word for key, value in keys.items() for word in (f"--{key}", value)),
+        *extra,
+    ]
 
 
-def defend(record: Record, spec: Spec, seed: int, args: argparse.Namespace) -> Optional[dict[str, Any]]:
+def defend(
+    record: Record, spec: Spec, seed: int, args: argparse.Namespace
+) -> dict[str, Any] | None:
     """The report of one run, made now if it is not there; None where it could not be made."""
     try:
         report = finished(record, spec, seed, args.extra)
@@ -185,23 +260,34 @@ def defend(record: Record, spec: Spec, seed: int, args: argparse.Namespace) -> O
     return finished(record, spec, seed, args.extra)
 
 
-def knowledge(record: Record, spec: Spec, seed: int, report: dict[str, Any], extra: Sequence[str]) -> list[str]:
+def knowledge(
+    record: Record, spec: Spec, seed: int, report: dict[str, Any], extra: Sequence[str]
+) -> list[str]:
     """What a run was told: as its report says, or where it took a count over, what the other was told, and that."""
     if not spec.alike:
         return report["knowledge"]
     other = finished(record, spec.alike, seed, extra)
-    return [*(knowledge(record, spec.alike, seed, other, extra) if other else []), f"as many as {spec.alike.text}"]
+    return [
+        *(knowledge(record, spec.alike, seed, other, extra) if other else []),
+        f"as many as {spec.alike.text}",
+    ]
 
 
 @command_line
 def main() -> None:
     """Run what is missing, write the table after each record, and say what is absent."""
     args = arguments()
-    specs, records = [Spec.parse(text) for text in args.defenses], [Record(name, must_exist=True) for name in args.records]
+    specs, records = (
+        [Spec.parse(text) for text in args.defenses],
+        [Record(name, must_exist=True) for name in args.records],
+    )
     first = [int(record.config().get("random_seed", 0)) for record in records]
-    wanted = [[(record, spec, seed + k) for spec in specs for k in range(args.seeds)] for record, seed in zip(records, first)]
+    wanted = [
+        [(record, spec, seed + k) for spec in specs for k in range(args.seeds)]
+        for record, seed in zip(records, first)
+    ]
     for case in sum(wanted, []):
-        finished(*case, args.extra)     # runs with other keys are told of now, not after hours
+        finished(*case, args.extra)  # runs with other keys are told of now, not after hours
     RESULTS.mkdir(exist_ok=True)
     runs, absent = [], []
     for cases in wanted:
@@ -213,9 +299,13 @@ def main() -> None:
                 absent.append(f"{record.name}: {spec.text}, seed {seed}")
         if runs:
             write_results(RESULTS / args.name, runs, absent)
-    print((RESULTS / f"{args.name}.md").read_text(encoding="utf-8") if runs else "no run is finished")
+    print(
+        (RESULTS / f"{args.name}.md").read_text(encoding="utf-8") if runs else "no run is finished"
+    )
     if absent:
-        raise UserError(f"{len(absent)} runs are absent, the first is {absent[0]}; what is there is tabulated")
+        raise UserError(
+            f"{len(absent)} runs are absent, the first is {absent[0]}; what is there is tabulated"
+        )
 
 
 if __name__ == "__main__":

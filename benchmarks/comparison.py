@@ -1,4 +1,5 @@
 """One table of case x defence from the reports of many runs: as CSV, as Markdown, and as a page with heat maps."""
+
 from __future__ import annotations
 
 import base64
@@ -8,17 +9,26 @@ import io
 import math
 import statistics
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
 import numpy as np
 
-from utils.record import RUNTIME_KEYS, replacing
+from utils.storage.record import RUNTIME_KEYS, replacing
 
-BEFORE = ("poison", "victim")   # stages that are no part of a defence
-NOT_THE_CASE = ("random_seed", "save_folder_name", "defense", "stop_after", "export", "environment", *RUNTIME_KEYS)
+BEFORE = ("poison", "victim")  # stages that are no part of a defence
+NOT_THE_CASE = (
+    "random_seed",
+    "save_folder_name",
+    "defense",
+    "stop_after",
+    "export",
+    "environment",
+    *RUNTIME_KEYS,
+)
 PAGE = Path(__file__).with_suffix(".html")
 
 
@@ -38,14 +48,14 @@ class Column:
     """A number of the table: its name, how it is found in a report, and its digits."""
 
     name: str
-    read: Callable[[dict[str, Any]], Optional[float]]
+    read: Callable[[dict[str, Any]], float | None]
     digits: int = 4
 
 
-def at(*path: str) -> Callable[[dict[str, Any]], Optional[float]]:
+def at(*path: str) -> Callable[[dict[str, Any]], float | None]:
     """The number at a path of keys; None where there is none."""
 
-    def read(report: dict[str, Any]) -> Optional[float]:
+    def read(report: dict[str, Any]) -> float | None:
         for key in path:
             report = (report or {}).get(key)
         return report
@@ -55,38 +65,63 @@ def at(*path: str) -> Callable[[dict[str, Any]], Optional[float]]:
 
 def own_seconds(report: dict[str, Any]) -> float:
     """What the defence took, without the making of poison and victim."""
-    return sum(seconds for stage, seconds in report["cost"]["seconds"].items() if stage not in BEFORE)
+    return sum(
+        seconds for stage, seconds in report["cost"]["seconds"].items() if stage not in BEFORE
+    )
 
 
 COLUMNS = (
-    Column("C-Acc", at("benign", "c_acc")), Column("ASR", at("benign", "asr")), Column("R-Acc", at("benign", "r_acc")), Column("DER", at("der")),
-    Column("TPR", at("detection", "tpr")), Column("FPR", at("detection", "fpr")), Column("relabel acc.", at("relabel", "accuracy_on_poison")),
-    Column("label acc.", at("relabel", "label_accuracy")), Column("AUROC", at("suspicion", "auroc")), Column("AUPRC", at("suspicion", "auprc")),
-    Column("TPR at 1% FPR", at("suspicion", "tpr_at_fpr1")), Column("removed", at("removed"), 0), Column("epochs", at("training_epochs"), 0),
+    Column("C-Acc", at("benign", "c_acc")),
+    Column("ASR", at("benign", "asr")),
+    Column("R-Acc", at("benign", "r_acc")),
+    Column("DER", at("der")),
+    Column("TPR", at("detection", "tpr")),
+    Column("FPR", at("detection", "fpr")),
+    Column("relabel acc.", at("relabel", "accuracy_on_poison")),
+    Column("label acc.", at("relabel", "label_accuracy")),
+    Column("AUROC", at("suspicion", "auroc")),
+    Column("AUPRC", at("suspicion", "auprc")),
+    Column("TPR at 1% FPR", at("suspicion", "tpr_at_fpr1")),
+    Column("removed", at("removed"), 0),
+    Column("epochs", at("training_epochs"), 0),
     Column("seconds", own_seconds, 0),
 )
-DRAWN = (("C-Acc", "YlGnBu"), ("ASR", "YlGnBu_r"), ("R-Acc", "YlGnBu"), ("DER", "YlGnBu"))   # darker is better
+DRAWN = (
+    ("C-Acc", "YlGnBu"),
+    ("ASR", "YlGnBu_r"),
+    ("R-Acc", "YlGnBu"),
+    ("DER", "YlGnBu"),
+)  # darker is better
 
 
 @dataclass(frozen=True)
 class Cell:
     """A number over the n of `runs` runs that have it: mean and, from two on, sample standard deviation; None where it is undefined."""
 
-    mean: Optional[float]
-    deviation: Optional[float]
+    mean: float | None
+    deviation: float | None
     n: int
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[Optional[float]]) -> "Cell":
+    def of(cls, values: Sequence[float | None]) -> Cell:
         known = [value for value in values if value is not None]
-        return cls(statistics.mean(known) if known else None, statistics.stdev(known) if len(known) > 1 else None, len(known), len(values))
+        return cls(
+            statistics.mean(known) if known else None,
+            statistics.stdev(known) if len(known) > 1 else None,
+            len(known),
+            len(values),
+        )
 
     def show(self, digits: int) -> str:
         if self.mean is None:
             return "n/a"
         some = "" if self.n == self.runs else f" ({self.n} of {self.runs})"
-        return f"{self.mean:.{digits}f}" + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}") + some
+        return (
+            f"{self.mean:.{digits}f}"
+            + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}")
+            + some
+        )
 
 
 @dataclass(frozen=True)
@@ -103,11 +138,22 @@ class Line:
 def case_names(runs: Sequence[Run]) -> dict[str, str]:
     """{record: name of its case}. Records that differ in nothing but their seed share a case."""
     keys = {run.record: run.config for run in runs}
-    short = {record: f"{c.get('attack') or '?'} {c.get('pratio', math.nan):g}, {c.get('dataset', '?')}" for record, c in keys.items()}
-    essence = {record: repr(sorted((k, repr(v)) for k, v in c.items() if k not in NOT_THE_CASE)) for record, c in keys.items()}
+    short = {
+        record: f"{c.get('attack') or '?'} {c.get('pratio', math.nan):g}, {c.get('dataset', '?')}"
+        for record, c in keys.items()
+    }
+    essence = {
+        record: repr(sorted((k, repr(v)) for k, v in c.items() if k not in NOT_THE_CASE))
+        for record, c in keys.items()
+    }
     kinds = Counter(name for name, _ in {(short[record], essence[record]) for record in keys})
     first = {essence[record]: record for record in reversed(list(keys))}
-    return {record: short[record] if kinds[short[record]] == 1 else f"{short[record]} ({first[essence[record]]})" for record in keys}
+    return {
+        record: short[record]
+        if kinds[short[record]] == 1
+        else f"{short[record]} ({first[essence[record]]})"
+        for record in keys
+    }
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
@@ -117,8 +163,19 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         of_case = [run for run in runs if cases[run.record] == case]
         for defense in dict.fromkeys(run.defense for run in of_case):
             own = [run.report for run in of_case if run.defense == defense]
-            knowledge = ", ".join(dict.fromkeys(word for report in own for word in report["knowledge"])) or "-"
-            found.append(Line(case, defense, len(own), knowledge, {c.name: Cell.of([c.read(report) for report in own]) for c in COLUMNS}))
+            knowledge = (
+                ", ".join(dict.fromkeys(word for report in own for word in report["knowledge"]))
+                or "-"
+            )
+            found.append(
+                Line(
+                    case,
+                    defense,
+                    len(own),
+                    knowledge,
+                    {c.name: Cell.of([c.read(report) for report in own]) for c in COLUMNS},
+                )
+            )
     return found
 
 
@@ -132,12 +189,20 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
         clean, n = victims[0]["n_clean"], victims[0]["n_triggered"]
         mean = lambda key: Cell.of([victim[key] for victim in victims]).show(4)
         failed = any(run.report["status"] == "attack-failed" for run in own.values())
-        told.append(f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; victim C-Acc {mean('c_acc')}, ASR {mean('asr')}; "
-                    f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: {98 / math.sqrt(clean):.1f} and "
-                    f"{98 / math.sqrt(max(1, n)):.1f} points)." + (" The attack failed here: what a defence reaches means little." if failed else ""))
-    devices = dict.fromkeys(f"{run.report['cost']['device']}, {run.report['versions'].get('threads')} thread(s)" for run in runs)
-    told.append("Mean ± sample standard deviation over runs, or over those that have the number (1 of 2); one run has none. TPR and FPR are over training samples. "
-                f"The last epoch of every training counts. Device: {'; '.join(devices)}.")
+        told.append(
+            f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; victim C-Acc {mean('c_acc')}, ASR {mean('asr')}; "
+            f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: {98 / math.sqrt(clean):.1f} and "
+            f"{98 / math.sqrt(max(1, n)):.1f} points)."
+            + (" The attack failed here: what a defence reaches means little." if failed else "")
+        )
+    devices = dict.fromkeys(
+        f"{run.report['cost']['device']}, {run.report['versions'].get('threads')} thread(s)"
+        for run in runs
+    )
+    told.append(
+        "Mean ± sample standard deviation over runs, or over those that have the number (1 of 2); one run has none. TPR and FPR are over training samples. "
+        f"The last epoch of every training counts. Device: {'; '.join(devices)}."
+    )
     return told + ([f"Absent: {'; '.join(absent)}."] if absent else [])
 
 
@@ -145,21 +210,61 @@ def write_results(stem: Path, runs: Sequence[Run], absent: Sequence[str]) -> Non
     """STEM.csv, STEM_runs.csv, STEM.md and STEM.html."""
     table, told = lines(runs), notes(runs, absent)
     spread = [[f"{c.name} mean", f"{c.name} sd", f"{c.name} n"] for c in COLUMNS]
-    _write_csv(stem.with_name(f"{stem.name}.csv"), ["case", "defense", "runs", "knowledge", *sum(spread, [])],
-               [[line.case, line.defense, line.runs, line.knowledge, *(_plain(v) for c in line.cells.values() for v in (c.mean, c.deviation, c.n))] for line in table])
-    _write_csv(stem.with_name(f"{stem.name}_runs.csv"), ["record", "defense", "seed", "status", "knowledge", *(c.name for c in COLUMNS)],
-               [[run.record, run.defense, run.seed, run.report["status"], ", ".join(run.report["knowledge"]),
-                 *(_plain(c.read(run.report)) for c in COLUMNS)] for run in runs])
+    _write_csv(
+        stem.with_name(f"{stem.name}.csv"),
+        ["case", "defense", "runs", "knowledge", *sum(spread, [])],
+        [
+            [
+                line.case,
+                line.defense,
+                line.runs,
+                line.knowledge,
+                *(_plain(v) for c in line.cells.values() for v in (c.mean, c.deviation, c.n)),
+            ]
+            for line in table
+        ],
+    )
+    _write_csv(
+        stem.with_name(f"{stem.name}_runs.csv"),
+        ["record", "defense", "seed", "status", "knowledge", *(c.name for c in COLUMNS)],
+        [
+            [
+                run.record,
+                run.defense,
+                run.seed,
+                run.report["status"],
+                ", ".join(run.report["knowledge"]),
+                *(_plain(c.read(run.report)) for c in COLUMNS),
+            ]
+            for run in runs
+        ],
+    )
     heads = ["case", "defense", "runs", *(c.name for c in COLUMNS), "knowledge"]
     short = "C-Acc / ASR in %, means:\n\n" + _markdown(overview(table))
-    cells = [[line.case, line.defense, str(line.runs), *(line.cells[c.name].show(c.digits) for c in COLUMNS), line.knowledge] for line in table]
-    _write_text(stem.with_name(f"{stem.name}.md"), "\n\n".join([*told, short, _markdown([heads, *cells])]) + "\n")
-    _write_text(stem.with_name(f"{stem.name}.html"), page(stem.name, told, heads, cells, heat_maps(table)))
+    cells = [
+        [
+            line.case,
+            line.defense,
+            str(line.runs),
+            *(line.cells[c.name].show(c.digits) for c in COLUMNS),
+            line.knowledge,
+        ]
+        for line in table
+    ]
+    _write_text(
+        stem.with_name(f"{stem.name}.md"),
+        "\n\n".join([*told, short, _markdown([heads, *cells])]) + "\n",
+    )
+    _write_text(
+        stem.with_name(f"{stem.name}.html"), page(stem.name, told, heads, cells, heat_maps(table))
+    )
 
 
 def _in_order(table: Sequence[Line]) -> tuple[list[str], list[str]]:
     """The cases and the defences, each in the order in which they come."""
-    cases, defenses = (list(dict.fromkeys(getattr(line, key) for line in table)) for key in ("case", "defense"))
+    cases, defenses = (
+        list(dict.fromkeys(getattr(line, key) for line in table)) for key in ("case", "defense")
+    )
     return cases, defenses
 
 
@@ -167,16 +272,29 @@ def overview(table: Sequence[Line]) -> list[list[str]]:
     """Heads and rows: defences down, cases across, mean C-Acc / mean ASR in percent; "-" where there is no run."""
     cases, defenses = _in_order(table)
     percent = lambda mean: "n/a" if mean is None else f"{100 * mean:.1f}"
-    shown = {(line.defense, line.case): " / ".join(percent(line.cells[name].mean) for name in ("C-Acc", "ASR")) for line in table}
+    shown = {
+        (line.defense, line.case): " / ".join(
+            percent(line.cells[name].mean) for name in ("C-Acc", "ASR")
+        )
+        for line in table
+    }
     told = {line.defense: line.knowledge for line in table}
-    return [["defense", *cases, "knowledge"], *([defense, *(shown.get((defense, case), "-") for case in cases), told[defense]] for defense in defenses)]
+    return [
+        ["defense", *cases, "knowledge"],
+        *(
+            [defense, *(shown.get((defense, case), "-") for case in cases), told[defense]]
+            for defense in defenses
+        ),
+    ]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])
+    )
 
 
-def _plain(value: Optional[float]) -> str:
+def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
@@ -190,14 +308,27 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def page(name: str, told: Sequence[str], heads: Sequence[str], cells: Sequence[Sequence[str]], picture: bytes) -> str:
+def page(
+    name: str,
+    told: Sequence[str],
+    heads: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    picture: bytes,
+) -> str:
     """A page that needs no other file."""
     row = lambda words, tag: "".join(f"<{tag}>{html.escape(word)}</{tag}>" for word in words)
     starts = [i == 0 or cells[i - 1][0] != line[0] for i, line in enumerate(cells)]
-    rows = "\n".join(f"<tr{' class=first' if first else ''}>{row(line, 'td')}</tr>" for first, line in zip(starts, cells))
+    rows = "\n".join(
+        f"<tr{' class=first' if first else ''}>{row(line, 'td')}</tr>"
+        for first, line in zip(starts, cells)
+    )
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"Defences compared: {name}"), notes="\n".join(f"<p>{html.escape(note)}</p>" for note in told),
-        picture=base64.b64encode(picture).decode(), heads=row(heads, "th"), rows=rows)
+        title=html.escape(f"Defences compared: {name}"),
+        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in told),
+        picture=base64.b64encode(picture).decode(),
+        heads=row(heads, "th"),
+        rows=rows,
+    )
 
 
 def heat_maps(table: Sequence[Line]) -> bytes:
@@ -208,21 +339,49 @@ def heat_maps(table: Sequence[Line]) -> bytes:
     import matplotlib.pyplot as plt
 
     cases, defenses = _in_order(table)
-    width, across = max(1.6, 0.75 * len(cases) + 0.4), len(DRAWN) if len(cases) <= 3 else 2    # maps side by side
+    width, across = (
+        max(1.6, 0.75 * len(cases) + 0.4),
+        len(DRAWN) if len(cases) <= 3 else 2,
+    )  # maps side by side
     down = len(DRAWN) // across
-    figure, axes = plt.subplots(down, across, figsize=(width * across + 2.6, (0.34 * len(defenses) + 1.9) * down), sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(width * across + 2.6, (0.34 * len(defenses) + 1.9) * down),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, (name, colours) in zip(axes.flat, DRAWN):
         values = np.full((len(defenses), len(cases)), np.nan)
         for line in table:
             mean = line.cells[name].mean
-            values[defenses.index(line.defense), cases.index(line.case)] = np.nan if mean is None else mean
+            values[defenses.index(line.defense), cases.index(line.case)] = (
+                np.nan if mean is None else mean
+            )
         axis.imshow(values, cmap=colours, vmin=0.5 if name == "DER" else 0, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
-            dark = (1 - value if colours.endswith("_r") else (value - 0.5) * 2 if name == "DER" else value) > 0.6
-            axis.text(x, y, "" if np.isnan(value) else f"{100 * value:.1f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            dark = (
+                1 - value
+                if colours.endswith("_r")
+                else (value - 0.5) * 2
+                if name == "DER"
+                else value
+            ) > 0.6
+            axis.text(
+                x,
+                y,
+                "" if np.isnan(value) else f"{100 * value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
         axis.set_xticks(range(len(cases)), cases, rotation=35, ha="right", fontsize=7)
         axis.set_yticks(range(len(defenses)), defenses, fontsize=8)
-        axis.set_title(f"{name}, % ({'lower' if name == 'ASR' else 'higher'} is better)", fontsize=8)
+        axis.set_title(
+            f"{name}, % ({'lower' if name == 'ASR' else 'higher'} is better)", fontsize=8
+        )
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     with io.BytesIO() as out:

@@ -6,6 +6,7 @@ A record is killed once in each stage, at a random moment, by SIGKILL, SIGTERM o
 the same command. Runs are forked from this process, so that none of them waits for torch to be imported. Writes
 benchmarks/results/kills.json and .md; exit code 1 where a result differs.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,9 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -29,20 +30,46 @@ import yaml
 from PIL import Image
 
 from attack.badnet import BadNet
-from attack.run import main as run_attack
+from attack.poisoning.run import main as run_attack
 from benchmarks.runs import write_results
 from diffusion.denoiser import Denoiser
 from diffusion.network import DenoiserConfig, build_unet
-from utils import checksums, decoding, record
+from utils.images import decoding
+from utils.storage import checksums, record
 
-SIDE, CLASSES, TRAIN, TEST = 16, 4, 15, 6    # pixels, classes, images of each
+SIDE, CLASSES, TRAIN, TEST = 16, 4, 15, 6  # pixels, classes, images of each
 EPOCHS, BATCH = 3, 12
-KEYS = {"attack": "badnet", "attack_target": 1, "pratio": 0.2, "dataset": "imagefolder", "image_size": SIDE, "model": "preactresnet_small",
-        "epochs": EPOCHS, "batch_size": 6, "lr": 0.05, "amp": False, "device": "cpu", "random_seed": 5, "steps_T": 8, "rounds_n": 2,
-        "last_steps_m": 3, "purify_batch_size": BATCH, "conform": True, "ft_epochs": 2, "threshold_tau": 2}
+KEYS = {
+    "attack": "badnet",
+    "attack_target": 1,
+    "pratio": 0.2,
+    "dataset": "imagefolder",
+    "image_size": SIDE,
+    "model": "preactresnet_small",
+    "epochs": EPOCHS,
+    "batch_size": 6,
+    "lr": 0.05,
+    "amp": False,
+    "device": "cpu",
+    "random_seed": 5,
+    "steps_T": 8,
+    "rounds_n": 2,
+    "last_steps_m": 3,
+    "purify_batch_size": BATCH,
+    "conform": True,
+    "ft_epochs": 2,
+    "threshold_tau": 2,
+}
 STAGES = ("poison", "victim", "purify", "stage1", "finetune", "report")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-SAME_BYTES = ("poisoned.npz", "purified.npz", "decisions.csv", "votes.npz", "victim.safetensors", "benign.safetensors")
+SAME_BYTES = (
+    "poisoned.npz",
+    "purified.npz",
+    "decisions.csv",
+    "votes.npz",
+    "victim.safetensors",
+    "benign.safetensors",
+)
 
 
 @dataclass
@@ -60,13 +87,23 @@ class World:
     test: int = TEST
 
     def __post_init__(self):
-        images = np.random.default_rng(0).integers(0, 64, (self.classes, self.train + self.test, SIDE, SIDE), np.uint8)
+        images = np.random.default_rng(0).integers(
+            0, 64, (self.classes, self.train + self.test, SIDE, SIDE), np.uint8
+        )
         for label, k in np.ndindex(*images.shape[:2]):
-            file = self.folder / "data" / ("train" if k < self.train else "test") / f"{label:03d}" / f"{k:02d}.png"
+            file = (
+                self.folder
+                / "data"
+                / ("train" if k < self.train else "test")
+                / f"{label:03d}"
+                / f"{k:02d}.png"
+            )
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[label, k] + np.uint8(24 * label % 191)).save(file)
         torch.manual_seed(0)
-        Denoiser(build_unet(DenoiserConfig(out="", channels="8", layers_per_block=1), SIDE), t_max=20).save(self.folder / "ddpm")
+        Denoiser(
+            build_unet(DenoiserConfig(out="", channels="8", layers_per_block=1), SIDE), t_max=20
+        ).save(self.folder / "ddpm")
         places = {"dataset_path": str(self.folder / "data"), "ddpm": str(self.folder / "ddpm")}
         (self.folder / "config.yaml").write_text(yaml.safe_dump(KEYS | places))
 
@@ -82,7 +119,16 @@ class World:
             return child
         code = 70
         try:
-            code = self._run(["--yaml_path", str(self.folder / "config.yaml"), "--save_folder_name", name, *words], limit)
+            code = self._run(
+                [
+                    "--yaml_path",
+                    str(self.folder / "config.yaml"),
+                    "--save_folder_name",
+                    name,
+                    *words,
+                ],
+                limit,
+            )
         except BaseException:
             traceback.print_exc()
         finally:
@@ -137,7 +183,11 @@ def _began(log: Path, stage: str) -> int:
 
 def last_stage(log: Path) -> str:
     """The stage that a log ends in."""
-    words = [line.rpartition("-- ")[2] for line in log.read_text(errors="replace").splitlines() if " -- " in line]
+    words = [
+        line.rpartition("-- ")[2]
+        for line in log.read_text(errors="replace").splitlines()
+        if " -- " in line
+    ]
     return words[-1] if words else "none"
 
 
@@ -146,10 +196,21 @@ def differences(one: Path, other: Path) -> list[str]:
     absent = [file for file in (*SAME_BYTES, "report.json") if not (other / file).exists()]
     if absent:
         return absent
-    found = [file for file in SAME_BYTES if (one / file).read_bytes() != (other / file).read_bytes()]
-    if sorted((one / "metrics.csv").read_text().split()) != sorted((other / "metrics.csv").read_text().split()):
-        found.append("metrics.csv")   # a stage that is run again puts its rows at the end
-    reports = [{k: v for k, v in json.loads((folder / "report.json").read_text()).items() if k not in ("cost", "versions")} for folder in (one, other)]
+    found = [
+        file for file in SAME_BYTES if (one / file).read_bytes() != (other / file).read_bytes()
+    ]
+    if sorted((one / "metrics.csv").read_text().split()) != sorted(
+        (other / "metrics.csv").read_text().split()
+    ):
+        found.append("metrics.csv")  # a stage that is run again puts its rows at the end
+    reports = [
+        {
+            k: v
+            for k, v in json.loads((folder / "report.json").read_text()).items()
+            if k not in ("cost", "versions")
+        }
+        for folder in (one, other)
+    ]
     return found + ["report.json"] * (reports[0] != reports[1])
 
 
@@ -157,11 +218,15 @@ def repeated(folder: Path) -> dict[str, int]:
     """How many blocks and epochs a finished record had to make more than once."""
     listed = checksums.read(folder)
     blocks = [hashes for name, hashes in listed.hashes.items() if name.startswith("purify/")]
-    epochs = [len(hashes) for name, hashes in listed.hashes.items() if name.endswith(".checkpoint.pt")]
+    epochs = [
+        len(hashes) for name, hashes in listed.hashes.items() if name.endswith(".checkpoint.pt")
+    ]
     return {"blocks": sum(map(len, blocks)) - len(blocks), "epochs": sum(epochs) - (2 * EPOCHS + 2)}
 
 
-def killed_in_every_stage(world: World, name: str, draw: random.Random, seconds: dict[str, float]) -> dict:
+def killed_in_every_stage(
+    world: World, name: str, draw: random.Random, seconds: dict[str, float]
+) -> dict:
     """One record, killed once in each stage and then left alone: what happened, as a dictionary."""
     hits, first = [], draw.randrange(len(SIGNALS))
     for k, stage in enumerate(STAGES):
@@ -169,21 +234,37 @@ def killed_in_every_stage(world: World, name: str, draw: random.Random, seconds:
         code, hit = world.killed_in(name, stage, draw.uniform(0, seconds[stage]), number)
         hits.append({"signal": number.name, "aimed_at": stage, "hit": hit, "exit_code": code})
     code, memory = world.run(name)
-    return {"record": name, "kills": hits, "exit_code": code, "repeated": repeated(world.record(name)), "peak_rss_bytes": memory}
+    return {
+        "record": name,
+        "kills": hits,
+        "exit_code": code,
+        "repeated": repeated(world.record(name)),
+        "peak_rss_bytes": memory,
+    }
 
 
 def warm_up(world: World) -> dict[str, float]:
     """Run record `whole` undisturbed; returns its seconds by stage."""
-    for late in ("matplotlib.pyplot", "defense.dataelixir", "diffusers.models.unets.unet_2d", "scipy.stats"):    # so that no fork has to import them
+    for late in (
+        "matplotlib.pyplot",
+        "defense.dataelixir",
+        "diffusers.models.unets.unet_2d",
+        "scipy.stats",
+    ):  # so that no fork has to import them
         importlib.import_module(late)
     code, _ = world.run("whole")
     assert code == 0, world.said()
-    return {stage: notes["seconds"] for stage, notes in json.loads((world.record("whole") / "stages.json").read_text()).items()}
+    return {
+        stage: notes["seconds"]
+        for stage, notes in json.loads((world.record("whole") / "stages.json").read_text()).items()
+    }
 
 
 def main() -> None:
     """Kill, continue, compare, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args, folder = parser.parse_args(), Path(tempfile.mkdtemp())
@@ -192,7 +273,9 @@ def main() -> None:
     seconds = warm_up(world)
     for k in range(args.records):
         row = killed_in_every_stage(world, f"r{k}", draw, seconds)
-        rows.append(row | {"differs_in": differences(world.record("whole"), world.record(row["record"]))})
+        rows.append(
+            row | {"differs_in": differences(world.record("whole"), world.record(row["record"]))}
+        )
         print(json.dumps(rows[-1]))
     shutil.rmtree(folder)
     report(rows)
@@ -203,12 +286,18 @@ def report(rows: list[dict]) -> None:
     """kills.json and kills.md."""
     kills = [kill for row in rows for kill in row["kills"]]
     count = lambda key, value: sum(kill[key] == value for kill in kills)
-    lines = ["| stage hit | kills |", "|---|---|", *(f"| {stage} | {count('hit', stage)} |" for stage in STAGES)]
+    lines = [
+        "| stage hit | kills |",
+        "|---|---|",
+        *(f"| {stage} | {count('hit', stage)} |" for stage in STAGES),
+    ]
     same, repeats = sum(not row["differs_in"] for row in rows), [row["repeated"] for row in rows]
     by_signal = ", ".join(f"{count('signal', each.name)} {each.name}" for each in SIGNALS)
-    heading = (f"{len(kills)} kills ({by_signal}) of {len(rows)} records, one in each stage at a "
-               f"random moment: {same} of {len(rows)} records ended with the same bytes as an undisturbed run. Blocks written twice: "
-               f"{sum(r['blocks'] for r in repeats)}, checkpoints written twice: {sum(r['epochs'] for r in repeats)}.")
+    heading = (
+        f"{len(kills)} kills ({by_signal}) of {len(rows)} records, one in each stage at a "
+        f"random moment: {same} of {len(rows)} records ended with the same bytes as an undisturbed run. Blocks written twice: "
+        f"{sum(r['blocks'] for r in repeats)}, checkpoints written twice: {sum(r['epochs'] for r in repeats)}."
+    )
     write_results("kills", rows, heading + "\n\n" + "\n".join(lines))
     print(heading)
 

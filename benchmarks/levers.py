@@ -5,6 +5,7 @@
 Each record is defended again with every setting, by `defense/dataelixir.py --result_file`, in a process of its own;
 what is there already is not made again. Writes benchmarks/results/levers_<name>.json and .md.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,30 +19,46 @@ from benchmarks.runs import ROOT, run_script, write_results
 ALL = {"reverse_steps": "null", "target_first": "false", "end_early": "null"}
 SETTINGS = {
     "exact": {},
-    "fewer steps": {"reverse_steps": None},    # None: as the record's config has it
+    "fewer steps": {"reverse_steps": None},  # None: as the record's config has it
     "targets first": {"target_first": "true"},
     "early end": {"end_early": "0.05"},
     "fewer steps, targets first": {"reverse_steps": None, "target_first": "true"},
     "all three": {"reverse_steps": None, "target_first": "true", "end_early": "0.05"},
 }
-COLUMNS = {"C-Acc": ("benign", "c_acc"), "ASR": ("benign", "asr"), "TPR": ("detection", "tpr"), "FPR": ("detection", "fpr"),
-           "relabelled right": ("relabel", "accuracy_on_poison")}
+COLUMNS = {
+    "C-Acc": ("benign", "c_acc"),
+    "ASR": ("benign", "asr"),
+    "TPR": ("detection", "tpr"),
+    "FPR": ("detection", "fpr"),
+    "relabelled right": ("relabel", "accuracy_on_poison"),
+}
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", nargs="+", required=True, help="names of records with a victim")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--records", nargs="+", required=True, help="names of records with a victim"
+    )
     parser.add_argument("--name", required=True, help="of the results")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("extra", nargs="*", help="after --: flags for the defence, e.g. --dataset_path DIR")
+    parser.add_argument(
+        "extra", nargs="*", help="after --: flags for the defence, e.g. --dataset_path DIR"
+    )
     return parser.parse_args()
 
 
 def run(record: str, setting: str, extra: list[str]) -> dict:
     """The report of one record under one setting."""
     name = "lever_" + setting.replace(" ", "_").replace(",", "")
-    flags = [word for key, value in (ALL | SETTINGS[setting]).items() if value is not None for word in (f"--{key}", value)]
+    flags = [
+        word
+        for key, value in (ALL | SETTINGS[setting]).items()
+        if value is not None
+        for word in (f"--{key}", value)
+    ]
     run_script("defense/dataelixir.py", "--result_file", record, "--run_name", name, *flags, *extra)
     folder = ROOT / "record" / record / "defense" / name
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -62,13 +79,20 @@ def spread(values: list[float | None]) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown, a row for each setting: mean and range over the records."""
-    lines = ["| setting | passes an image | " + " | ".join(COLUMNS) + " | target found, no other | purify, s |", "|---" * (len(COLUMNS) + 4) + "|"]
+    lines = [
+        "| setting | passes an image | "
+        + " | ".join(COLUMNS)
+        + " | target found, no other | purify, s |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == setting]
         passes = statistics.mean(row["cost"]["unet_passes"] / row["images"] for row in own)
         found = sum(row["target_labels"]["detected"] == row["target_labels"]["true"] for row in own)
         cells = [spread([row[stage][key] for row in own]) for stage, key in COLUMNS.values()]
-        lines.append(f"| {setting} | {passes:.1f} | {' | '.join(cells)} | {found} of {len(own)} | {statistics.mean(row['cost']['seconds']['purify'] for row in own):.0f} |")
+        lines.append(
+            f"| {setting} | {passes:.1f} | {' | '.join(cells)} | {found} of {len(own)} | {statistics.mean(row['cost']['seconds']['purify'] for row in own):.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@
 
 On a machine with nothing else to do. The runs alternate; writes benchmarks/results/processes.json and .md.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -17,13 +18,24 @@ import sys
 
 from benchmarks.runs import ROOT, write_results
 
-FIXED = ("--compile", "off", "--target_first", "false", "--epochs", "1", "--ft_epochs", "1")  # the trainings are not what is measured
+FIXED = (
+    "--compile",
+    "off",
+    "--target_first",
+    "false",
+    "--epochs",
+    "1",
+    "--ft_epochs",
+    "1",
+)  # the trainings are not what is measured
 COMPARED = ("votes.npz", "purified.npz")
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--record", required=True, help="name of a record with a victim")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=2)
@@ -36,17 +48,37 @@ def run(record: str, processes: int, extra: list[str]) -> dict:
     name = f"processes_{processes}"
     out = ROOT / "record" / record / "defense" / name
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / "defense" / "dataelixir.py")]
-    subprocess.run([*command, "--result_file", record, "--run_name", name, *FIXED, *extra], check=True,
-                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        str(ROOT / "defense" / "dataelixir.py"),
+    ]
+    subprocess.run(
+        [*command, "--result_file", record, "--run_name", name, *FIXED, *extra],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     cost = json.loads((out / "report.json").read_text(encoding="utf-8"))["cost"]
-    return {"processes": processes, "seconds": cost["seconds"]["purify"], "unet_passes": cost["unet_passes"],
-            "sha256": {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in COMPARED}}
+    return {
+        "processes": processes,
+        "seconds": cost["seconds"]["purify"],
+        "unet_passes": cost["unet_passes"],
+        "sha256": {
+            name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in COMPARED
+        },
+    }
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: median passes a second for each number of processes, and the ratio to the first."""
-    lines = ["| processes | purify, s (median of runs) | U-Net passes/s | ratio | same bytes as the first run |", "|---" * 5 + "|"]
+    lines = [
+        "| processes | purify, s (median of runs) | U-Net passes/s | ratio | same bytes as the first run |",
+        "|---" * 5 + "|",
+    ]
     first = None
     for processes in dict.fromkeys(row["processes"] for row in rows):
         own = [row for row in rows if row["processes"] == processes]
@@ -54,14 +86,20 @@ def table(rows: list[dict]) -> str:
         speed = own[0]["unet_passes"] / seconds
         first = first or speed
         same = sum(row["sha256"] == rows[0]["sha256"] for row in own)
-        lines.append(f"| {processes} | {seconds:.1f} ({len(own)}) | {speed:.0f} | {speed / first:.2f} | {same} of {len(own)} |")
+        lines.append(
+            f"| {processes} | {seconds:.1f} ({len(own)}) | {speed:.0f} | {speed / first:.2f} | {same} of {len(own)} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Alternate between the numbers of processes, then write the table."""
     args = arguments()
-    rows = [run(args.record, processes, args.extra) for _ in range(args.repeats) for processes in args.processes]
+    rows = [
+        run(args.record, processes, args.extra)
+        for _ in range(args.repeats)
+        for processes in args.processes
+    ]
     heading = f"Purifying by several processes of one thread each, record {args.record} {' '.join(args.extra)}; {os.cpu_count()} CPU cores"
     write_results("processes", rows, f"{heading}\n\n{table(rows)}")
     print(table(rows))

@@ -1,12 +1,13 @@
 """What the benchmarks share: scripts of the project as processes of their own, and results as a pair of files."""
+
 from __future__ import annotations
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from utils.config import ROOT
 
@@ -15,7 +16,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def run_script(script: str, *words: str) -> None:
     """Run a script of the project, such as "attack/badnet.py", with these words; raises CalledProcessError where it fails."""
-    subprocess.run([sys.executable, str(ROOT / script), *words], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [sys.executable, str(ROOT / script), *words],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def shown(words: Sequence[str]) -> str:

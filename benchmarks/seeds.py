@@ -5,6 +5,7 @@
 Words after `--` go to the attack script. Each run is a process of its own in record/bench_<name>_<seed>/, so runs that
 are there already are not made again. With `--stop_after victim` only the victim's last epoch is reported.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,15 +19,24 @@ from pathlib import Path
 from benchmarks.runs import ROOT, run_script, shown, write_results
 
 COLUMNS = {
-    "victim C-Acc": ("victim", "c_acc"), "victim ASR": ("victim", "asr"), "C-Acc": ("benign", "c_acc"), "ASR": ("benign", "asr"),
-    "R-Acc": ("benign", "r_acc"), "TPR": ("detection", "tpr"), "FPR": ("detection", "fpr"),
-    "relabel on poison": ("relabel", "accuracy_on_poison"), "collateral": ("relabel", "collateral"), "DER": ("der",),
+    "victim C-Acc": ("victim", "c_acc"),
+    "victim ASR": ("victim", "asr"),
+    "C-Acc": ("benign", "c_acc"),
+    "ASR": ("benign", "asr"),
+    "R-Acc": ("benign", "r_acc"),
+    "TPR": ("detection", "tpr"),
+    "FPR": ("detection", "fpr"),
+    "relabel on poison": ("relabel", "accuracy_on_poison"),
+    "collateral": ("relabel", "collateral"),
+    "DER": ("der",),
 }
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--attack", default="badnet", help="attack/<name>.py")
     parser.add_argument("--yaml_path", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -38,7 +48,16 @@ def arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace, name: str, seed: int) -> dict:
     """One seed: its report."""
     record = f"bench_{name}_{seed}"
-    run_script(f"attack/{args.attack}.py", "--yaml_path", args.yaml_path, "--save_folder_name", record, "--random_seed", str(seed), *args.extra)
+    run_script(
+        f"attack/{args.attack}.py",
+        "--yaml_path",
+        args.yaml_path,
+        "--save_folder_name",
+        record,
+        "--random_seed",
+        str(seed),
+        *args.extra,
+    )
     return {"seed": seed, **read(ROOT / "record" / record)}
 
 
@@ -60,8 +79,13 @@ def value(report: dict, path: tuple[str, ...]):
 
 def table(reports: list[dict]) -> str:
     """Markdown: a row per seed, then mean and range."""
-    rows = [[str(r["seed"]), *(show(value(r, path)) for path in COLUMNS.values()), targets(r)] for r in reports]
-    columns = [[v for r in reports if (v := value(r, path)) is not None] for path in COLUMNS.values()]
+    rows = [
+        [str(r["seed"]), *(show(value(r, path)) for path in COLUMNS.values()), targets(r)]
+        for r in reports
+    ]
+    columns = [
+        [v for r in reports if (v := value(r, path)) is not None] for path in COLUMNS.values()
+    ]
     rows.append(["mean", *(show(statistics.mean(c) if c else None) for c in columns), ""])
     rows.append(["range", *(f"{min(c):.3f}..{max(c):.3f}" if c else "n/a" for c in columns), ""])
     lines = [["seed", *COLUMNS, "target labels found / true"], ["---"] * (len(COLUMNS) + 2), *rows]
@@ -83,8 +107,10 @@ def main() -> None:
     name = args.name or f"{args.attack}_{Path(args.yaml_path).stem}"
     reports = [run(args, name, seed) for seed in args.seeds]
     minutes = sum(sum(r.get("cost", {}).get("seconds", {}).values()) for r in reports) / 60
-    heading = (f"{args.attack}, {args.yaml_path}{shown(args.extra)}: {len(reports)} seeds, "
-               f"{os.cpu_count()} CPU cores ({platform.machine()}), {minutes:.1f} minutes of stages in all")
+    heading = (
+        f"{args.attack}, {args.yaml_path}{shown(args.extra)}: {len(reports)} seeds, "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {minutes:.1f} minutes of stages in all"
+    )
     write_results(name, reports, f"{heading}\n\n{table(reports)}")
     print(f"{heading}\n\n{table(reports)}")
 

@@ -7,6 +7,7 @@ that flags some class even so, such that every stage is run. Each record is kill
 is doing, and then finished. Writes benchmarks/results/soak_<on>.json and .md after every run, so that it may be stopped; exit
 code 1 where a result differs or memory grows.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,15 +26,26 @@ import yaml
 from benchmarks.kills import SIGNALS, World, differences, warm_up
 from benchmarks.runs import ROOT, write_results
 
-SHORTENED = {"epochs": 3, "ft_epochs": 1, "rounds_n": 1, "reverse_steps": 11, "sample_first": 32, "outlier_threshold": 0.5, "sample_error": 0.5, "purify_batch_size": 64,
-             "device": "cpu"}
+SHORTENED = {
+    "epochs": 3,
+    "ft_epochs": 1,
+    "rounds_n": 1,
+    "reverse_steps": 11,
+    "sample_first": 32,
+    "outlier_threshold": 0.5,
+    "sample_error": 0.5,
+    "purify_batch_size": 64,
+    "device": "cpu",
+}
 
 
 class Digits(World):
     """The digits run, shortened."""
 
     def __post_init__(self):
-        config = yaml.safe_load((ROOT / "config" / "badnet" / "digits.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load(
+            (ROOT / "config" / "badnet" / "digits.yaml").read_text(encoding="utf-8")
+        )
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config | SHORTENED))
 
 
@@ -46,7 +58,11 @@ def soaked(world: World, name: str, draw: random.Random, seconds: float, limit) 
         code, most = world.end(child, draw.choice(SIGNALS))
         codes, memory = [*codes, code], max(memory, most)
     code, most = world.run(name, limit=limit)
-    row = {"exit_codes": [*codes, code], "peak_rss_bytes": max(memory, most), "differs_in": differences(world.record("whole"), world.record(name))}
+    row = {
+        "exit_codes": [*codes, code],
+        "peak_rss_bytes": max(memory, most),
+        "differs_in": differences(world.record("whole"), world.record(name)),
+    }
     shutil.rmtree(world.record(name), ignore_errors=True)
     return row
 
@@ -60,24 +76,35 @@ def growth(rows: list[dict]) -> float:
 
 def report(rows: list[dict], on: str, megabytes: int, started: float) -> str:
     """The results' files; returns what is in the .md."""
-    kills, same = sum(len(row["exit_codes"]) - 1 for row in rows), sum(not row["differs_in"] for row in rows)
+    kills, same = (
+        sum(len(row["exit_codes"]) - 1 for row in rows),
+        sum(not row["differs_in"] for row in rows),
+    )
     peaks = [row["peak_rss_bytes"] / 1e6 for row in rows]
-    text = (f"{on}: {len(rows)} records, {kills} kills at random moments, data limited to {megabytes} MB a process, {(time.monotonic() - started) / 60:.1f} minutes: "
-            f"{same} of {len(rows)} ended with the same bytes as an undisturbed run. Peak memory {min(peaks):.0f} to {max(peaks):.0f} MB a record, "
-            f"median of the last third less that of the first: {growth(rows) / 1e6:+.1f} MB.")
+    text = (
+        f"{on}: {len(rows)} records, {kills} kills at random moments, data limited to {megabytes} MB a process, {(time.monotonic() - started) / 60:.1f} minutes: "
+        f"{same} of {len(rows)} ended with the same bytes as an undisturbed run. Peak memory {min(peaks):.0f} to {max(peaks):.0f} MB a record, "
+        f"median of the last third less that of the first: {growth(rows) / 1e6:+.1f} MB."
+    )
     write_results(f"soak_{on}", rows, text)
     return text
 
 
 def main() -> None:
     """Soak until the runs or the minutes are over."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for flag, default in (("--runs", 50), ("--minutes", 30), ("--megabytes", 1500), ("--seed", 0)):
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--on", choices=["toy", "digits"], default="toy")
     args, folder, rows = parser.parse_args(), Path(tempfile.mkdtemp()), []
     torch.set_num_threads(1)
-    world, draw, started = (Digits if args.on == "digits" else World)(folder), random.Random(args.seed), time.monotonic()
+    world, draw, started = (
+        (Digits if args.on == "digits" else World)(folder),
+        random.Random(args.seed),
+        time.monotonic(),
+    )
     seconds = sum(warm_up(world).values())
     limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (args.megabytes << 20,) * 2)
     while len(rows) < args.runs and time.monotonic() - started < 60 * args.minutes:

@@ -10,33 +10,33 @@ The victim's epochs are divided as in the paper, 20 % and 60 %; the ascent has 2
 the paper fixes for its own networks is the victim's here. Isolation and ascent take its optimizer and momentum, at a constant
 rate (its initial one, and a hundredth of that); the training between them is by its recipe, with augmentation and schedule.
 """
+
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from defense.baseline import BaselineConfig, Recipe
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.result import Result
+from defense.harness.baseline import BaselineConfig, Recipe
+from defense.harness.result import Result
+from utils.classifier.models import build_classifier, save_classifier
+from utils.classifier.training import Epoch, Observer, batched, make_optimizer
 from utils.config import UserError
-from utils.data import Dataset, LabeledImages, to_unit
 from utils.devices import autocast
+from utils.images.data import Dataset, LabeledImages, to_unit
 from utils.late import F, Tensor, torch
-from utils.models import build_classifier, save_classifier
 from utils.randomness import global_stream, keyed_generator
-from utils.record import Record
-from utils.training import Epoch, Observer, batched, make_optimizer
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 KNOWLEDGE = ()
-BatchLoss = Callable[[Tensor], Tensor]   # cross-entropies (B,) -> the number to minimise
+BatchLoss = Callable[[Tensor], Tensor]  # cross-entropies (B,) -> the number to minimise
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Config(BaselineConfig):
     """
 
     gamma: PositiveFloat = 0.5
-    isolation_epochs: Optional[PositiveInt] = None
+    isolation_epochs: PositiveInt | None = None
     isolated_share: OpenFraction = 0.01
-    tuning_epochs: Optional[PositiveInt] = None
+    tuning_epochs: PositiveInt | None = None
     unlearn_epochs: PositiveInt = 20
-    unlearn_lr: Optional[PositiveFloat] = None
+    unlearn_lr: PositiveFloat | None = None
 
     def shares(self) -> tuple[int, int]:
         """Epochs of isolation and of tuning."""
@@ -75,27 +75,52 @@ def ascent(losses: Tensor) -> Tensor:
     return -losses.mean()
 
 
-def train_plainly(model: Classifier, data: LabeledImages, recipe: Recipe, stage: str, epochs: int, lr: float, loss: BatchLoss) -> None:
+def train_plainly(
+    model: Classifier,
+    data: LabeledImages,
+    recipe: Recipe,
+    stage: str,
+    epochs: int,
+    lr: float,
+    loss: BatchLoss,
+) -> None:
     """Train `model` in place with another loss, at a constant rate and without augmentation."""
     config, observer, device = recipe.config, recipe.observer, model.device
     optimizer = make_optimizer(model, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    images, labels, size = data.images.to(device), data.labels.to(device), min(config.batch_size, len(data))
+    images, labels, size = (
+        data.images.to(device),
+        data.labels.to(device),
+        min(config.batch_size, len(data)),
+    )
     for epoch in range(epochs):
         model.train()
-        order = torch.randperm(len(data), generator=keyed_generator(config.random_seed, stage, epoch)).to(device)
-        total, batches = torch.zeros((), device=device), order[: len(data) - len(data) % size].split(size)
-        with global_stream(config.random_seed, stage, epoch, "model", device=device):   # as in Trainer
+        order = torch.randperm(
+            len(data), generator=keyed_generator(config.random_seed, stage, epoch)
+        ).to(device)
+        total, batches = (
+            torch.zeros((), device=device),
+            order[: len(data) - len(data) % size].split(size),
+        )
+        with global_stream(
+            config.random_seed, stage, epoch, "model", device=device
+        ):  # as in Trainer
             for batch in batches:
-                with autocast(device, config.amp and device.type == "cpu"):   # float16 would need loss scaling
-                    losses = F.cross_entropy(model(to_unit(images[batch])).float(), labels[batch], reduction="none")
+                with autocast(
+                    device, config.amp and device.type == "cpu"
+                ):  # float16 would need loss scaling
+                    losses = F.cross_entropy(
+                        model(to_unit(images[batch])).float(), labels[batch], reduction="none"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss(losses).backward()
                 optimizer.step()
                 total += losses.detach().mean()
         if not math.isfinite(total := total.item()):
-            raise UserError(f"{stage}: the loss became {total} in epoch {epoch + 1} at learning rate {lr:g}; try a smaller one")
+            raise UserError(
+                f"{stage}: the loss became {total} in epoch {epoch + 1} at learning rate {lr:g}; try a smaller one"
+            )
         if observer:
             observer(Epoch(stage, epoch + 1, lr, total / len(batches), model.eval()))
     model.eval()
@@ -110,13 +135,23 @@ def cross_entropies(model: Classifier, data: LabeledImages) -> Tensor:
 def isolate(data: LabeledImages, recipe: Recipe) -> tuple[Classifier, Tensor]:
     """A model trained with a bounded loss, and every sample's cross-entropy (N,) under it."""
     config, dataset = recipe.config, recipe.dataset
-    model = build_classifier(config.model, dataset.num_classes, dataset.info, (config.random_seed, "isolation")).to(recipe.device)
-    train_plainly(model, data, recipe, "isolation", config.shares()[0], config.lr, flooding(config.gamma))
+    model = build_classifier(
+        config.model, dataset.num_classes, dataset.info, (config.random_seed, "isolation")
+    ).to(recipe.device)
+    train_plainly(
+        model, data, recipe, "isolation", config.shares()[0], config.lr, flooding(config.gamma)
+    )
     return model, cross_entropies(model, data)
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Isolate what is learned first, train on the rest, unlearn what was isolated; the victim is not used."""
     recipe = Recipe(config, dataset, victim.device, record, observer)
     with record.stage("isolation"):
@@ -125,12 +160,20 @@ def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dat
     isolated[losses.argsort(stable=True)[: max(2, round(config.isolated_share * len(data)))]] = True
     tuned = recipe.train("tuning", data[~isolated], model, epochs=config.shares()[1])
     with record.stage("unlearning"):
-        train_plainly(tuned, data[isolated], recipe, "unlearning", config.unlearn_epochs, config.unlearn_lr or config.lr / 100, ascent)
+        train_plainly(
+            tuned,
+            data[isolated],
+            recipe,
+            "unlearning",
+            config.unlearn_epochs,
+            config.unlearn_lr or config.lr / 100,
+            ascent,
+        )
         save_classifier(tuned, record / "benign.safetensors")
     return Result(tuned, flagged=isolated, score=-losses)
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("abl")

@@ -11,27 +11,33 @@ So k-means splits along the directions of large variance, where the independent 
 A target class that is half poison splits into equal clusters, and the rule then flags nothing, by construction: at 10 %
 of all samples that is the usual case. The sizes are logged.
 """
+
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from jsonargparse.typing import PositiveInt
 
-from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, numpy_seed, victim_features
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.result import Result
-from utils.data import Dataset, LabeledImages
+from defense.harness.baseline import (
+    BaselineConfig,
+    Findings,
+    Recipe,
+    drop_and_retrain,
+    numpy_seed,
+    victim_features,
+)
+from defense.harness.result import Result
+from utils.classifier.training import Observer
+from utils.images.data import Dataset, LabeledImages
 from utils.late import torch
-from utils.record import Record
-from utils.training import Observer
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = ()
@@ -71,25 +77,43 @@ def inspect(features: np.ndarray, labels: np.ndarray, config: Config) -> Finding
         own = np.flatnonzero(labels == label)
         if len(own) < 2 or np.ptp(features[own], axis=0).max() == 0:
             continue
-        cluster = split(features[own], config.components, numpy_seed(config.random_seed, "activation_clustering", int(label)))
+        cluster = split(
+            features[own],
+            config.components,
+            numpy_seed(config.random_seed, "activation_clustering", int(label)),
+        )
         share = cluster.mean()
         score[own] = np.where(cluster == 1, 1 - share, share)
         small = score[own].max() > 1 - config.size_threshold
         targets += [int(label)] if small else []
-        log.info("class %d: clusters of %d and %d%s", label, len(own) - cluster.sum(), cluster.sum(), "  <- flagged" if small else "")
+        log.info(
+            "class %d: clusters of %d and %d%s",
+            label,
+            len(own) - cluster.sum(),
+            cluster.sum(),
+            "  <- flagged" if small else "",
+        )
     flagged = torch.from_numpy(score > 1 - config.size_threshold)
     return Findings(flagged, torch.from_numpy(score), tuple(targets))
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Remove small clusters, and train on the rest."""
     with record.stage("inspect"):
         found = inspect(victim_features(victim, data), data.labels.numpy(), config)
-    return drop_and_retrain(found, data, victim, Recipe(config, dataset, victim.device, record, observer))
+    return drop_and_retrain(
+        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
+    )
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("activation_clustering")

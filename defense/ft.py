@@ -5,34 +5,41 @@ https://arxiv.org/abs/1805.12185
 
 Epochs, rate, schedule and augmentation are those that the victim was trained with, where benchmarks choose others for this step.
 """
+
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
-from defense.baseline import CleanImagesConfig as Config
-from defense.baseline import Recipe
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.knowledge import CLEAN_IMAGES, clean_images
-from defense.result import Result
-from utils.data import Dataset, LabeledImages
-from utils.record import Record
-from utils.training import Observer
+from defense.harness.baseline import CleanImagesConfig as Config
+from defense.harness.baseline import Recipe
+from defense.harness.knowledge import CLEAN_IMAGES, clean_images
+from defense.harness.result import Result
+from utils.classifier.training import Observer
+from utils.images.data import Dataset, LabeledImages
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 KNOWLEDGE = (CLEAN_IMAGES,)
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Train a copy of the victim on clean images; `data` is not used again."""
     clean = clean_images(dataset, config.clean_share, config.random_seed)
-    return Result(Recipe(config, dataset, victim.device, record, observer).train("benign", clean, victim))
+    return Result(
+        Recipe(config, dataset, victim.device, record, observer).train("benign", clean, victim)
+    )
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("ft")

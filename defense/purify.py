@@ -6,6 +6,7 @@ decisions.csv, summary.json and report.html. The input is only read. Without any
 
 From Python, on tensors or arrays: `from defense import purify; purify.clean(images, labels, config=...)`.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -14,35 +15,43 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Literal, Optional, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from defense import dataelixir
-from defense.dataelixir import DataElixirConfig
-from defense.evidence import write_evidence
-from defense.folder import CLEANED, SUMMARY, OutputFolder, carry_out, differing, refuse_overlap
-from defense.forecast import classifier_lines, defense_lines
-from defense.given import Given, as_labeled, class_names, fitting_denoiser, open_given
-from defense.power import COMPARABLE
-from defense.result import Result
-from defense.summary import findings, summarise
-from utils.checksums import of_tensors
+from defense.elixir.config import DataElixirConfig
+from defense.elixir.power import COMPARABLE
+from defense.harness.evidence import write_evidence
+from defense.harness.forecast import classifier_lines, defense_lines
+from defense.harness.result import Result
+from defense.own_data.given import Given, as_labeled, class_names, fitting_denoiser, open_given
+from defense.own_data.output_folder import (
+    CLEANED,
+    SUMMARY,
+    OutputFolder,
+    carry_out,
+    differing,
+    refuse_overlap,
+)
+from defense.own_data.summary import findings, summarise
+from utils.classifier.models import build_classifier, load_weights
+from utils.classifier.trained import trained
 from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
-from utils.data import DATASETS, Dataset, LabeledImages
 from utils.devices import pick_device
-from utils.files import printable, write_table
+from utils.images.data import DATASETS, Dataset, LabeledImages
 from utils.late import Tensor, torch
-from utils.models import build_classifier, load_weights
-from utils.processes import led
-from utils.record import DATA_KEY, save_arrays, start_logging, write_json
+from utils.processes import leading_process
 from utils.report import write_page
-from utils.trained import trained
+from utils.storage.checksums import of_tensors
+from utils.storage.files import printable, write_table
+from utils.storage.record import DATA_KEY, save_arrays, start_logging, write_json
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 VICTIM_KEY = "victim_sha256"
@@ -64,7 +73,7 @@ class CleanConfig:
 
     data: str = ""
     out: str = ""
-    victim: Optional[str] = None
+    victim: str | None = None
     action: Literal["relabel", "drop", "report"] = "relabel"
     resize: bool = False
     dry_run: bool = False
@@ -89,8 +98,15 @@ class Cleaned:
     result: Result
 
 
-def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor | np.ndarray | Sequence[int] | None = None, *, config: DataElixirConfig,
-          victim: Optional[Classifier] = None, classes: Optional[Sequence[str]] = None, folder: Optional[Path] = None) -> Cleaned:
+def clean(
+    data: Tensor | np.ndarray | torch.utils.images.data.Dataset,
+    labels: Tensor | np.ndarray | Sequence[int] | None = None,
+    *,
+    config: DataElixirConfig,
+    victim: Classifier | None = None,
+    classes: Sequence[str] | None = None,
+    folder: Path | None = None,
+) -> Cleaned:
     """Clean a set that is in memory.
 
     Args:
@@ -109,16 +125,28 @@ def clean(data: Tensor | np.ndarray | torch.utils.data.Dataset, labels: Tensor |
         UserError: images, labels or names that do not fit, fewer than three classes with samples, no such denoiser, or whatever stops a training.
     """
     given = as_labeled(data, labels)
-    dataset = Dataset(given, given[:0], class_names(given.labels, classes), "", DATASETS["imagefolder"])
+    dataset = Dataset(
+        given, given[:0], class_names(given.labels, classes), "", DATASETS["imagefolder"]
+    )
     refuse_few(given.labels, dataset.num_classes)
     dataelixir.check(config, dataset)
     victim = copy.deepcopy(victim).to(pick_device(config.device)).eval() if victim else None
     with _kept(folder) as place:
-        place.claim(as_flat_dict(config) | {"data": "in memory", DATA_KEY: of_tensors(given.images, given.labels), "victim": victim is not None, VICTIM_KEY: weights_digest(victim)})
+        place.claim(
+            as_flat_dict(config)
+            | {
+                "data": "in memory",
+                DATA_KEY: of_tensors(given.images, given.labels),
+                "victim": victim is not None,
+                VICTIM_KEY: weights_digest(victim),
+            }
+        )
         result = analyse(given, dataset, config, place, victim)
         dataelixir.clean_up(config, place)
     table = result.decisions.table(given.labels, config.last_steps_m)
-    changed = differing(result.purified.images, given.images) | (result.purified.labels != given.labels)
+    changed = differing(result.purified.images, given.images) | (
+        result.purified.labels != given.labels
+    )
     return Cleaned(result.purified, changed, result.discrepancy.targets, table, result)
 
 
@@ -126,39 +154,59 @@ def refuse_few(labels: Tensor, count: int) -> None:
     """Raises UserError where fewer than three of `count` classes have samples: an empty one says nothing of what is usual."""
     present = len(labels.unique())
     if present < COMPARABLE <= count:
-        raise UserError(f"data: only {present} of the {count} classes have samples; DataElixir tells a target label by how far it lies from the "
-                        "median class, which takes three or more that have some")
+        raise UserError(
+            f"data: only {present} of the {count} classes have samples; DataElixir tells a target label by how far it lies from the "
+            "median class, which takes three or more that have some"
+        )
     dataelixir.refuse_few_classes(present, "data")
 
 
 @contextlib.contextmanager
-def _kept(folder: Optional[Path]) -> Iterator[OutputFolder]:
-    with tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as path:
+def _kept(folder: Path | None) -> Iterator[OutputFolder]:
+    with (
+        tempfile.TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as path
+    ):
         yield OutputFolder(Path(path))
 
 
-def weights_digest(victim: Optional[Classifier]) -> Optional[str]:
+def weights_digest(victim: Classifier | None) -> str | None:
     """A hash of a given classifier's weights, by which a run knows it again; None where the run trains its own."""
     if victim is None:
         return None
     found = hashlib.sha256(type(victim).__qualname__.encode())
     for key, value in victim.state_dict().items():
-        found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode() + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(
+            f"{key} {value.dtype} {tuple(value.shape)}".encode()
+            + value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()[:16]
 
 
-def analyse(data: LabeledImages, dataset: Dataset, config: DataElixirConfig, folder: OutputFolder, victim: Optional[Classifier],
-            paths: Optional[Sequence[str]] = None) -> Result:
+def analyse(
+    data: LabeledImages,
+    dataset: Dataset,
+    config: DataElixirConfig,
+    folder: OutputFolder,
+    victim: Classifier | None,
+    paths: Sequence[str] | None = None,
+) -> Result:
     """Train the classifier where none is given, run DataElixir, and leave the files that summary and page are made of."""
     save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
     if victim is None:
         with folder.stage("victim"):
-            victim = trained("victim", data, config, dataset, pick_device(config.device), folder.path)
+            victim = trained(
+                "victim", data, config, dataset, pick_device(config.device), folder.path
+            )
     result = dataelixir.defend(data, victim, config, dataset, folder)
     with folder.stage("report") as found:
-        save_arrays(folder / "purified.npz", images=result.purified.images, labels=result.purified.labels)
+        save_arrays(
+            folder / "purified.npz", images=result.purified.images, labels=result.purified.labels
+        )
         save_arrays(folder / "votes.npz", votes=result.votes.to(torch.int16))
-        names, columns = np.array(dataset.classes), result.decisions.table(data.labels, config.last_steps_m)
+        names, columns = (
+            np.array(dataset.classes),
+            result.decisions.table(data.labels, config.last_steps_m),
+        )
         named = {f"{age}_class": names[columns[f"{age}_label"]] for age in ("given", "new")}
         write_table(folder / "decisions.csv", ({"path": paths} if paths else {}) | columns | named)
         write_evidence(result, data.labels, dataset.classes, config.last_steps_m, folder)
@@ -177,23 +225,27 @@ def given_victim(file: Path, dataset: Dataset, config: DataElixirConfig) -> Clas
     try:
         return load_weights(victim, file).to(device).eval()
     except UserError:
-        raise UserError(f"victim: {file} is no {config.model} for {dataset.num_classes} classes saved as .safetensors; "
-                        "give the --model that it is, or leave --victim out to have one trained") from None
+        raise UserError(
+            f"victim: {file} is no {config.model} for {dataset.num_classes} classes saved as .safetensors; "
+            "give the --model that it is, or leave --victim out to have one trained"
+        ) from None
 
 
 @command_line
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Clean the set that the command line names."""
-    with led() as leading:
+    with leading_process() as leading:
         if leading:
             lead(argv)
 
 
-def lead(argv: Optional[Sequence[str]]) -> None:
+def lead(argv: Sequence[str] | None) -> None:
     """Read the set, find the denoiser, and say what it would cost or do it."""
     order, config = parse_config(argv, CleanConfig, DataElixirConfig, description=__doc__)
     if not order.data or not (order.out or order.dry_run):
-        raise UserError("data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)")
+        raise UserError(
+            "data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)"
+        )
     start_logging(None)
     given = open_given(order.data)
     refuse_few(given.layout.labels, len(given.layout.classes))
@@ -201,23 +253,60 @@ def lead(argv: Optional[Sequence[str]]) -> None:
         refuse_overlap(given.path, Path(os.path.expanduser(order.out)))
     denoiser = fitting_denoiser(given, config.resolved(), order.resize)
     data = given.layout.read(denoiser.resolution)
-    dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, DATASETS.get(given.dataset, DATASETS["imagefolder"]))
-    victim = given_victim(resolve_path(order.victim, "victim"), dataset, config) if order.victim else None
-    log.info("%s: %s, %d images of %d classes, %s", given.path, given.layout.kind, len(data), dataset.num_classes,
-             ", ".join(f"{h}x{w}" for h, w in given.layout.sizes[:3]) + (" and others" if len(given.layout.sizes) > 3 else ""))
+    dataset = Dataset(
+        data,
+        data[:0],
+        given.layout.classes,
+        given.dataset,
+        DATASETS.get(given.dataset, DATASETS["imagefolder"]),
+    )
+    victim = (
+        given_victim(resolve_path(order.victim, "victim"), dataset, config)
+        if order.victim
+        else None
+    )
+    log.info(
+        "%s: %s, %d images of %d classes, %s",
+        given.path,
+        given.layout.kind,
+        len(data),
+        dataset.num_classes,
+        ", ".join(f"{h}x{w}" for h, w in given.layout.sizes[:3])
+        + (" and others" if len(given.layout.sizes) > 3 else ""),
+    )
     if order.dry_run:
         device = pick_device(config.device)
         lines = [] if victim else [classifier_lines("victim", data, config, dataset, device)]
-        log.info("\n".join(lines + defense_lines("dataelixir", data, denoiser, config.resolved(), dataset, device)))
+        log.info(
+            "\n".join(
+                lines
+                + defense_lines("dataelixir", data, denoiser, config.resolved(), dataset, device)
+            )
+        )
         return
     run(order, given, data, dataset, config, victim)
 
 
-def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset, config: DataElixirConfig, victim: Optional[Classifier]) -> None:
+def run(
+    order: CleanConfig,
+    given: Given,
+    data: LabeledImages,
+    dataset: Dataset,
+    config: DataElixirConfig,
+    victim: Classifier | None,
+) -> None:
     """Analyse what is not analysed yet, carry the action out, and write summary and page."""
     folder = OutputFolder(Path(os.path.expanduser(order.out)))
-    folder.claim(as_flat_dict(config) | {"data": printable(str(given.path)), DATA_KEY: of_tensors(data.images, data.labels), "victim": order.victim,
-                                         VICTIM_KEY: weights_digest(victim), "resize": order.resize})
+    folder.claim(
+        as_flat_dict(config)
+        | {
+            "data": printable(str(given.path)),
+            DATA_KEY: of_tensors(data.images, data.labels),
+            "victim": order.victim,
+            VICTIM_KEY: weights_digest(victim),
+            "resize": order.resize,
+        }
+    )
     start_logging(folder / "log.txt")
     if "report" in folder.finished():
         log.info("analysed before: nothing to compute")
@@ -225,11 +314,18 @@ def run(order: CleanConfig, given: Given, data: LabeledImages, dataset: Dataset,
         folder.forget()
         analyse(data, dataset, config, folder, victim, given.layout.paths)
     held = carry_out(order.action, folder, given.layout, data.labels)
-    summary = summarise(given, data.labels, folder, order.action, data.images.shape[-1], config.random_seed)
+    summary = summarise(
+        given, data.labels, folder, order.action, data.images.shape[-1], config.random_seed
+    )
     write_json(folder / SUMMARY, summary | {CLEANED: held})
     dataelixir.clean_up(config, folder)
     log.info("%s", "\n".join(summary["notes"]))
-    log.info("%s: target labels %s; the page is %s", summary["status"], summary["target_labels"]["names"] or "none", write_page(folder.path))
+    log.info(
+        "%s: target labels %s; the page is %s",
+        summary["status"],
+        summary["target_labels"]["names"] or "none",
+        write_page(folder.path),
+    )
 
 
 if __name__ == "__main__":

@@ -4,30 +4,32 @@ DataElixir's own purification without its decisions, which is how diffusion is u
 https://arxiv.org/abs/2205.07460 (at test time) and Bhat et al., "PureGen", NeurIPS 2024,
 https://arxiv.org/abs/2405.18627 (on training sets, one round). Of a dirty-label attack it leaves label noise.
 """
+
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from defense.baseline import BaselineConfig, Recipe
-from defense.crew import crew_for, shares
-from defense.knowledge import DENOISER
-from defense.level import settled_level
-from defense.purifier import PurifyConfig, Purifier, open_denoiser, purifier_for
-from defense.result import Result
-from defense.store import Block, IntermediaryStore
-from defense.verdict import reads_as_before
-from utils.data import Dataset, LabeledImages
+from defense.elixir.config import PurifyConfig
+from defense.elixir.noise_level import settled_level
+from defense.elixir.purifier import Purifier, open_denoiser, purifier_for
+from defense.elixir.store import Block, IntermediaryStore
+from defense.elixir.verdict import reads_as_before
+from defense.elixir.workers import split_into_blocks, workers_for
+from defense.harness.baseline import BaselineConfig, Recipe
+from defense.harness.knowledge import DENOISER
+from defense.harness.result import Result
+from utils.classifier.training import Observer, predict
+from utils.images.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
-from utils.record import Record
-from utils.training import Observer, predict
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
     from diffusion.denoiser import Denoiser
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)
@@ -64,7 +66,7 @@ class Purified:
 
 
 @dataclass(frozen=True)
-class PurifyRecipe:
+class PurifyOnlyPlan:
     """What every process of a run needs to purify."""
 
     data: LabeledImages
@@ -75,19 +77,51 @@ class PurifyRecipe:
     def prepared(self) -> Purified:
         """Networks on this process's device, compiled where that pays."""
         device = self.victim.device
-        purifier = purifier_for(self.denoiser, self.config, len(self.data), self.config.random_seed, device, self.config.amp)
+        purifier = purifier_for(
+            self.denoiser,
+            self.config,
+            len(self.data),
+            self.config.random_seed,
+            device,
+            self.config.amp,
+        )
         return Purified(self.data, self.victim, purifier)
 
 
-def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record) -> tuple[LabeledImages, int]:
+def purified(
+    data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record
+) -> tuple[LabeledImages, int]:
     """The set with every image purified, block by block, and the denoiser passes that this costs."""
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     store, every = IntermediaryStore(record / "purify"), torch.arange(len(data))
-    level = settled_level(config, denoiser, data, victim, dataset.num_classes, config.random_seed, config.amp, store.folder)
-    parts = shares(store.missing(every), config.purify_batch_size)
-    with crew_for(PurifyRecipe(data, victim, denoiser, replace(config, steps_T=level))) as crew:
-        log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, crew.work.purifier.passes_per_image)
-        for block in tqdm(crew.blocks(parts, None), "purify", total=len(parts), unit="block", leave=False, disable=None):
+    level = settled_level(
+        config,
+        denoiser,
+        data,
+        victim,
+        dataset.num_classes,
+        config.random_seed,
+        config.amp,
+        store.folder,
+    )
+    parts = split_into_blocks(store.missing(every), config.purify_batch_size)
+    with workers_for(
+        PurifyOnlyPlan(data, victim, denoiser, replace(config, steps_T=level))
+    ) as workers:
+        log.info(
+            "purifying with %s at T = %d: %d passes an image",
+            denoiser.name,
+            level,
+            workers.work.purifier.passes_per_image,
+        )
+        for block in tqdm(
+            workers.blocks(parts, None),
+            "purify",
+            total=len(parts),
+            unit="block",
+            leave=False,
+            disable=None,
+        ):
             store.write(block)
     votes = store.votes(len(data))
     log.info("prediction survives purification: %.3f", reads_as_before(votes, 1).double().mean())
@@ -97,8 +131,14 @@ def purified(data: LabeledImages, victim: Classifier, config: Config, dataset: D
     return LabeledImages(images, data.labels), store.passes
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Purify every image and train on the result."""
     with record.stage("purify"):
         images, passes = purified(data, victim, config, dataset, record)
@@ -107,6 +147,6 @@ def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dat
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("purify_only")

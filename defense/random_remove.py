@@ -2,27 +2,26 @@
 
 What this reaches, the other method owes to a smaller training set and not to what it found.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import NonNegativeInt
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
-from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.result import Result
+from defense.harness.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain
+from defense.harness.result import Result
+from utils.classifier.training import Observer
 from utils.config import UserError
-from utils.data import Dataset, LabeledImages
+from utils.images.data import Dataset, LabeledImages
 from utils.late import torch
 from utils.randomness import keyed_generator
-from utils.record import Record
-from utils.training import Observer
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 KNOWLEDGE = ()
 
@@ -36,12 +35,18 @@ class Config(BaselineConfig):
         remove_share: share of the training set to remove.
     """
 
-    remove_count: Optional[NonNegativeInt] = None
+    remove_count: NonNegativeInt | None = None
     remove_share: OpenFraction = 0.1
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Remove that many samples at random, and train on the rest.
 
     Raises:
@@ -52,11 +57,15 @@ def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dat
     if count > n:
         raise UserError(f"remove_count: {count}, but there are {n} training samples")
     flagged = torch.zeros(n, dtype=torch.bool)
-    flagged[torch.randperm(n, generator=keyed_generator(config.random_seed, "random_remove"))[:count]] = True
-    return drop_and_retrain(Findings(flagged), data, victim, Recipe(config, dataset, victim.device, record, observer))
+    flagged[
+        torch.randperm(n, generator=keyed_generator(config.random_seed, "random_remove"))[:count]
+    ] = True
+    return drop_and_retrain(
+        Findings(flagged), data, victim, Recipe(config, dataset, victim.device, record, observer)
+    )
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("random_remove")

@@ -9,29 +9,34 @@ poison; that number has to be told.
 Where poison is half of a class or more, both groups lie equally far from the mean and the score cannot tell them apart,
 and at 10 % of all samples the budget is half of every class: the method was made for rarer poison.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
-from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, victim_features
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.knowledge import POISON_RATE, told_poison_rate
-from defense.result import Result
-from utils.data import Dataset, LabeledImages
+from defense.harness.baseline import (
+    BaselineConfig,
+    Findings,
+    Recipe,
+    drop_and_retrain,
+    victim_features,
+)
+from defense.harness.knowledge import POISON_RATE, poison_rate
+from defense.harness.result import Result
+from utils.classifier.training import Observer
+from utils.images.data import Dataset, LabeledImages
 from utils.late import torch
-from utils.record import Record
-from utils.training import Observer
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 KNOWLEDGE = (POISON_RATE,)
-MARGIN = 1.5    # of the poison, as published
+MARGIN = 1.5  # of the poison, as published
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ def spectral_scores(features: np.ndarray) -> np.ndarray:
     return (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
 
 
-def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: Optional[float], class_share: float) -> Findings:
+def inspect(
+    features: np.ndarray, labels: np.ndarray, poison_rate: float | None, class_share: float
+) -> Findings:
     """Score every sample within its class and flag the highest scores of each class.
 
     Args:
@@ -67,25 +74,41 @@ def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: Optional[floa
         class_share: in (0, 1).
     """
     score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
-    told = round((poison_rate or 0) * len(labels))    # the whole number again: in floating point the product can fall short of it
+    told = round(
+        (poison_rate or 0) * len(labels)
+    )  # the whole number again: in floating point the product can fall short of it
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         score[own] = spectral_scores(features[own])
-        budget = int(class_share * len(own)) if poison_rate is None else min(int(MARGIN * told), len(own) // 2)
+        budget = (
+            int(class_share * len(own))
+            if poison_rate is None
+            else min(int(MARGIN * told), len(own) // 2)
+        )
         flagged[own[np.argsort(-score[own], kind="stable")[:budget]]] = True
     return Findings(torch.from_numpy(flagged), torch.from_numpy(score))
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Remove what stands out along each class's top direction, and train on the rest."""
-    rate = told_poison_rate(record) if config.budget == "rate" else None
+    rate = poison_rate(record) if config.budget == "rate" else None
     with record.stage("inspect"):
-        found = inspect(victim_features(victim, data), data.labels.numpy(), rate, config.class_share)
-    return drop_and_retrain(found, data, victim, Recipe(config, dataset, victim.device, record, observer))
+        found = inspect(
+            victim_features(victim, data), data.labels.numpy(), rate, config.class_share
+        )
+    return drop_and_retrain(
+        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
+    )
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("spectral")

@@ -17,33 +17,43 @@ A limit of the published choice of the target, which is kept: how far something 
 their sizes, and small ones stand out by chance (see `Filtered`). Beside a large poisoned class a small clean one can be chosen
 instead, and loses samples, while the poison stays.
 """
+
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, numpy_seed, victim_features
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.knowledge import POISON_RATE, told_poison_rate
-from defense.result import Result
-from utils.data import Dataset, LabeledImages
+from defense.harness.baseline import (
+    BaselineConfig,
+    Findings,
+    Recipe,
+    drop_and_retrain,
+    numpy_seed,
+    victim_features,
+)
+from defense.harness.knowledge import POISON_RATE, poison_rate
+from defense.harness.result import Result
+from utils.classifier.training import Observer
+from utils.images.data import Dataset, LabeledImages
 from utils.late import torch
-from utils.record import Record
-from utils.training import Observer
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 KNOWLEDGE = (POISON_RATE,)
-ALPHA, MARGIN = 4.0, 1.5                                        # as published
-DIMENSIONS = np.unique(np.round(np.linspace(1, 8, 8) ** 2)).astype(int)    # 1, 4, 9, ..., 64
-SMALL, MOST, MOST_OF_SMALL = 500, 0.33, 0.1                     # of a class can be taken for poison; less where it is small
-LEAST = 20                                                      # samples of a class that is looked at
-FLOOR = 1e-6                                                    # variance that every direction has at least, of the class's largest
+ALPHA, MARGIN = 4.0, 1.5  # as published
+DIMENSIONS = np.unique(np.round(np.linspace(1, 8, 8) ** 2)).astype(int)  # 1, 4, 9, ..., 64
+SMALL, MOST, MOST_OF_SMALL = (
+    500,
+    0.33,
+    0.1,
+)  # of a class can be taken for poison; less where it is small
+LEAST = 20  # samples of a class that is looked at
+FLOOR = 1e-6  # variance that every direction has at least, of the class's largest
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,11 @@ def quantum_scores(whitened: np.ndarray) -> np.ndarray:
 
     covariance = whitened.T @ whitened / len(whitened)
     norm = np.linalg.norm(covariance, 2)
-    excess = (covariance - np.eye(len(covariance))) / max(norm - 1, 1e-9) if norm > 1 else np.zeros_like(covariance)
+    excess = (
+        (covariance - np.eye(len(covariance))) / max(norm - 1, 1e-9)
+        if norm > 1
+        else np.zeros_like(covariance)
+    )
     weights = expm(ALPHA * excess)
     return ((whitened @ weights) * whitened).sum(1) / np.trace(weights)
 
@@ -95,8 +109,12 @@ def robust_gaussian(rows: np.ndarray, expected: int, seed: int) -> tuple[np.ndar
     noisy = np.pad(rows, ((0, 0), (0, int(k == 1))))
     noisy = noisy + np.random.default_rng(seed).normal(0, FLOOR**0.5, noisy.shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)     # of determinants that grew by a rounding error; the smaller one is kept
-        found = MinCovDet(support_fraction=(n - expected + 0.5) / n, random_state=seed).fit(noisy)   # n - expected rows: the half is rounded off
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # of determinants that grew by a rounding error; the smaller one is kept
+        found = MinCovDet(support_fraction=(n - expected + 0.5) / n, random_state=seed).fit(
+            noisy
+        )  # n - expected rows: the half is rounded off
     return found.location_[:k], found.covariance_[:k, :k]
 
 
@@ -108,13 +126,15 @@ def filter_class(features: np.ndarray, expected: int, seed: int) -> Filtered:
     all_dimensions = PCA(int(most), random_state=seed).fit_transform(features)
     all_dimensions /= all_dimensions[:, 0].std()
     best = Filtered(np.zeros(n), np.zeros(n, dtype=bool), -np.inf)
-    for k in DIMENSIONS[DIMENSIONS <= most]:
+    for k in DIMENSIONS[most >= DIMENSIONS]:
         rows = all_dimensions[:, :k]
         score = quantum_scores(whiten(rows, *robust_gaussian(rows, expected, seed)))
         removed = np.zeros(n, dtype=bool)
         removed[np.argsort(-score, kind="stable")[: int(MARGIN * expected)]] = True
         left = all_dimensions[~removed]
-        stands_out = quantum_scores(whiten(all_dimensions, left.mean(0), np.atleast_2d(np.cov(left.T)))).mean()
+        stands_out = quantum_scores(
+            whiten(all_dimensions, left.mean(0), np.atleast_2d(np.cov(left.T)))
+        ).mean()
         if stands_out > best.stands_out:
             best = Filtered(score, removed, float(stands_out))
     return best
@@ -132,26 +152,41 @@ def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: float, seed: 
     score, flagged, filtered = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool), {}
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
-        expected = min(round(poison_rate * len(labels)), int((MOST if len(own) >= SMALL else MOST_OF_SMALL) * len(own)))
+        expected = min(
+            round(poison_rate * len(labels)),
+            int((MOST if len(own) >= SMALL else MOST_OF_SMALL) * len(own)),
+        )
         if expected and len(own) >= LEAST and np.ptp(features[own], axis=0).any():
             filtered[int(label)] = found = filter_class(features[own], expected, seed)
             score[own] = found.score
     target = max(filtered, key=lambda label: filtered[label].stands_out, default=None)
     if target is not None:
         flagged[np.flatnonzero(labels == target)[filtered[target].removed]] = True
-    return Findings(torch.from_numpy(flagged), torch.from_numpy(score), () if target is None else (target,))
+    return Findings(
+        torch.from_numpy(flagged), torch.from_numpy(score), () if target is None else (target,)
+    )
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Remove what stands out in the most suspicious class, and train on the rest."""
     with record.stage("inspect"):
         seed = numpy_seed(config.random_seed, "spectre")
-        found = inspect(victim_features(victim, data), data.labels.numpy(), told_poison_rate(record), seed)
-    return drop_and_retrain(found, data, victim, Recipe(config, dataset, victim.device, record, observer))
+        found = inspect(
+            victim_features(victim, data), data.labels.numpy(), poison_rate(record), seed
+        )
+    return drop_and_retrain(
+        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
+    )
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("spectre")

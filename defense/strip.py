@@ -8,31 +8,30 @@ a given share of clean images falls below: that share of the clean samples is lo
 By default overlays are added and a tenth of the clean samples may be lost, as in the benchmarks that use STRIP on training sets;
 the paper mixes half and half and loses 1 % (overlay_mode: mix, false_alarms: 0.01).
 """
+
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from defense.baseline import CleanImagesConfig, Findings, Recipe, drop_and_retrain
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.knowledge import CLEAN_IMAGES, clean_images
-from defense.result import Result
+from defense.harness.baseline import CleanImagesConfig, Findings, Recipe, drop_and_retrain
+from defense.harness.knowledge import CLEAN_IMAGES, clean_images
+from defense.harness.result import Result
+from utils.classifier.training import EVAL_BATCH, Observer
 from utils.config import UserError
-from utils.data import Dataset, LabeledImages, to_unit
 from utils.devices import autocast
+from utils.images.data import Dataset, LabeledImages, to_unit
 from utils.late import Tensor, inference_mode, torch
 from utils.randomness import keyed_generator
-from utils.record import Record
-from utils.training import EVAL_BATCH, Observer
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (CLEAN_IMAGES,)
@@ -54,7 +53,9 @@ class Config(CleanImagesConfig):
 
 
 @inference_mode
-def mean_entropies(victim: Classifier, images: Tensor, overlays: Tensor, mean: Tensor, config: Config) -> Tensor:
+def mean_entropies(
+    victim: Classifier, images: Tensor, overlays: Tensor, mean: Tensor, config: Config
+) -> Tensor:
     """Mean entropy in nats, float64 (N,), of the victim's predictions on each image under each overlay.
 
     Args:
@@ -64,9 +65,15 @@ def mean_entropies(victim: Classifier, images: Tensor, overlays: Tensor, mean: T
     """
     over = to_unit(overlays.to(victim.device))
     means = []
-    for part in tqdm(images.split(max(1, EVAL_BATCH // len(overlays))), "strip", leave=False, disable=None):
+    for part in tqdm(
+        images.split(max(1, EVAL_BATCH // len(overlays))), "strip", leave=False, disable=None
+    ):
         x = to_unit(part.to(victim.device))[:, None]
-        both = (x + over) / 2 if config.overlay_mode == "mix" else x + over - mean.to(over).view(3, 1, 1)
+        both = (
+            (x + over) / 2
+            if config.overlay_mode == "mix"
+            else x + over - mean.to(over).view(3, 1, 1)
+        )
         with autocast(victim.device, config.amp):
             logits = victim(both.flatten(0, 1)).float()
         entropy = torch.special.entr(logits.double().softmax(1)).sum(1)
@@ -79,7 +86,9 @@ def overlay_count(clean: int, config: Config) -> int:
     return min(config.overlays, clean // 2)
 
 
-def inspect(images: Tensor, clean: Tensor, victim: Classifier, mean: Tensor, config: Config) -> Findings:
+def inspect(
+    images: Tensor, clean: Tensor, victim: Classifier, mean: Tensor, config: Config
+) -> Findings:
     """Flag the images uint8 (N, 3, H, W) whose predictions vary less than most clean images' (M, 3, H, W) do.
 
     Raises:
@@ -87,25 +96,40 @@ def inspect(images: Tensor, clean: Tensor, victim: Classifier, mean: Tensor, con
     """
     if len(clean) < 2:
         raise UserError(f"clean_share: {len(clean)} clean image is given; STRIP needs two or more")
-    clean = clean[torch.randperm(len(clean), generator=keyed_generator(config.random_seed, "strip"))]
+    clean = clean[
+        torch.randperm(len(clean), generator=keyed_generator(config.random_seed, "strip"))
+    ]
     count = overlay_count(len(clean), config)
     calibration = mean_entropies(victim, clean[count:], clean[:count], mean, config)
     threshold = calibration.quantile(config.false_alarms)
     entropy = mean_entropies(victim, images, clean[:count], mean, config)
-    log.info("%d overlays, entropy threshold %.4f nats from %d clean images", count, threshold, len(calibration))
+    log.info(
+        "%d overlays, entropy threshold %.4f nats from %d clean images",
+        count,
+        threshold,
+        len(calibration),
+    )
     return Findings(entropy < threshold, -entropy)
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Remove images whose prediction survives overlays, and train on the rest."""
     with record.stage("inspect"):
         clean = clean_images(dataset, config.clean_share, config.random_seed)
         found = inspect(data.images, clean.images, victim, torch.tensor(dataset.info.mean), config)
-    return drop_and_retrain(found, data, victim, Recipe(config, dataset, victim.device, record, observer))
+    return drop_and_retrain(
+        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
+    )
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("strip")

@@ -2,24 +2,23 @@
 
 What this reaches, DataElixir owes to the epochs that it spends and not to what it changed in the set.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from defense.baseline import BaselineConfig, Recipe
-from defense.baseline import nothing_to_check as check
-from defense.baseline import nothing_to_clean_up as clean_up
-from defense.dataelixir import DataElixirConfig
-from defense.result import Result
-from utils.data import Dataset, LabeledImages
-from utils.record import Record
-from utils.training import Observer
+from defense.elixir.config import DataElixirConfig
+from defense.harness.baseline import BaselineConfig, Recipe
+from defense.harness.result import Result
+from utils.classifier.training import Observer
+from utils.images.data import Dataset, LabeledImages
+from utils.storage.record import Record
 
 if TYPE_CHECKING:
-    from utils.networks import Classifier
+    from utils.classifier.networks import Classifier
 
 KNOWLEDGE = ()
 
@@ -34,19 +33,27 @@ class Config(BaselineConfig):
     """
 
     ft_lr: PositiveFloat = DataElixirConfig.ft_lr
-    ft_epochs: Optional[PositiveInt] = None
+    ft_epochs: PositiveInt | None = None
 
 
-def defend(data: LabeledImages, victim: Classifier, config: Config, dataset: Dataset, record: Record,
-           observer: Optional[Observer] = None) -> Result:
+def defend(
+    data: LabeledImages,
+    victim: Classifier,
+    config: Config,
+    dataset: Dataset,
+    record: Record,
+    observer: Observer | None = None,
+) -> Result:
     """Train twice on the set as it is."""
     recipe = Recipe(config, dataset, victim.device, record, observer)
     stage1 = recipe.train("benign_stage1", data)
-    model = recipe.train("benign", data, stage1, lr=config.ft_lr, epochs=config.ft_epochs or config.epochs)
+    model = recipe.train(
+        "benign", data, stage1, lr=config.ft_lr, epochs=config.ft_epochs or config.epochs
+    )
     return Result(model, data, stage1=stage1)
 
 
 if __name__ == "__main__":
-    from defense.run import main
+    from defense.harness.run import main
 
     main("train_longer")

@@ -1,4 +1,5 @@
 """Denoisers that are known by name: where their weights are, what they are for, and how they were made."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -13,8 +13,17 @@ from torch.nn import functional as F
 
 from diffusion import ho_layout
 from diffusion.card import CARD_FOLDER, CARDS, Card
-from diffusion.weights import FOLDER_WEIGHTS, READ_ERRORS, DenoiserError, checked_hash, first_line, locate, read_json
-from diffusion.weights import read_tensors, sha256_file
+from diffusion.weights import (
+    FOLDER_WEIGHTS,
+    READ_ERRORS,
+    DenoiserError,
+    checked_hash,
+    first_line,
+    locate,
+    read_json,
+    read_tensors,
+    sha256_file,
+)
 
 __all__ = ["CARDS", "Card", "Denoiser", "DenoiserError", "load_denoiser", "sha256_file"]
 
@@ -37,9 +46,20 @@ class Denoiser(nn.Module):
         DenoiserError: The U-Net does not map RGB images to noise of the same shape.
     """
 
-    def __init__(self, unet: nn.Module, patch: int = 1, t_max: int = 1000, name: str = "", sha256: str = "", metadata: dict | None = None):
+    def __init__(
+        self,
+        unet: nn.Module,
+        patch: int = 1,
+        t_max: int = 1000,
+        name: str = "",
+        sha256: str = "",
+        metadata: dict | None = None,
+    ):
         super().__init__()
-        size, channels = unet.config.sample_size, (unet.config.in_channels, unet.config.out_channels)
+        size, channels = (
+            unet.config.sample_size,
+            (unet.config.in_channels, unet.config.out_channels),
+        )
         if not isinstance(size, int) or channels != (3 * patch**2, 3 * patch**2):
             raise DenoiserError(
                 f"denoiser '{name}': {channels[0]} channels in, {channels[1]} out and image size {size} do not fit "
@@ -64,7 +84,9 @@ class Denoiser(nn.Module):
         """10^9 floating-point operations per image and pass (a multiply-add counts as two), counted on `batch` images."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        x = torch.zeros(batch, 3, self.resolution, self.resolution, device=next(self.parameters()).device)
+        x = torch.zeros(
+            batch, 3, self.resolution, self.resolution, device=next(self.parameters()).device
+        )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self(x, torch.zeros(batch, dtype=torch.long, device=x.device))
         return counter.get_total_flops() / batch / 1e9
@@ -77,7 +99,12 @@ class Denoiser(nn.Module):
         (Path(folder) / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
-def load_denoiser(name: str, resolution: int | None = None, dataset: str | None = None, device: str | torch.device = "cpu") -> Denoiser:
+def load_denoiser(
+    name: str,
+    resolution: int | None = None,
+    dataset: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Denoiser:
     """A denoiser ready to predict: float32, eval mode, without gradients.
 
     Args:
@@ -94,11 +121,17 @@ def load_denoiser(name: str, resolution: int | None = None, dataset: str | None 
     card = _card_for(dataset) if name == "auto" else CARDS.get(name)
     if card:
         _check_resolution(card.name, card.resolution, resolution)
-        source = locate(card.source, [CARD_FOLDER / card.source, Path(card.source).absolute()], CARDS)
+        source = locate(
+            card.source, [CARD_FOLDER / card.source, Path(card.source).absolute()], CARDS
+        )
         denoiser = _from_folder(source, card.name, card.sha256)
     else:
         source = locate(name, [Path(os.path.expanduser(name)).absolute()], CARDS)
-        denoiser = _from_folder(source, name) if source.is_dir() else _from_checkpoint(source, name, resolution or 32)
+        denoiser = (
+            _from_folder(source, name)
+            if source.is_dir()
+            else _from_checkpoint(source, name, resolution or 32)
+        )
     _check_resolution(denoiser.name, denoiser.resolution, resolution)
     log.info("denoiser %s: %s, sha256 %s", denoiser.name, source, denoiser.sha256)
     return denoiser.float().to(device).eval().requires_grad_(False)
@@ -130,13 +163,19 @@ def _from_folder(folder: Path, name: str, sha256: str | None = None) -> Denoiser
     base = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
     weights = next((base / file for file in FOLDER_WEIGHTS if (base / file).exists()), None)
     if weights is None or not (base / "config.json").exists():
-        raise DenoiserError(f"{folder}: no denoiser in this folder; expected config.json and {FOLDER_WEIGHTS[0]}")
+        raise DenoiserError(
+            f"{folder}: no denoiser in this folder; expected config.json and {FOLDER_WEIGHTS[0]}"
+        )
     if (kind := read_json(base / "config.json").get("_class_name")) != "UNet2DModel":
-        raise DenoiserError(f"{base / 'config.json'}: describes a {kind}; only an unconditional UNet2DModel can be used")
+        raise DenoiserError(
+            f"{base / 'config.json'}: describes a {kind}; only an unconditional UNet2DModel can be used"
+        )
     notes = read_json(base / NOTES) if (base / NOTES).exists() else {}
     patch, t_max = notes.pop("patch", 1), notes.pop("t_max", 1000)
     if patch not in (1, 2) or not isinstance(t_max, int) or t_max < 1:
-        raise DenoiserError(f"{base / NOTES}: patch {patch!r} or t_max {t_max!r} is out of range; save the denoiser again")
+        raise DenoiserError(
+            f"{base / NOTES}: patch {patch!r} or t_max {t_max!r} is out of range; save the denoiser again"
+        )
     found = checked_hash(weights, sha256)
     return Denoiser(_unet_of(weights), patch, t_max, name, found, notes)
 
@@ -145,14 +184,22 @@ def _unet_of(weights: Path) -> nn.Module:
     """The UNet2DModel of the config.json and the weights that lie side by side; each tensor must have its place."""
     from diffusers import UNet2DModel
 
-    options = {"use_safetensors": weights.suffix == ".safetensors", "low_cpu_mem_usage": False, "output_loading_info": True}
+    options = {
+        "use_safetensors": weights.suffix == ".safetensors",
+        "low_cpu_mem_usage": False,
+        "output_loading_info": True,
+    }
     try:
         unet, info = UNet2DModel.from_pretrained(str(weights.parent), **options)
     except READ_ERRORS as error:
-        raise DenoiserError(f"{weights}: cannot be loaded ({first_line(error)}); save or download it again") from None
+        raise DenoiserError(
+            f"{weights}: cannot be loaded ({first_line(error)}); save or download it again"
+        ) from None
     strange = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if strange:
-        raise DenoiserError(f"{weights}: does not fit config.json; the first tensor missing or left over is '{strange[0]}'")
+        raise DenoiserError(
+            f"{weights}: does not fit config.json; the first tensor missing or left over is '{strange[0]}'"
+        )
     return unet
 
 
@@ -162,12 +209,16 @@ def _from_checkpoint(path: Path, name: str, resolution: int) -> Denoiser:
 
     content = read_tensors(path)
     if any(key.startswith("down_blocks.") for key in content):
-        raise DenoiserError(f"{path}: holds the weights of a diffusers model; give its folder, {path.parent}")
+        raise DenoiserError(
+            f"{path}: holds the weights of a diffusers model; give its folder, {path.parent}"
+        )
     try:
         tensors = ho_layout.network_tensors(content)
         unet = UNet2DModel(**ho_layout.unet_config(tensors, resolution))
         unet.load_state_dict(ho_layout.to_diffusers(tensors, unet.state_dict()))
     except READ_ERRORS as error:
         reason = f"no tensor {error}" if isinstance(error, KeyError) else first_line(error)
-        raise DenoiserError(f"{path}: not a DDPM checkpoint in Ho et al.'s layout: {reason}") from None
+        raise DenoiserError(
+            f"{path}: not a DDPM checkpoint in Ho et al.'s layout: {reason}"
+        ) from None
     return Denoiser(unet, name=name, sha256=checked_hash(path, None))

@@ -4,8 +4,8 @@
 Level i of the U-Net is `down.i` and `up.i` there, while diffusers counts `up_blocks` from the lowest resolution
 upwards; the 1x1 convolutions of an attention block are linear layers there. Nothing else differs.
 """
-from __future__ import annotations
 
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 UNIT = {"nin_shortcut": "conv_shortcut", "temb_proj": "time_emb_proj"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-OUTSIDE = {"temb.dense.0": "time_embedding.linear_1", "temb.dense.1": "time_embedding.linear_2", "norm_out": "conv_norm_out"}
+OUTSIDE = {
+    "temb.dense.0": "time_embedding.linear_1",
+    "temb.dense.1": "time_embedding.linear_2",
+    "norm_out": "conv_norm_out",
+}
 FIXED = {
     "downsample_padding": 0,
     "flip_sin_to_cos": False,
@@ -39,7 +43,11 @@ def network_tensors(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not anchors:
         raise KeyError("conv_in.weight")
     prefix = min(anchors, key=len).removesuffix("conv_in.weight")
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in content.items()
+        if name.startswith(prefix)
+    }
 
 
 def unet_config(tensors: Mapping[str, Tensor], resolution: int) -> dict:
@@ -61,7 +69,9 @@ def unet_config(tensors: Mapping[str, Tensor], resolution: int) -> dict:
         "sample_size": resolution,
         "in_channels": tensors["conv_in.weight"].shape[1],
         "out_channels": tensors["conv_out.weight"].shape[0],
-        "block_out_channels": [tensors[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
+        "block_out_channels": [
+            tensors[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)
+        ],
         "layers_per_block": _count(tensors, r"down\.0\.block\.(\d+)\."),
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
@@ -95,7 +105,9 @@ def _level(side: str, level: str, levels: int) -> int:
     return int(level) if side == "down" else levels - 1 - int(level)
 
 
-def to_diffusers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_diffusers(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Ho's tensors under the names, shapes and float type of `expected`, the state of the UNet2DModel to fill.
 
     Raises:
@@ -107,9 +119,13 @@ def to_diffusers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
         if target not in expected or target in state:
             raise ValueError(f"tensor '{name}' has no place in the network")
         wanted = expected[target].shape
-        shape = tensor.shape[:2] if len(wanted) == 2 and tensor.shape[2:] == (1, 1) else tensor.shape
+        shape = (
+            tensor.shape[:2] if len(wanted) == 2 and tensor.shape[2:] == (1, 1) else tensor.shape
+        )
         if shape != wanted:
-            raise ValueError(f"tensor '{name}' has shape {tuple(tensor.shape)} where {tuple(wanted)} belongs")
+            raise ValueError(
+                f"tensor '{name}' has shape {tuple(tensor.shape)} where {tuple(wanted)} belongs"
+            )
         state[target] = tensor.reshape(wanted).to(expected[target].dtype)
     missing = [name for name in expected if name not in state]
     if missing:

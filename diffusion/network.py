@@ -1,13 +1,19 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239; Luhman & Luhman, patches as channels, 2022: https://arxiv.org/abs/2207.04316
 """A denoiser that is to be trained: its keys, and the U-Net that they describe."""
-from __future__ import annotations
 
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt, restricted_number_type, restricted_string_type
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+    restricted_string_type,
+)
 
 from diffusion.ho_layout import FIXED
 from diffusion.weights import DenoiserError
@@ -15,7 +21,7 @@ from diffusion.weights import DenoiserError
 if TYPE_CHECKING:
     from torch import nn
 
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])    # what a tensor can hold
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what a tensor can hold
 Channels = restricted_string_type("Channels", r"\d+(,\d+)*")
 
 
@@ -48,8 +54,8 @@ class DenoiserConfig:
     """
 
     out: str
-    result_file: Optional[str] = None
-    data: Optional[str] = None
+    result_file: str | None = None
+    data: str | None = None
     ddpm_T: PositiveInt = 150
     channels: Channels = "64,128"
     layers_per_block: PositiveInt = 2
@@ -59,7 +65,7 @@ class DenoiserConfig:
     batch_size: PositiveInt = 128
     lr: PositiveFloat = 4e-4
     steps: PositiveInt = 20000
-    minutes: Optional[PositiveFloat] = None
+    minutes: PositiveFloat | None = None
     ema_decay: ClosedUnitInterval = 0.9995
     half: bool = False
     amp: bool = True
@@ -78,7 +84,10 @@ def build_unet(config: DenoiserConfig, resolution: int) -> nn.Module:
     """
     from diffusers import UNet2DModel
 
-    widths, levels = [int(width) for width in config.channels.split(",")], config.channels.count(",") + 1
+    widths, levels = (
+        [int(width) for width in config.channels.split(",")],
+        config.channels.count(",") + 1,
+    )
     groups, unit = math.gcd(32, *widths), config.patch * 2 ** (levels - 1)
     if groups < 4 or resolution % unit:
         raise DenoiserError(

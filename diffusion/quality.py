@@ -32,12 +32,17 @@ def denoising_error(denoiser: Denoiser, images: Tensor, seed: int = 0) -> list[d
     for t in (t for t in LEVELS if t < denoiser.t_max):
         ab = Schedule().alpha_bar(t)
         trivial = (ab * variance / (ab * variance + 1 - ab)).mean().item()
-        total = sum(((denoiser(x, t) - noise) ** 2).mean(dim=(1, 2, 3)).sum() for x, noise in _noised(denoiser, images, t, seed))
+        total = sum(
+            ((denoiser(x, t) - noise) ** 2).mean(dim=(1, 2, 3)).sum()
+            for x, noise in _noised(denoiser, images, t, seed)
+        )
         rows.append({"t": t, "mse": total.item() / len(images), "trivial": trivial})
     return rows
 
 
-def _noised(denoiser: Denoiser, images: Tensor, t: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _noised(
+    denoiser: Denoiser, images: Tensor, t: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (x_t, noise) on the denoiser's device, without gradients; the noise is drawn on the CPU."""
     device, draw = next(denoiser.parameters()).device, _noise_source(seed)
     with torch.no_grad():
@@ -74,7 +79,10 @@ def sample_sheet(denoiser: Denoiser, images: Tensor, path: str | Path, seed: int
         with torch.no_grad():
             step = sampler.plan([t])[0]
             guess = step.x_scale * x - step.e_scale * denoiser(x, t)
-        rows, names = [*rows, x, guess], [*names, f"noised to t = {t}", f"its clean guess at t = {t}"]
+        rows, names = (
+            [*rows, x, guess],
+            [*names, f"noised to t = {t}", f"its clean guess at t = {t}"],
+        )
     for state in sampler.reverse(x, subset_steps(top + 1), _noise_source(seed + 1)):
         final = state
     sheet = torch.cat([row.cpu() for row in [*rows, final]])

@@ -1,6 +1,7 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239; Song et al., DDIM, 2021: https://arxiv.org/abs/2010.02502
 """Forward and reverse diffusion over any list of noise levels; images are float (B,C,H,W) in [-1,1]."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,9 @@ def subset_steps(T: int, count: int | None = None, last_m: int = 1) -> list[int]
     if count == T:
         return list(range(T - 1, -1, -1))
     if count < last_m + 1:
-        raise ValueError(f"{count} steps are too few to keep the last {last_m} and start at {T - 1}: choose at least {last_m + 1}")
+        raise ValueError(
+            f"{count} steps are too few to keep the last {last_m} and start at {T - 1}: choose at least {last_m + 1}"
+        )
     above, span = count - last_m, T - last_m
     return [T - 1 - j * span // above for j in range(above)] + list(range(last_m - 1, -1, -1))
 
@@ -118,20 +121,26 @@ class Sampler:
 
     def __post_init__(self):
         if self.variance not in VARIANCES:
-            raise ValueError(f"unknown variance '{self.variance}': choose one of {', '.join(VARIANCES)}")
+            raise ValueError(
+                f"unknown variance '{self.variance}': choose one of {', '.join(VARIANCES)}"
+            )
         if self.method not in METHODS:
             raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
 
     def q_sample(self, x0: Tensor, t: int, noise: Tensor) -> Tensor:
         """Diffuse x0 (B,C,H,W) in [-1,1] to level t with noise N(0,I) like x0: sqrt(ab_t) x0 + sqrt(1 - ab_t) noise."""
         if not 0 <= t < self.schedule.steps:
-            raise ValueError(f"noise level {t} is not on the schedule: choose between 0 and {self.schedule.steps - 1}")
+            raise ValueError(
+                f"noise level {t} is not on the schedule: choose between 0 and {self.schedule.steps - 1}"
+            )
         assert x0.shape == noise.shape, (x0.shape, noise.shape)
         ab = self.schedule.alpha_bar(t)
         return sqrt(ab) * x0 + sqrt(1 - ab) * noise
 
     @torch.no_grad()
-    def reverse(self, x: Tensor, steps: list[int], noise: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    def reverse(
+        self, x: Tensor, steps: list[int], noise: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
         """Denoise x step by step; the caller decides which states to keep.
 
         Args:
@@ -145,7 +154,9 @@ class Sampler:
         for step in self.plan(steps):
             e = self.denoiser(x, torch.full((len(x),), step.t, dtype=torch.long, device=x.device))
             assert e.shape == x.shape, (e.shape, x.shape)
-            p = (step.x_scale * x).sub_(step.e_scale * e)    # in place from here on, but never in what came from others
+            p = (step.x_scale * x).sub_(
+                step.e_scale * e
+            )  # in place from here on, but never in what came from others
             p = p.clamp_(-1, 1) if self.clip else p
             x = p.mul_(step.c1).add_(step.c2 * x)
             if step.sigma > 0:
@@ -155,14 +166,23 @@ class Sampler:
     def plan(self, steps: list[int]) -> list[Step]:
         """The coefficients of a run over the falling levels `steps`, in float64; they become float32 where they meet x."""
         last = self.schedule.steps - 1
-        if not steps or steps[0] > last or steps[-1] < 0 or any(t <= s for t, s in zip(steps, steps[1:])):
+        if (
+            not steps
+            or steps[0] > last
+            or steps[-1] < 0
+            or any(t <= s for t, s in itertools.pairwise(steps))
+        ):
             raise ValueError(f"steps must fall within {last}..0, got {steps}")
         return [self._step(t, s) for t, s in zip(steps, [*steps[1:], -1])]
 
     def _step(self, t: int, s: int) -> Step:
         """Coefficients of the step from level t to level s < t, -1 being the clean image."""
         ab_t, ab_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)
-        inner = self._ddim(ab_t, ab_s) if self.method == "ddim" else self._ancestral(ab_t, ab_s, skips=s < t - 1)
+        inner = (
+            self._ddim(ab_t, ab_s)
+            if self.method == "ddim"
+            else self._ancestral(ab_t, ab_s, skips=s < t - 1)
+        )
         return Step(t, sqrt(1 / ab_t), sqrt(1 / ab_t - 1), *inner)
 
     def _ancestral(self, ab_t: float, ab_s: float, skips: bool) -> tuple[float, float, float]:
@@ -171,7 +191,11 @@ class Sampler:
         beta, shrink = 1 - alpha, (1 - ab_s) / (1 - ab_t)
         posterior = self.variance == "posterior" or (self.variance == "auto" and skips)
         variance = beta * shrink if posterior else beta
-        return beta * sqrt(ab_s) / (1 - ab_t), shrink * sqrt(alpha), _sigma(variance) if ab_s < 1 else 0.0
+        return (
+            beta * sqrt(ab_s) / (1 - ab_t),
+            shrink * sqrt(alpha),
+            _sigma(variance) if ab_s < 1 else 0.0,
+        )
 
     @staticmethod
     def _ddim(ab_t: float, ab_s: float) -> tuple[float, float, float]:

@@ -39,7 +39,10 @@ def learning_rate(progress: float) -> float:
 @contextlib.contextmanager
 def interrupt_between_steps() -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets, instead of stopping in the middle of a step; a second one stops at once."""
-    asked, before = threading.Event(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked, before = (
+        threading.Event(),
+        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
+    )
     restore = lambda: [signal.signal(number, handler) for number, handler in before.items()]
     for number in before:
         signal.signal(number, lambda *_: asked.set() or restore())
@@ -66,18 +69,43 @@ class Training:
         processes: How many train together.
     """
 
-    def __init__(self, config: DenoiserConfig, images: Tensor, flip: bool, identity: dict[str, Any], device: torch.device, amp: bool,
-                 rank: int = 0, processes: int = 1):
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        images: Tensor,
+        flip: bool,
+        identity: dict[str, Any],
+        device: torch.device,
+        amp: bool,
+        rank: int = 0,
+        processes: int = 1,
+    ):
         from diffusers.training_utils import EMAModel
 
-        self.config, self.flip, self.identity, self.device, self.amp = config, flip, identity, device, amp
+        self.config, self.flip, self.identity, self.device, self.amp = (
+            config,
+            flip,
+            identity,
+            device,
+            amp,
+        )
         self.rank, self.processes = rank, processes
         self.checkpoint, self.images = Path(config.out) / "checkpoint.pt", images.to(device)
         self.ab = Schedule().alphas_cumprod.float().to(device)
         torch.manual_seed(config.random_seed)
-        self.denoiser = Denoiser(build_unet(config, images.shape[-1]), config.patch, config.ddpm_T).to(device).train()
+        self.denoiser = (
+            Denoiser(build_unet(config, images.shape[-1]), config.patch, config.ddpm_T)
+            .to(device)
+            .train()
+        )
         self.network = self.denoiser.to(memory_format=torch.channels_last)
-        self.ema = EMAModel(self.denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.ema = EMAModel(
+            self.denoiser.parameters(),
+            decay=config.ema_decay,
+            use_ema_warmup=True,
+            power=0.75,
+            foreach=True,
+        )
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), config.lr)
         self.steps, self.seconds, self.loss = 0, 0.0, torch.ones((), device=device)
 
@@ -97,7 +125,14 @@ class Training:
             KeyboardInterrupt: Ctrl-C was pressed; the checkpoint is written.
             DenoiserError: The loss is no number any more.
         """
-        bar = tqdm(total=self.config.steps, initial=self.steps, desc="denoiser", unit="step", leave=False, disable=None)
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.steps,
+            desc="denoiser",
+            unit="step",
+            leave=False,
+            disable=None,
+        )
         before, started = self.seconds, time.monotonic()
         with interrupt_between_steps() as asked, bar:
             while self.progress < 1 and not asked.is_set():
@@ -115,9 +150,13 @@ class Training:
 
     def step(self, progress: float) -> None:
         """One optimizer step; dropout can only draw from the global stream, so that is what the step's number keys."""
-        torch.manual_seed(zlib.crc32(f"{self.config.random_seed} {self.steps}".encode()))    # a CPU's stream takes no more than 32 bits of a seed
-        x, t, noise = (part[self.rank::self.processes] for part in self.batch())
-        share = len(x) * self.processes / self.config.batch_size    # gradients are averaged over processes, the loss is to be over images
+        torch.manual_seed(
+            zlib.crc32(f"{self.config.random_seed} {self.steps}".encode())
+        )  # a CPU's stream takes no more than 32 bits of a seed
+        x, t, noise = (part[self.rank :: self.processes] for part in self.batch())
+        share = (
+            len(x) * self.processes / self.config.batch_size
+        )  # gradients are averaged over processes, the loss is to be over images
         with torch.autocast(self.device.type, torch.bfloat16, self.amp):
             loss = F.mse_loss(self.network(x, t).float(), noise) * share
         self.optimizer.param_groups[0]["lr"] = self.config.lr * learning_rate(progress)
@@ -134,15 +173,23 @@ class Training:
         size, device = (self.config.batch_size,), self.device
         x = self.images[torch.randint(len(self.images), size, device=device)].float() / 127.5 - 1
         if self.flip:
-            x = torch.where(torch.rand(size, device=device)[:, None, None, None] < 0.5, x.flip(-1), x)
+            x = torch.where(
+                torch.rand(size, device=device)[:, None, None, None] < 0.5, x.flip(-1), x
+            )
         t, noise = torch.randint(self.config.ddpm_T, size, device=device), torch.randn_like(x)
         ab = self.ab[t][:, None, None, None]
-        return (ab.sqrt() * x + (1 - ab).sqrt() * noise).contiguous(memory_format=torch.channels_last), t, noise
+        return (
+            (ab.sqrt() * x + (1 - ab).sqrt() * noise).contiguous(memory_format=torch.channels_last),
+            t,
+            noise,
+        )
 
     def finite_loss(self) -> float:
         """The loss, averaged over about the last hundred steps; raises DenoiserError if it is no number."""
         if not math.isfinite(loss := self.loss.item()):
-            raise DenoiserError(f"lr: the loss became {loss} by step {self.steps} at learning rate {self.config.lr:g}; try a smaller one")
+            raise DenoiserError(
+                f"lr: the loss became {loss} by step {self.steps} at learning rate {self.config.lr:g}; try a smaller one"
+            )
         return loss
 
     def save(self) -> None:
@@ -164,7 +211,11 @@ class Training:
         for part in STATEFUL:
             getattr(self, part).load_state_dict(state[part])
         self.ema.to(self.device)
-        self.steps, self.seconds, self.loss = state["steps"], state["seconds"], state["loss"].to(self.device)
+        self.steps, self.seconds, self.loss = (
+            state["steps"],
+            state["seconds"],
+            state["loss"].to(self.device),
+        )
 
     def resume(self) -> None:
         """Take over the checkpoint, if there is one; raises DenoiserError if it is damaged or of another config."""
@@ -177,13 +228,21 @@ class Training:
         except DenoiserError:
             raise
         except READ_ERRORS as error:
-            raise DenoiserError(f"{self.checkpoint}: damaged ({first_line(error)}); delete it to start again") from None
+            raise DenoiserError(
+                f"{self.checkpoint}: damaged ({first_line(error)}); delete it to start again"
+            ) from None
 
     def _refuse_other(self, there: dict[str, Any]) -> None:
-        different = [f"{key}: {there.get(key)!r} there, {value!r} now" for key, value in self.identity.items() if there.get(key) != value]
+        different = [
+            f"{key}: {there.get(key)!r} there, {value!r} now"
+            for key, value in self.identity.items()
+            if there.get(key) != value
+        ]
         if different:
             shown = "; ".join(different[:4])
-            raise DenoiserError(f"out: {self.checkpoint} belongs to another config ({shown});\ngive another --out, or delete that file")
+            raise DenoiserError(
+                f"out: {self.checkpoint} belongs to another config ({shown});\ngive another --out, or delete that file"
+            )
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights, in eval mode; ends the training."""

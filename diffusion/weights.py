@@ -1,7 +1,7 @@
 # Weights lie in local files or on https://huggingface.co
 """Files of weights: where they are, whether they are the right ones, and what is in them. Nothing here runs code from a file."""
-from __future__ import annotations
 
+from __future__ import annotations
 
 import hashlib
 import json
@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 
 FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-READ_ERRORS = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, EOFError, SafetensorError, pickle.UnpicklingError)
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 
 
 class DenoiserError(ValueError):
@@ -37,7 +48,9 @@ def checked_hash(path: Path, expected: str | None) -> str:
     """The file's sha256, which must be `expected` unless that is None."""
     found = sha256_file(path)
     if expected and found != expected:
-        raise DenoiserError(f"{path}: sha256 is {found}, expected {expected};\nthe file is damaged or another one: restore it")
+        raise DenoiserError(
+            f"{path}: sha256 is {found}, expected {expected};\nthe file is damaged or another one: restore it"
+        )
     return found
 
 
@@ -56,9 +69,15 @@ def locate(name: str, places: list[Path], cards: Iterable[str] = ()) -> Path:
         if place.exists():
             return place
     tried = " or ".join(map(str, dict.fromkeys(places)))
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(CHECKPOINTS):
+    if (
+        name.count("/") == 1
+        and not name.startswith((".", "/", "~"))
+        and not name.endswith(CHECKPOINTS)
+    ):
         return _download(name, tried)
-    raise DenoiserError(f"denoiser '{name}': nothing at {tried}, and no such card; the cards are {', '.join(cards)}")
+    raise DenoiserError(
+        f"denoiser '{name}': nothing at {tried}, and no such card; the cards are {', '.join(cards)}"
+    )
 
 
 def _download(hub_id: str, tried: str) -> Path:
@@ -88,9 +107,13 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DenoiserError(f"{path}: not readable as JSON ({first_line(error)}); save the denoiser again") from None
+        raise DenoiserError(
+            f"{path}: not readable as JSON ({first_line(error)}); save the denoiser again"
+        ) from None
     if not isinstance(content, dict):
-        raise DenoiserError(f"{path}: expected a JSON object, found a {type(content).__name__}; save the denoiser again")
+        raise DenoiserError(
+            f"{path}: expected a JSON object, found a {type(content).__name__}; save the denoiser again"
+        )
     return content
 
 
@@ -104,16 +127,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if path.suffix not in CHECKPOINTS:
-        raise DenoiserError(f"{path}: not a checkpoint; give a folder saved by diffusers or a file ending in {' '.join(CHECKPOINTS)}")
+        raise DenoiserError(
+            f"{path}: not a checkpoint; give a folder saved by diffusers or a file ending in {' '.join(CHECKPOINTS)}"
+        )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError:
         raise DenoiserError(
             f"{path}: refused: it holds more than tensors, and reading the rest could run code;\n"
             "save the model's state_dict() alone, as .safetensors if you can"
         ) from None
     except READ_ERRORS as error:
-        raise DenoiserError(f"{path}: not a checkpoint ({first_line(error)}); download or save it again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise DenoiserError(f"{path}: expected a dictionary of tensors, found something else; save the model's state_dict() alone")
+        raise DenoiserError(
+            f"{path}: not a checkpoint ({first_line(error)}); download or save it again"
+        ) from None
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise DenoiserError(
+            f"{path}: expected a dictionary of tensors, found something else; save the model's state_dict() alone"
+        )
     return content

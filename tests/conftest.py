@@ -1,11 +1,12 @@
 """One thread, here and in the programs that tests start: the networks are so small that several only wait for each other. Fits are kept for the session."""
+
 import os
 import signal
 
 import pytest
 import torch
 
-from attack import fitting
+from attack.poisoning import fitting
 from benchmarks.kills import World, warm_up
 
 torch.set_num_threads(1)
@@ -41,5 +42,7 @@ def sendable(part):
     return type(part)(map(sendable, part)) if isinstance(part, (list, tuple)) else part
 
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # in the background of a shell; programs under test would inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # in the background of a shell; programs under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

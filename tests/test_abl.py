@@ -1,4 +1,5 @@
 """Anti-backdoor learning: its losses by hand, that what is learned first is isolated, and that it is unlearned."""
+
 import copy
 
 import pytest
@@ -6,17 +7,25 @@ import torch
 
 from defense import abl
 from defense.abl import Config, ascent, cross_entropies, flooding, isolate, train_plainly
-from defense.baseline import Recipe
+from defense.harness.baseline import Recipe
 from tests.test_baselines import falling, weights_are
 from tests.toys import CLASSES, INFO, Dropping, random_images, toy_dataset, with_corner
-from utils import record as record_module
+from utils.classifier.networks import Classifier
+from utils.classifier.training import predict
 from utils.config import UserError
-from utils.data import LabeledImages
-from utils.networks import Classifier
-from utils.record import Record
-from utils.training import predict
+from utils.images.data import LabeledImages
+from utils.storage import record as record_module
+from utils.storage.record import Record
 
-KEYS = dict(model="preactresnet_small", epochs=20, batch_size=32, lr=0.05, device="cpu", amp=False, random_seed=2)
+KEYS = {
+    "model": "preactresnet_small",
+    "epochs": 20,
+    "batch_size": 32,
+    "lr": 0.05,
+    "device": "cpu",
+    "amp": False,
+    "random_seed": 2,
+}
 DATASET = toy_dataset()
 
 
@@ -27,7 +36,10 @@ def records(tmp_path, monkeypatch):
 
 def hard_set_with_easy_poison(poison=24, others=136):
     """Noise with labels that mean nothing, and among it the trigger with one label: only that can be learned quickly."""
-    images, labels = random_images(poison + others, 3, 8, 8, seed=1), torch.randint(0, CLASSES, (poison + others,), generator=torch.Generator().manual_seed(1))
+    images, labels = (
+        random_images(poison + others, 3, 8, 8, seed=1),
+        torch.randint(0, CLASSES, (poison + others,), generator=torch.Generator().manual_seed(1)),
+    )
     poisoned = torch.randperm(poison + others, generator=torch.Generator().manual_seed(2)) < poison
     images[poisoned], labels[poisoned] = with_corner(images[poisoned]), 0
     return LabeledImages(images, labels), poisoned
@@ -39,9 +51,10 @@ def recipe(observer=None, **keys):
 
 def test_the_losses_by_hand():
     losses = torch.tensor([0.1, 0.9, 2.0], requires_grad=True)
-    assert flooding(0.5)(losses).item() == pytest.approx(1.0) and flooding(1.5)(losses).item() == pytest.approx(2.0)
+    assert flooding(0.5)(losses).item() == pytest.approx(1.0)
+    assert flooding(1.5)(losses).item() == pytest.approx(2.0)
     flooding(1.5)(losses).backward()
-    assert losses.grad.tolist() == pytest.approx([-1 / 3] * 3)    # below gamma, the loss is driven up
+    assert losses.grad.tolist() == pytest.approx([-1 / 3] * 3)  # below gamma, the loss is driven up
     assert ascent(losses).item() == pytest.approx(-1.0)
 
 
@@ -56,18 +69,39 @@ def test_ascent_unlearns():
     data, poisoned = hard_set_with_easy_poison()
     model, before = isolate(data, recipe(isolation_epochs=8, lr=0.01))
     train_plainly(model, data[poisoned], recipe(), "unlearning", 10, 0.01, ascent)
-    assert before[poisoned].mean() < 0.5 and cross_entropies(model, data)[poisoned].mean() > before[poisoned].mean() + 1
+    assert before[poisoned].mean() < 0.5
+    assert cross_entropies(model, data)[poisoned].mean() > before[poisoned].mean() + 1
 
 
 def test_the_three_phases_and_what_they_see(monkeypatch):
     data, poisoned = hard_set_with_easy_poison()
-    config, stages, sizes = Config(**KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=2, unlearn_epochs=3), [], []
+    config, stages, sizes = (
+        Config(**KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=2, unlearn_epochs=3),
+        [],
+        [],
+    )
     plainly = abl.train_plainly
-    monkeypatch.setattr(abl, "train_plainly", lambda model, data, *words: sizes.append((words[1], len(data), words[3])) or plainly(model, data, *words))
-    result = abl.defend(data, _Victim(), config, DATASET, Record("toy"), lambda epoch: stages.append(epoch.stage) or {})
-    assert stages == ["isolation"] * 6 + ["tuning"] * 2 + ["unlearning"] * 3 and result.purified is None
+    monkeypatch.setattr(
+        abl,
+        "train_plainly",
+        lambda model, data, *words: (
+            sizes.append((words[1], len(data), words[3])) or plainly(model, data, *words)
+        ),
+    )
+    result = abl.defend(
+        data,
+        _Victim(),
+        config,
+        DATASET,
+        Record("toy"),
+        lambda epoch: stages.append(epoch.stage) or {},
+    )
+    assert stages == ["isolation"] * 6 + ["tuning"] * 2 + ["unlearning"] * 3
+    assert result.purified is None
     assert sizes == [("isolation", 160, 0.05), ("unlearning", 16, 0.0005)]
-    assert int(result.flagged.sum()) == 16 and (result.flagged & poisoned).sum() >= 14 and result.score[result.flagged].min() >= result.score[~result.flagged].max()
+    assert int(result.flagged.sum()) == 16
+    assert (result.flagged & poisoned).sum() >= 14
+    assert result.score[result.flagged].min() >= result.score[~result.flagged].max()
 
 
 class _Victim:
@@ -88,18 +122,25 @@ def test_the_last_epoch_is_the_model_in_each_phase(monkeypatch):
     config = Config(**KEYS, isolation_epochs=2, tuning_epochs=3, unlearn_epochs=2)
     model = abl.defend(data, _Victim(), config, DATASET, Record("toy"), falling(epochs)).model
     is_it = lambda model, stage: [weights_are(model, kept) for kept in epochs[stage]]
-    assert is_it(begun["after isolation"], "isolation") == is_it(model, "unlearning") == [False, True]
+    assert (
+        is_it(begun["after isolation"], "isolation") == is_it(model, "unlearning") == [False, True]
+    )
     assert is_it(begun["unlearning"], "tuning") == [False, False, True]
 
 
 def test_a_backdoor_that_tuning_still_learns_is_gone_in_the_end():
     data, _ = hard_set_with_easy_poison()
     fresh = with_corner(random_images(200, 3, 8, 8, seed=9))
-    config = Config(**KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=8, unlearn_lr=0.001)
+    config = Config(
+        **KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=8, unlearn_lr=0.001
+    )
     benign = abl.defend(data, _Victim(), config, DATASET, Record("toy")).model
-    tuned = Recipe(config, DATASET, torch.device("cpu"), Record("toy")).train("tuning", data)    # from the record
+    tuned = Recipe(config, DATASET, torch.device("cpu"), Record("toy")).train(
+        "tuning", data
+    )  # from the record
     asr = lambda model: (predict(model, fresh) == 0).double().mean()
-    assert asr(tuned) > 0.9 and asr(benign) < 0.1
+    assert asr(tuned) > 0.9
+    assert asr(benign) < 0.1
 
 
 def test_a_model_with_dropout_is_the_same_again_and_the_global_stream_is_left_alone():
@@ -108,20 +149,25 @@ def test_a_model_with_dropout_is_the_same_again_and_the_global_stream_is_left_al
     for before in (1, 2):
         torch.manual_seed(5)
         model = Classifier(Dropping(), 24, CLASSES, INFO)
-        torch.manual_seed(before)     # a process that has drawn something else before
+        torch.manual_seed(before)  # a process that has drawn something else before
         train_plainly(model, data, recipe(), "isolation", 2, 0.1, flooding(0.5))
         trained.append(model.state_dict())
         streams.append(torch.rand(3))
         torch.manual_seed(before)
         assert torch.equal(torch.rand(3), streams[-1])
-    assert weights_are(model, trained[0]) and not torch.equal(*streams)
+    assert weights_are(model, trained[0])
+    assert not torch.equal(*streams)
     other = Classifier(Dropping(), 24, CLASSES, INFO)
     other.load_state_dict(trained[0])
-    assert not torch.equal(other.train()(torch.ones(4, 3, 8, 8)), other.eval()(torch.ones(4, 3, 8, 8)))    # it does drop
+    assert not torch.equal(
+        other.train()(torch.ones(4, 3, 8, 8)), other.eval()(torch.ones(4, 3, 8, 8))
+    )  # it does drop
 
 
 def test_a_fifth_and_three_fifths_of_the_victims_epochs():
-    assert Config(epochs=100).shares() == (20, 60) and Config(epochs=2).shares() == (1, 1) and Config(epochs=10, tuning_epochs=1).shares() == (2, 1)
+    assert Config(epochs=100).shares() == (20, 60)
+    assert Config(epochs=2).shares() == (1, 1)
+    assert Config(epochs=10, tuning_epochs=1).shares() == (2, 1)
 
 
 def test_the_plain_training_neither_crops_nor_mirrors(monkeypatch):
@@ -140,7 +186,10 @@ def test_the_plain_training_neither_crops_nor_mirrors(monkeypatch):
             return self.w.expand(len(x), -1)
 
     train_plainly(Spy(), data, recipe(batch_size=4), "isolation", 1, 0.1, ascent)
-    assert sorted(x.numpy().tobytes() for x in seen) == sorted(x.numpy().tobytes() for x in data.images) and INFO.flip is False
+    assert sorted(x.numpy().tobytes() for x in seen) == sorted(
+        x.numpy().tobytes() for x in data.images
+    )
+    assert INFO.flip is False
 
 
 def test_a_loss_that_is_no_number_is_told():

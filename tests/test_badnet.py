@@ -1,4 +1,5 @@
 """BadNets: exactly the patch's pixels change, for the built-in patches and for mask files."""
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +44,8 @@ def corner(side, size):
 def test_exactly_the_corner_changes_to_one_constant_patch(name, size, side):
     x = images(side=side)
     out = stamped(ready(side, patch_mask_path=name), x)
-    assert out.dtype == torch.uint8 and torch.equal(changed_pixels(x, out), corner(side, size))
+    assert out.dtype == torch.uint8
+    assert torch.equal(changed_pixels(x, out), corner(side, size))
     assert (out[..., -size:, -size:] == out[:1, :, -size:, -size:]).all()
     assert torch.equal(x, images(side=side))
 
@@ -60,9 +62,16 @@ def test_the_colours_of_the_patches():
 
 def test_zero_channels_let_the_image_through_only_if_asked_for():
     x = images()
-    through, opaque = (stamped(ready(patch_mask_path="color4x4", transparent_zero=flag), x)[..., -4:, -4:] for flag in (True, False))
+    through, opaque = (
+        stamped(ready(patch_mask_path="color4x4", transparent_zero=flag), x)[..., -4:, -4:]
+        for flag in (True, False)
+    )
     source = x[..., -4:, -4:]
-    for channel, rows, columns in ((2, slice(0, 2), slice(0, 2)), (1, slice(0, 2), slice(2, 4)), (0, slice(2, 4), slice(0, 2))):
+    for channel, rows, columns in (
+        (2, slice(0, 2), slice(0, 2)),
+        (1, slice(0, 2), slice(2, 4)),
+        (0, slice(2, 4), slice(0, 2)),
+    ):
         assert torch.equal(through[:, channel, rows, columns], source[:, channel, rows, columns])
         assert (opaque[:, channel, rows, columns] == 0).all()
     solid = opaque > 0
@@ -75,9 +84,9 @@ def test_bytes_do_not_depend_on_batch_order_or_state(monkeypatch, name):
     trigger = ready(patch_mask_path=name)
     whole = stamped(trigger, x)
     for batch in (1, 64):
-        monkeypatch.setattr("attack.trigger.BATCH", batch)
+        monkeypatch.setattr("attack.poisoning.trigger.BATCH", batch)
         assert torch.equal(stamped(trigger, x[order], order), whole[order])
-    assert torch.equal(stamped(trigger, whole), whole)    # putting it on twice changes nothing
+    assert torch.equal(stamped(trigger, whole), whole)  # putting it on twice changes nothing
     assert torch.equal(trigger.apply(x, torch.arange(130), "test"), whole)
 
 
@@ -88,14 +97,15 @@ def test_a_mask_file_is_the_patch(tmp_path, alpha):
     pixels[20, 20, :3] = (1, 0, 0)
     if alpha:
         pixels[2:5, 10:14, 3], pixels[20, 20, 3] = 255, 128
-        pixels[30:, 30:, :3] = 77    # coloured, but wholly transparent
+        pixels[30:, 30:, :3] = 77  # coloured, but wholly transparent
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     x = images()
     out = stamped(ready(patch_mask_path=str(tmp_path / "mask.png")), x)
     expected = torch.zeros(32, 32, dtype=torch.bool)
     expected[2:5, 10:14] = expected[20, 20] = True
     assert torch.equal(changed_pixels(x, out), expected)
-    assert (out[:, :, 2:5, 10:14] == torch.tensor([9, 200, 0])[:, None, None]).all() and (out[:, :, 20, 20] == torch.tensor([1, 0, 0])).all()
+    assert (out[:, :, 2:5, 10:14] == torch.tensor([9, 200, 0])[:, None, None]).all()
+    assert (out[:, :, 20, 20] == torch.tensor([1, 0, 0])).all()
 
 
 def test_where_a_mask_file_has_alpha_black_is_a_colour_like_others(tmp_path):
@@ -104,7 +114,8 @@ def test_where_a_mask_file_has_alpha_black_is_a_colour_like_others(tmp_path):
     pixels[28, 28, :3] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     pattern, mask = patch_on(32, str(tmp_path / "mask.png"))
-    assert torch.equal(mask[0], corner(32, 4)) and int(pattern.sum()) == 3 * 255
+    assert torch.equal(mask[0], corner(32, 4))
+    assert int(pattern.sum()) == 3 * 255
 
 
 def test_a_mask_file_of_sixteen_bits_is_scaled_down(tmp_path):
@@ -112,8 +123,18 @@ def test_a_mask_file_of_sixteen_bits_is_scaled_down(tmp_path):
     assert (patch_on(4, str(tmp_path / "mask.png"))[0] == 120).all()
 
 
-@pytest.mark.parametrize(("size", "name", "words"), [(2, "white3x3", "image_size: 2, but patch_mask_path white3x3 is 3"), (3, "color4x4", "image_size: 3"),
-                                                     (32, "~nobody-here/x.png", "patch_mask_path: nothing found at .*built-in patches: white3x3")])
+@pytest.mark.parametrize(
+    ("size", "name", "words"),
+    [
+        (2, "white3x3", "image_size: 2, but patch_mask_path white3x3 is 3"),
+        (3, "color4x4", "image_size: 3"),
+        (
+            32,
+            "~nobody-here/x.png",
+            "patch_mask_path: nothing found at .*built-in patches: white3x3",
+        ),
+    ],
+)
 def test_patches_that_cannot_be_had_are_refused(size, name, words):
     with pytest.raises(UserError, match=words):
         patch_on(size, name)
@@ -124,7 +145,8 @@ def test_a_mask_of_another_size_is_scaled_without_new_colours(tmp_path):
     small[7, 7] = (10, 20, 30)
     Image.fromarray(small).save(tmp_path / "mask.png")
     pattern, mask = patch_on(32, str(tmp_path / "mask.png"))
-    assert torch.equal(mask[0], corner(32, 4)) and (pattern[:, mask[0]] == torch.tensor([10, 20, 30])[:, None]).all()
+    assert torch.equal(mask[0], corner(32, 4))
+    assert (pattern[:, mask[0]] == torch.tensor([10, 20, 30])[:, None]).all()
 
 
 def test_a_mask_path_is_tried_relative_to_attack(tmp_path, monkeypatch):
@@ -135,11 +157,17 @@ def test_a_mask_path_is_tried_relative_to_attack(tmp_path, monkeypatch):
 
 
 def test_unusable_masks_are_refused_in_words(tmp_path):
-    with pytest.raises(UserError, match="patch_mask_path: nothing found at .*built-in patches: white3x3, color4x4"):
+    with pytest.raises(
+        UserError, match="patch_mask_path: nothing found at .*built-in patches: white3x3, color4x4"
+    ):
         ready(patch_mask_path="white3")
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "black.png")
-    for name, words in (("text.png", "is not an image"), ("black.png", "black all over"), (".", "is not an image")):
+    for name, words in (
+        ("text.png", "is not an image"),
+        ("black.png", "black all over"),
+        (".", "is not an image"),
+    ):
         with pytest.raises(UserError, match=f"patch_mask_path: .*{words}"):
             ready(patch_mask_path=str(tmp_path / name))
 
@@ -147,4 +175,6 @@ def test_unusable_masks_are_refused_in_words(tmp_path):
 def test_preparing_leaves_the_config_as_it_was():
     plain = BadNet(patch_mask_path="color4x4")
     prepared = plain.prepare(fit_context(32))
-    assert plain.fitted == {} and set(prepared.fitted) == {"pattern", "mask"} and prepared == plain
+    assert plain.fitted == {}
+    assert set(prepared.fitted) == {"pattern", "mask"}
+    assert prepared == plain

@@ -1,4 +1,5 @@
 """Controls, repairs and what all baseline defences share, on toys whose truth is known."""
+
 import inspect
 from dataclasses import fields
 
@@ -6,21 +7,34 @@ import pytest
 import torch
 
 from attack.badnet import BadNet
-from attack.poison import PoisonConfig
-from attack.run import RunConfig
+from attack.poisoning.poison import PoisonConfig
+from attack.poisoning.run import RunConfig
 from defense import dataelixir, purify_only
-from defense.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain, victim_features
-from defense.purifier import Purifier
-from defense.run import find_defense, save_case
+from defense.elixir.purifier import Purifier
+from defense.harness.baseline import (
+    BaselineConfig,
+    Findings,
+    Recipe,
+    drop_and_retrain,
+    victim_features,
+)
+from defense.harness.run import find_defense, save_case
 from tests.test_knowledge import DEFENSES
 from tests.toys import CORNER, FlatDenoiser, PatchReader, poisoned_toy, random_images, toy_dataset
-from utils import record as record_module
 from utils.config import ROOT, DataConfig, TrainConfig, UserError, parse_config
-from utils.data import LabeledImages
-from utils.record import Record
+from utils.images.data import LabeledImages
+from utils.storage import record as record_module
+from utils.storage.record import Record
 
-KEYS = dict(model="preactresnet_small", epochs=2, batch_size=16, device="cpu", amp=False, random_seed=1)
-PURIFY = dict(steps_T=20, rounds_n=2, last_steps_m=4, purify_batch_size=13)
+KEYS = {
+    "model": "preactresnet_small",
+    "epochs": 2,
+    "batch_size": 16,
+    "device": "cpu",
+    "amp": False,
+    "random_seed": 1,
+}
+PURIFY = {"steps_T": 20, "rounds_n": 2, "last_steps_m": 4, "purify_batch_size": 13}
 DATASET = toy_dataset()
 POISONED, TRUTH, TRIGGERED = poisoned_toy(DATASET)
 N, POISON = len(POISONED), int(TRUTH.poison.sum())
@@ -43,19 +57,28 @@ class SpyTrainer:
 @pytest.fixture(autouse=True)
 def world(tmp_path, monkeypatch):
     monkeypatch.setattr(record_module, "RECORDS", tmp_path)
-    monkeypatch.setattr(purify_only, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser())
+    monkeypatch.setattr(
+        purify_only, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser()
+    )
     SpyTrainer.seen = []
 
 
 @pytest.fixture
 def spy(monkeypatch):
-    monkeypatch.setattr("utils.trained.Trainer", SpyTrainer)
+    monkeypatch.setattr("utils.classifier.trained.Trainer", SpyTrainer)
 
 
 def config_of(name, **changes):
     config = find_defense(name).Config
     known = {f.name for f in fields(config)}
-    return config(**{key: value for key, value in (KEYS | PURIFY | {"unlearn_epochs": 1}).items() if key in known} | changes)
+    return config(
+        **{
+            key: value
+            for key, value in (KEYS | PURIFY | {"unlearn_epochs": 1}).items()
+            if key in known
+        }
+        | changes
+    )
 
 
 def victim():
@@ -65,7 +88,9 @@ def victim():
 def run(name, victim=victim, folder="toy", data=POISONED, **changes):
     """The result of a defence on the toy, whose truth lies in the record."""
     save_case(Record(folder), POISONED, TRUTH, TRIGGERED)
-    return find_defense(name).defend(data, victim(), config_of(name, **changes), DATASET, Record(folder))
+    return find_defense(name).defend(
+        data, victim(), config_of(name, **changes), DATASET, Record(folder)
+    )
 
 
 def small_net():
@@ -84,13 +109,24 @@ def same(a, b):
 
 # every baseline
 
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_defence_has_one_shape_and_takes_the_shipped_config(name):
     module = find_defense(name)
-    assert list(inspect.signature(module.defend).parameters) == ["data", "victim", "config", "dataset", "record", "observer"]
+    assert list(inspect.signature(module.defend).parameters) == [
+        "data",
+        "victim",
+        "config",
+        "dataset",
+        "record",
+        "observer",
+    ]
     yaml_path = str(ROOT / "config" / "badnet" / "digits.yaml")
-    *_, config, _ = parse_config(["--yaml_path", yaml_path], RunConfig, DataConfig, PoisonConfig, module.Config, BadNet)
-    assert (config.epochs, config.lr, config.batch_size) == (25, 0.05, 64) and module.clean_up(config, Record("empty")) is None
+    *_, config, _ = parse_config(
+        ["--yaml_path", yaml_path], RunConfig, DataConfig, PoisonConfig, module.Config, BadNet
+    )
+    assert (config.epochs, config.lr, config.batch_size) == (25, 0.05, 64)
+    assert module.clean_up(config, Record("empty")) is None
 
 
 def test_keys_of_others_are_passed_over_in_a_file_and_nowhere_else(tmp_path):
@@ -98,9 +134,15 @@ def test_keys_of_others_are_passed_over_in_a_file_and_nowhere_else(tmp_path):
     (tmp_path / "b.yaml").write_text("steps_T: 7\n")
     (tmp_path / "c.yaml").write_text("stepsT: 7\n")
     assert parse_config(["--yaml_path", str(tmp_path / "a.yaml")], BaselineConfig)[0].epochs == 3
-    assert parse_config(["--yaml_path", str(tmp_path / "b.yaml")], BaselineConfig)[0] == BaselineConfig()
-    for words, classes in ((["--yaml_path", str(tmp_path / "c.yaml")], [BaselineConfig]), (["--steps_T", "7"], [BaselineConfig]),
-                           (["--yaml_path", str(tmp_path / "b.yaml")], [TrainConfig])):
+    assert (
+        parse_config(["--yaml_path", str(tmp_path / "b.yaml")], BaselineConfig)[0]
+        == BaselineConfig()
+    )
+    for words, classes in (
+        (["--yaml_path", str(tmp_path / "c.yaml")], [BaselineConfig]),
+        (["--steps_T", "7"], [BaselineConfig]),
+        (["--yaml_path", str(tmp_path / "b.yaml")], [TrainConfig]),
+    ):
         with pytest.raises(UserError, match="steps"):
             parse_config(words, *classes)
 
@@ -109,10 +151,20 @@ def test_the_recipe_is_the_victims_and_a_model_is_made_once(spy):
     recipe = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"))
     start = small_net()
     first, second = recipe.train("benign", POISONED), recipe.train("benign", POISONED)
-    assert [(stage, config) for stage, config, *_ in SpyTrainer.seen] == [("victim", recipe.config), ("benign", recipe.config)]
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    assert [(stage, config) for stage, config, *_ in SpyTrainer.seen] == [
+        ("victim", recipe.config),
+        ("benign", recipe.config),
+    ]
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values())
+    )
     tuned = recipe.train("tuned", POISONED, start, lr=0.5, epochs=9)
-    assert tuned is not start and (trained()["tuned"][0].lr, trained()["tuned"][0].epochs, recipe.config.epochs) == (0.5, 9, 2)
+    assert tuned is not start
+    assert (
+        trained()["tuned"][0].lr,
+        trained()["tuned"][0].epochs,
+        recipe.config.epochs,
+    ) == (0.5, 9, 2)
     with pytest.raises(UserError, match="1 training samples are left"):
         recipe.train("more", POISONED[:1])
 
@@ -121,7 +173,9 @@ def falling(epochs):
     """An observer that keeps each epoch's weights in {stage: [...]}, and says that the test set was read best after the first."""
 
     def observe(epoch):
-        epochs.setdefault(epoch.stage, []).append({key: value.clone() for key, value in epoch.model.state_dict().items()})
+        epochs.setdefault(epoch.stage, []).append(
+            {key: value.clone() for key, value in epoch.model.state_dict().items()}
+        )
         return {"C-Acc": 1 / epoch.number, "ASR": 1 - 1 / epoch.number}
 
     return observe
@@ -134,52 +188,76 @@ def weights_are(model, kept):
 def test_the_last_epoch_is_the_model():
     """Ports keep the epoch with the best accuracy on the test set."""
     epochs = {}
-    model = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"), falling(epochs)).train("benign", POISONED)
+    model = Recipe(
+        BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"), falling(epochs)
+    ).train("benign", POISONED)
     assert [weights_are(model, kept) for kept in epochs["benign"]] == [False, True]
 
 
 def test_features_are_pooled_not_augmented_and_in_the_sets_order():
     """Ports take them un-pooled, from shuffled loaders, or from the training transform; here 150 images are three batches."""
-    data, net = LabeledImages(random_images(150, 3, 8, 8), torch.zeros(150, dtype=torch.int64)), small_net()
+    data, net = (
+        LabeledImages(random_images(150, 3, 8, 8), torch.zeros(150, dtype=torch.int64)),
+        small_net(),
+    )
     state = {key: value.clone() for key, value in net.state_dict().items()}
     with torch.no_grad():
         expected = torch.cat([net.features(image[None] / 255) for image in data.images]).double()
     found = victim_features(net, data)
-    assert found.shape == (150, 128) and found.dtype == "float64" and torch.from_numpy(found).allclose(expected, rtol=1e-3, atol=1e-4)
-    assert not torch.from_numpy(found).allclose(expected.roll(1, 0), rtol=1e-3, atol=1e-4) and weights_are(net, state)
+    assert found.shape == (150, 128)
+    assert found.dtype == "float64"
+    assert torch.from_numpy(found).allclose(expected, rtol=1e-3, atol=1e-4)
+    assert not torch.from_numpy(found).allclose(expected.roll(1, 0), rtol=1e-3, atol=1e-4)
+    assert weights_are(net, state)
 
 
 def test_flagged_samples_are_dropped_and_the_rest_is_trained_on(spy):
     recipe = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"))
     result = drop_and_retrain(Findings(TRUTH.poison), POISONED, victim(), recipe)
-    assert same(trained()["benign"][1], POISONED[~TRUTH.poison]) and torch.equal(result.keep, ~TRUTH.poison)
+    assert same(trained()["benign"][1], POISONED[~TRUTH.poison])
+    assert torch.equal(result.keep, ~TRUTH.poison)
     nobody, reader = torch.zeros(N, dtype=torch.bool), victim()
-    assert drop_and_retrain(Findings(nobody), POISONED, reader, recipe).model is reader and len(SpyTrainer.seen) == 1
+    assert drop_and_retrain(Findings(nobody), POISONED, reader, recipe).model is reader
+    assert len(SpyTrainer.seen) == 1
 
 
 # controls
 
+
 def test_none_is_the_victim_on_the_set_as_it_came(spy):
     result = run("none")
-    assert isinstance(result.model, PatchReader) and same(result.purified, POISONED) and result.flagged is None and not SpyTrainer.seen
+    assert isinstance(result.model, PatchReader)
+    assert same(result.purified, POISONED)
+    assert result.flagged is None
+    assert not SpyTrainer.seen
 
 
 def test_oracles_do_what_the_truth_says(spy):
     removed = run("oracle_remove", folder="a")
-    assert torch.equal(removed.flagged, TRUTH.poison) and same(trained()["benign"][1], POISONED[~TRUTH.poison])
+    assert torch.equal(removed.flagged, TRUTH.poison)
+    assert same(trained()["benign"][1], POISONED[~TRUTH.poison])
     relabelled = run("oracle_relabel", folder="b")
-    assert torch.equal(relabelled.purified.labels, TRUTH.original_labels) and torch.equal(relabelled.purified.images, POISONED.images)
+    assert torch.equal(relabelled.purified.labels, TRUTH.original_labels)
+    assert torch.equal(relabelled.purified.images, POISONED.images)
     assert same(trained()["benign"][1], relabelled.purified)
 
 
-@pytest.mark.parametrize(("keys", "count"), [({}, 6), ({"remove_share": 0.25}, 15), ({"remove_count": 7}, 7), ({"remove_count": 0}, 0)])
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [({}, 6), ({"remove_share": 0.25}, 15), ({"remove_count": 7}, 7), ({"remove_count": 0}, 0)],
+)
 def test_random_removal_counts(spy, keys, count):
     assert int(run("random_remove", **keys).flagged.sum()) == count
 
 
 def test_random_removal_is_random_by_its_seed_and_not_by_order(spy):
-    drawn = [run("random_remove", folder=f"r{i}", remove_count=20, random_seed=seed).flagged for i, seed in enumerate((1, 1, 2))]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2]) and not drawn[0][:20].all()
+    drawn = [
+        run("random_remove", folder=f"r{i}", remove_count=20, random_seed=seed).flagged
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not drawn[0][:20].all()
     with pytest.raises(UserError, match="remove_count: 61, but there are 60"):
         run("random_remove", remove_count=61)
 
@@ -187,32 +265,51 @@ def test_random_removal_is_random_by_its_seed_and_not_by_order(spy):
 def test_training_longer_spends_what_dataelixir_spends(spy):
     result = run("train_longer", ft_lr=0.003, ft_epochs=5)
     (first, set1, _), (second, set2, _) = trained()["benign_stage1"], trained()["benign"]
-    assert (first.epochs, first.lr, second.epochs, second.lr) == (2, KEYS.get("lr", 0.01), 5, 0.003) and same(set1, POISONED) and same(set2, POISONED)
-    assert result.stage1 is not result.model and result.flagged is None
+    assert (first.epochs, first.lr, second.epochs, second.lr) == (2, KEYS.get("lr", 0.01), 5, 0.003)
+    assert same(set1, POISONED)
+    assert same(set2, POISONED)
+    assert result.stage1 is not result.model
+    assert result.flagged is None
 
 
 def test_training_longer_has_as_many_epochs_as_dataelixir_at_the_same_rates(monkeypatch):
-    monkeypatch.setattr(dataelixir, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser())
+    monkeypatch.setattr(
+        dataelixir, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser()
+    )
     seen = {}
     for name in ("dataelixir", "train_longer"):
         observer = lambda epoch: seen.setdefault(name, []).append((epoch.number, epoch.lr)) or {}
-        find_defense(name).defend(POISONED, victim(), config_of(name, ft_epochs=3, ft_lr=0.004), DATASET, Record(name), observer)
-    assert seen["train_longer"] == seen["dataelixir"] and len(seen["dataelixir"]) > 0
+        find_defense(name).defend(
+            POISONED,
+            victim(),
+            config_of(name, ft_epochs=3, ft_lr=0.004),
+            DATASET,
+            Record(name),
+            observer,
+        )
+    assert seen["train_longer"] == seen["dataelixir"]
+    assert len(seen["dataelixir"]) > 0
 
 
 # purification alone and repair
 
+
 def test_purification_alone_cleans_images_and_leaves_labels(spy):
     result = run("purify_only")
-    assert torch.equal(result.purified.labels, POISONED.labels) and (result.purified.images[TRUTH.poison][..., -CORNER:, -CORNER:] < 230).all()
-    assert result.unet_passes == N * 2 * 20 and result.flagged is None and same(trained()["benign"][1], result.purified)
+    assert torch.equal(result.purified.labels, POISONED.labels)
+    assert (result.purified.images[TRUTH.poison][..., -CORNER:, -CORNER:] < 230).all()
+    assert result.unet_passes == N * 2 * 20
+    assert result.flagged is None
+    assert same(trained()["benign"][1], result.purified)
     purify_only.clean_up(None, Record("toy"))
     assert not (Record("toy") / "purify").exists()
 
 
 def test_purification_alone_is_the_last_state_of_dataelixirs(spy):
     config = config_of("purify_only")
-    states = Purifier(FlatDenoiser(), config, 1, torch.device("cpu")).intermediaries(POISONED.images, torch.arange(N))
+    states = Purifier(FlatDenoiser(), config, 1, torch.device("cpu")).intermediaries(
+        POISONED.images, torch.arange(N)
+    )
     assert torch.equal(run("purify_only").purified.images, states[:, -1])
 
 
@@ -228,7 +325,8 @@ def test_an_interrupted_purification_goes_on(spy, monkeypatch):
     monkeypatch.setattr(purify_only, "predict", stopped)
     with pytest.raises(KeyboardInterrupt):
         run("purify_only", folder="parts")
-    assert same(run("purify_only", folder="parts").purified, whole.purified) and len(calls) == 3 + 3    # two of five blocks were there
+    assert same(run("purify_only", folder="parts").purified, whole.purified)
+    assert len(calls) == 3 + 3
 
 
 def test_fine_tuning_sees_clean_images_and_starts_from_the_victim(spy):
@@ -236,7 +334,15 @@ def test_fine_tuning_sees_clean_images_and_starts_from_the_victim(spy):
     before = {key: value.clone() for key, value in start.state_dict().items()}
     result = run("ft", victim=lambda: start, clean_share=0.25)
     config, data, model = trained()["benign"]
-    pool = {(label, image.numpy().tobytes()) for label, image in zip(DATASET.train.labels.tolist(), DATASET.train.images)}
-    assert len(data) == 15 and {(label, image.numpy().tobytes()) for label, image in zip(data.labels.tolist(), data.images)} <= pool
-    assert model is result.model is not start and all(torch.equal(before[key], value) for key, value in start.state_dict().items())
-    assert result.purified is None and config.lr == BaselineConfig(**KEYS).lr
+    pool = {
+        (label, image.numpy().tobytes())
+        for label, image in zip(DATASET.train.labels.tolist(), DATASET.train.images)
+    }
+    assert len(data) == 15
+    assert {
+        (label, image.numpy().tobytes()) for label, image in zip(data.labels.tolist(), data.images)
+    } <= pool
+    assert model is result.model is not start
+    assert all(torch.equal(before[key], value) for key, value in start.state_dict().items())
+    assert result.purified is None
+    assert config.lr == BaselineConfig(**KEYS).lr

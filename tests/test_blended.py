@@ -1,9 +1,10 @@
 """Blended: the picture can be read back from what it was blended with, and nothing got darker."""
+
 import pytest
 import torch
 
 from attack.blended import Blended
-from attack.picture import cartoon
+from attack.poisoning.picture import cartoon
 from tests.toys import fit_context, random_images
 
 T = cartoon(32).double()
@@ -25,12 +26,14 @@ def test_strengths_of_train_and_test_are_their_own(split, alpha):
     exact = (1 - alpha) * x + alpha * T
     out = stamped(x, split, alpha_train=0.1, alpha_test=0.3)
     assert (out - exact).abs().max() <= 0.5001
-    assert ((out - (1 - alpha) * x) / alpha - T).abs().max() <= 0.5001 / alpha    # the picture, read back
+    assert (
+        (out - (1 - alpha) * x) / alpha - T
+    ).abs().max() <= 0.5001 / alpha  # the picture, read back
 
 
 def test_rounding_makes_nothing_darker():
     x = random_images(200, 3, 32, 32)
-    assert abs((stamped(x) - (0.8 * x + 0.2 * T)).mean()) < 0.05    # truncation gives -0.5
+    assert abs((stamped(x) - (0.8 * x + 0.2 * T)).mean()) < 0.05  # truncation gives -0.5
 
 
 def test_the_ends_of_the_strength():

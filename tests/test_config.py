@@ -1,4 +1,5 @@
 """Configuration: who wins over whom, what is refused and in which words, and what every key promises."""
+
 import dataclasses
 import errno
 import importlib
@@ -10,18 +11,28 @@ import pytest
 import yaml
 
 from attack.badnet import BadNet
-from attack.poison import PoisonConfig
-from attack.run import RunConfig
-from attack.trigger import Trigger
-from defense.dataelixir import DataElixirConfig
-from defense.purifier import PurifyConfig
-from defense.run import AgainConfig
+from attack.poisoning.poison import PoisonConfig
+from attack.poisoning.run import RunConfig
+from attack.poisoning.trigger import Trigger
+from defense.elixir.config import DataElixirConfig, PurifyConfig
+from defense.harness.run import AgainConfig
 from diffusion.network import DenoiserConfig
 from utils import config as module
-from utils.config import DataConfig, TrainConfig, UserError, as_flat_dict, command_line, parse_config, peek, resolve_path
+from utils.config import (
+    DataConfig,
+    TrainConfig,
+    UserError,
+    as_flat_dict,
+    command_line,
+    parse_config,
+    peek,
+    resolve_path,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path for path in (ROOT / "config").glob("*/*.yaml") if path.parent.name != "purify")
+CONFIGS = sorted(
+    path for path in (ROOT / "config").glob("*/*.yaml") if path.parent.name != "purify"
+)
 ATTACKS = sorted(p.stem for p in (ROOT / "attack").glob("*.py") if "\n    main(" in p.read_text())
 PUBLISHED = """amp: true\ndevice: cuda\nattack_label_trans: all2one\nattack_target: 0\nclient_optimizer: sgd\ndataset: cifar10
 dataset_path: ../data\nfrequency_save: 0\nbatch_size: 128\nlr: 0.01\nlr_scheduler: CosineAnnealingLR\nmodel: preactresnet18
@@ -32,7 +43,9 @@ epochs: 100\npurify_batch_size: 1024\nsteps_T: 150\nrounds_n: 5\nlast_steps_m: 1
 def trigger_class(name):
     """The Trigger that attack/<name>.py defines."""
     content = vars(importlib.import_module(f"attack.{name}")).values()
-    return next(v for v in content if isinstance(v, type) and issubclass(v, Trigger) and v.name == name)
+    return next(
+        v for v in content if isinstance(v, type) and issubclass(v, Trigger) and v.name == name
+    )
 
 
 def classes_of(attack="badnet"):
@@ -57,10 +70,18 @@ def test_flags_win_over_yaml_and_yaml_over_defaults_in_any_order(yaml_file):
     path = yaml_file("epochs: 7\nlr: 0.5\n")
     for words in itertools.permutations([("--yaml_path", path), ("--epochs", "3"), ("--wd=0.25",)]):
         values = parse(*itertools.chain(*words))
-        assert (values["epochs"], values["lr"], values["wd"], values["batch_size"]) == (3, 0.5, 0.25, TrainConfig.batch_size)
+        assert (values["epochs"], values["lr"], values["wd"], values["batch_size"]) == (
+            3,
+            0.5,
+            0.25,
+            TrainConfig.batch_size,
+        )
     assert parse("--epochs", 3, f"--yaml_path={path}")["epochs"] == 3
     other = yaml_file("lr: 0.25\n", "other.yaml")
-    assert [parse("--epochs", 3, "--yaml_path", path, "--yaml_path", other)[key] for key in ("epochs", "lr")] == [3, 0.25]
+    assert [
+        parse("--epochs", 3, "--yaml_path", path, "--yaml_path", other)[key]
+        for key in ("epochs", "lr")
+    ] == [3, 0.25]
 
 
 def test_replaced_defaults_lose_to_yaml(yaml_file):
@@ -69,19 +90,33 @@ def test_replaced_defaults_lose_to_yaml(yaml_file):
     assert (config.epochs, config.lr, config.wd) == (9, 0.5, TrainConfig.wd)
 
 
-@pytest.mark.parametrize(("words", "meant"), [
-    (["--epochz", "3"], "epochs"), (["--epoch", "3"], "epochs"), (["--threshold_tua=4"], "threshold_tau"), (["--yaml_pat", "x"], "yaml_path"),
-])
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--epochz", "3"], "epochs"),
+        (["--epoch", "3"], "epochs"),
+        (["--threshold_tua=4"], "threshold_tau"),
+        (["--yaml_pat", "x"], "yaml_path"),
+    ],
+)
 def test_unknown_flags_are_refused_with_the_nearest_one(words, meant):
     with pytest.raises(UserError, match=f"{words[0].partition('=')[0]}.*Did you mean '{meant}'"):
         parse(*words)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("epoch: 3", "unknown key 'epoch'. Did you mean 'epochs'"), ("lr: 0.1\nsteps_t: 9", "unknown key 'steps_t'. Did you mean 'steps_T'"),
-    ("yaml_path: other.yaml", "unknown key 'yaml_path'"), ("help: true", "unknown key 'help'"), ("3: 4", "unknown key '3'"),
-    ("- lr", "found a list"), ("lr: [", "cannot be read as YAML"), ("lr: 1\n\tepochs: 2", "cannot be read as YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "unknown key 'epoch'. Did you mean 'epochs'"),
+        ("lr: 0.1\nsteps_t: 9", "unknown key 'steps_t'. Did you mean 'steps_T'"),
+        ("yaml_path: other.yaml", "unknown key 'yaml_path'"),
+        ("help: true", "unknown key 'help'"),
+        ("3: 4", "unknown key '3'"),
+        ("- lr", "found a list"),
+        ("lr: [", "cannot be read as YAML"),
+        ("lr: 1\n\tepochs: 2", "cannot be read as YAML"),
+    ],
+)
 def test_unsuitable_yaml_is_refused_with_the_file_named(yaml_file, text, words):
     path = yaml_file(text)
     with pytest.raises(UserError, match=re.escape(path) + ".*" + re.escape(words)):
@@ -92,35 +127,80 @@ def test_an_empty_yaml_file_says_nothing(yaml_file):
     assert parse("--yaml_path", yaml_file("# nothing\n")) == parse()
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("pratio", 1.5), ("pratio", -0.1), ("pratio", ".nan"), ("epochs", 0), ("epochs", 2.5), ("epochs", "null"), ("batch_size", -1), ("lr", 0),
-    ("lr", ".nan"), ("lr", "fast"), ("sgd_momentum", 1.1), ("wd", -1), ("attack_target", -1), ("attack_label_trans", "all2none"), ("amp", "maybe"),
-    ("steps_T", 0), ("threshold_tau", 0), ("selection_rank", 1.01), ("test_fraction", 1), ("client_optimizer", "lion"), ("device", "null"),
-    ("dataset", "null"), ("random_seed", -1), ("rounds_n", True),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pratio", 1.5),
+        ("pratio", -0.1),
+        ("pratio", ".nan"),
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("epochs", "null"),
+        ("batch_size", -1),
+        ("lr", 0),
+        ("lr", ".nan"),
+        ("lr", "fast"),
+        ("sgd_momentum", 1.1),
+        ("wd", -1),
+        ("attack_target", -1),
+        ("attack_label_trans", "all2none"),
+        ("amp", "maybe"),
+        ("steps_T", 0),
+        ("threshold_tau", 0),
+        ("selection_rank", 1.01),
+        ("test_fraction", 1),
+        ("client_optimizer", "lion"),
+        ("device", "null"),
+        ("dataset", "null"),
+        ("random_seed", -1),
+        ("rounds_n", True),
+    ],
+)
 def test_values_out_of_range_are_refused_in_yaml_with_the_key_named(yaml_file, key, value):
     with pytest.raises(UserError, match=key):
         parse("--yaml_path", yaml_file(f"{key}: {value}\n"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("pratio", 1.5), ("epochs", 0), ("lr", "nan"), ("outliers", "three_sided"), ("amp", "2")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pratio", 1.5), ("epochs", 0), ("lr", "nan"), ("outliers", "three_sided"), ("amp", "2")],
+)
 def test_values_out_of_range_are_refused_as_flags(key, value):
     with pytest.raises(UserError, match=key):
         parse(f"--{key}", value)
 
 
 def test_the_ends_of_ranges_are_allowed():
-    values = parse("--pratio", 1, "--wd", 0, "--selection_rank", 0, "--epochs", 1, "--ft_epochs", "null")
-    assert [values[key] for key in ("pratio", "wd", "selection_rank", "epochs", "ft_epochs")] == [1, 0, 0, 1, None]
+    values = parse(
+        "--pratio", 1, "--wd", 0, "--selection_rank", 0, "--epochs", 1, "--ft_epochs", "null"
+    )
+    assert [values[key] for key in ("pratio", "wd", "selection_rank", "epochs", "ft_epochs")] == [
+        1,
+        0,
+        0,
+        1,
+        None,
+    ]
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{0}]", "!!python/object/new:os.mkdir [{0}]", "!!python/name:os.system ''"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.mkdir [{0}]",
+        "!!python/object/new:os.mkdir [{0}]",
+        "!!python/name:os.system ''",
+    ],
+)
 def test_python_in_yaml_is_refused_and_does_not_run(yaml_file, tmp_path, tag):
     path = yaml_file("epochs: " + tag.format(tmp_path / "made"))
-    for read in (lambda: parse("--yaml_path", path), lambda: parse("--yaml_path", path, "--epochs", "3")):
+    for read in (
+        lambda: parse("--yaml_path", path),
+        lambda: parse("--yaml_path", path, "--epochs", "3"),
+    ):
         with pytest.raises(UserError, match="cannot be read as YAML"):
             read()
-    assert peek(["--yaml_path", path], "defense", "fallback") == "fallback" and not (tmp_path / "made").exists()
+    assert peek(["--yaml_path", path], "defense", "fallback") == "fallback"
+    assert not (tmp_path / "made").exists()
 
 
 def test_paths_are_tried_as_given_and_then_relative_to_attack(tmp_path, monkeypatch):
@@ -132,27 +212,39 @@ def test_paths_are_tried_as_given_and_then_relative_to_attack(tmp_path, monkeypa
     assert resolve_path("both", "key") == tmp_path / "attack" / "both"
     assert resolve_path("../beside", "key") == tmp_path / "beside"
     (tmp_path / "both").touch()
-    assert resolve_path("both", "key") == resolve_path(str(tmp_path / "both"), "key") == tmp_path / "both"
+    assert (
+        resolve_path("both", "key")
+        == resolve_path(str(tmp_path / "both"), "key")
+        == tmp_path / "both"
+    )
     with pytest.raises(UserError, match=f"some_key: .*{tmp_path}/none or {tmp_path}/attack/none"):
         resolve_path("none", "some_key")
 
 
 def test_the_published_yaml_loads_and_every_key_of_it_is_a_flag(yaml_file):
     values, published = parse("--yaml_path", yaml_file(PUBLISHED)), yaml.safe_load(PUBLISHED)
-    assert len(published) == 25 and {key: values[key] for key in published} == published
+    assert len(published) == 25
+    assert {key: values[key] for key in published} == published
     for key, value in published.items():
         assert parse(f"--{key}", str(value).lower() if value is True else value)[key] == value
 
 
 def test_our_cifar10_yaml_has_the_published_keys_and_values():
-    published, ours = yaml.safe_load(PUBLISHED), yaml.safe_load((ROOT / "config/badnet/cifar10.yaml").read_text())
+    published, ours = (
+        yaml.safe_load(PUBLISHED),
+        yaml.safe_load((ROOT / "config/badnet/cifar10.yaml").read_text()),
+    )
     assert ours == published | {"patch_mask_path": "color4x4"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_config_belongs_to_its_attack(path):
-    values, written = parse("--yaml_path", path, classes=classes_of(path.parent.name)), yaml.safe_load(path.read_text())
-    assert written and {key: values[key] for key in written} == written
+    values, written = (
+        parse("--yaml_path", path, classes=classes_of(path.parent.name)),
+        yaml.safe_load(path.read_text()),
+    )
+    assert written
+    assert {key: values[key] for key in written} == written
     assert values["attack"] in ("", path.parent.name)
 
 
@@ -162,13 +254,27 @@ def test_help_explains_every_key_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     for key in ["yaml_path", *parse()]:
-        entry = re.search(rf" --{key} (?:[A-Z_0-9]+|\{{\S+\}}) (.*?)(?= --\w+ (?:[A-Z_]|\{{)|$)", text.split("options:")[1])
+        entry = re.search(
+            rf" --{key} (?:[A-Z_0-9]+|\{{\S+\}}) (.*?)(?= --\w+ (?:[A-Z_]|\{{)|$)",
+            text.split("options:")[1],
+        )
         assert entry and len(entry[1]) > 25, key
         assert key == "yaml_path" or "default: " in entry[1], key
 
 
 def test_print_config_is_a_config_that_gives_the_same(capsys, yaml_file):
-    words = ["--epochs", 3, "--ddpm", "some/folder", "--ft_epochs", 4, "--amp", "false", "--lr", 1e-5]
+    words = [
+        "--epochs",
+        3,
+        "--ddpm",
+        "some/folder",
+        "--ft_epochs",
+        4,
+        "--amp",
+        "false",
+        "--lr",
+        1e-5,
+    ]
     with pytest.raises(SystemExit) as stopped:
         parse(*words, "--print_config")
     assert stopped.value.code == 0
@@ -177,30 +283,63 @@ def test_print_config_is_a_config_that_gives_the_same(capsys, yaml_file):
 
 def test_values_are_plain_and_configs_frozen():
     configs = parse_config(["--epochs", "3", "--lr", "1", "--pratio", "1"], *classes_of())
-    assert {type(value) for value in as_flat_dict(*configs).values()} <= {int, float, str, bool, type(None)}
+    assert {type(value) for value in as_flat_dict(*configs).values()} <= {
+        int,
+        float,
+        str,
+        bool,
+        type(None),
+    }
     for config in configs:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, dataclasses.fields(config)[0].name, 1)
 
 
-@pytest.mark.parametrize("cls", [DataConfig, TrainConfig, PoisonConfig, RunConfig, AgainConfig, PurifyConfig, DataElixirConfig, DenoiserConfig,
-                                 *map(trigger_class, ATTACKS)])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        DataConfig,
+        TrainConfig,
+        PoisonConfig,
+        RunConfig,
+        AgainConfig,
+        PurifyConfig,
+        DataElixirConfig,
+        DenoiserConfig,
+        *map(trigger_class, ATTACKS),
+    ],
+)
 def test_every_key_is_documented_and_nothing_else(cls):
     own = {f.name for f in dataclasses.fields(cls) if f.init} & set(vars(cls)["__annotations__"])
-    documented = set(re.findall(r"^ {8}(\w+): \S", cls.__doc__.partition("Args:")[2], re.M))
-    assert own == documented and BadNet.name in ATTACKS
+    documented = set(re.findall(r"^ {8}(\w+): \S", cls.__doc__.partition("Args:")[2], re.MULTILINE))
+    assert own == documented
+    assert BadNet.name in ATTACKS
 
 
 def test_peek_agrees_with_the_parser(yaml_file):
     path = yaml_file("defense: from_yaml\n")
-    for words in ([], ["--defense", "a"], ["--defense=a", "--yaml_path", path], ["--yaml_path", path], [f"--yaml_path={path}", "--defense", "a"]):
+    for words in (
+        [],
+        ["--defense", "a"],
+        ["--defense=a", "--yaml_path", path],
+        ["--yaml_path", path],
+        [f"--yaml_path={path}", "--defense", "a"],
+    ):
         assert peek(words, "defense", RunConfig.defense) == parse(*words)["defense"]
 
 
-@pytest.mark.parametrize(("error", "code", "words"), [
-    (UserError("lr: too high"), 2, "error: lr: too high"), (OSError(errno.ENOSPC, "No space left on device", "/x/y.npz"), 2, "/x/y.npz: No space left"),
-    (KeyboardInterrupt(), 130, "same command goes on"),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("lr: too high"), 2, "error: lr: too high"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y.npz"),
+            2,
+            "/x/y.npz: No space left",
+        ),
+        (KeyboardInterrupt(), 130, "same command goes on"),
+    ],
+)
 def test_what_a_user_can_mend_ends_in_one_line(capsys, error, code, words):
     def fail():
         raise error
@@ -208,7 +347,10 @@ def test_what_a_user_can_mend_ends_in_one_line(capsys, error, code, words):
     with pytest.raises(SystemExit) as stopped:
         command_line(fail)()
     told = capsys.readouterr().err.strip()
-    assert stopped.value.code == code and words in told and "Traceback" not in told and len(told.splitlines()) == 1
+    assert stopped.value.code == code
+    assert words in told
+    assert "Traceback" not in told
+    assert len(told.splitlines()) == 1
 
 
 def test_a_bug_is_not_dressed_up_as_the_users_mistake():

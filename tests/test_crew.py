@@ -1,20 +1,21 @@
 """Several processes make the same blocks as one, in the same order, and do not outlive one another."""
+
 import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from defense.crew import Crew, crew_for, shares
-from defense.purifier import Purifier
-from defense.rounds import Ending, Rounds
+from defense.elixir.purifier import Purifier
+from defense.elixir.rounds import Ending, Rounds
+from defense.elixir.workers import Workers, split_into_blocks, workers_for
 from tests.test_purification import CONFIG, DATA, purification
 from tests.torchrun import together
 from tests.toys import FlatDenoiser, PatchReader
 from utils import processes
 from utils.compiled import ROWS
 from utils.config import UserError
-from utils.processes import helped, led, own_device, rank
+from utils.processes import leading_process, own_device, rank, with_helpers
 
 
 class Scarce:
@@ -35,7 +36,7 @@ class Recipe:
 
     def prepared(self):
         if self.kind == "dies" and rank() > 0:
-            return sys.exit   # called with a part, it ends the process
+            return sys.exit  # called with a part, it ends the process
         purifier = Purifier(FlatDenoiser(), CONFIG, 0, own_device(torch.device("cpu")))
         rounds = Rounds(DATA, PatchReader(), purifier, 4)
         return Scarce(rounds) if self.kind == "scarce" and rank() > 0 else rounds
@@ -44,11 +45,13 @@ class Recipe:
 def purify(folder, kind):
     """The toy set, target labels first; leaves votes and images in folder/out.pt."""
     work = purification(folder / "store")
-    with crew_for(Recipe(kind)) as team:
+    with workers_for(Recipe(kind)) as team:
         work.deal = team.blocks
         found = work.ending_early(first=10, error=0.02, doubt=0.2, others=False)
     index, images = (torch.cat(parts) for parts in zip(*work.store.fetch(torch.arange(len(DATA)))))
-    torch.save((found.targets, work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt")
+    torch.save(
+        (found.targets, work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt"
+    )
 
 
 def test_three_processes_make_what_one_makes(tmp_path):
@@ -57,21 +60,30 @@ def test_three_processes_make_what_one_makes(tmp_path):
     done = together(3, purify, tmp_path / "three")
     assert done.returncode == 0 and done.stdout.count("left") == 3, done.stderr[-2000:]
     one, three = (torch.load(tmp_path / name / "out.pt") for name in ("one", "three"))
-    assert one[0] == three[0] and one[3] == three[3] and torch.equal(one[1], three[1]) and torch.equal(one[2], three[2])
+    assert one[0] == three[0]
+    assert one[3] == three[3]
+    assert torch.equal(one[1], three[1])
+    assert torch.equal(one[2], three[2])
 
 
 def test_a_process_with_less_memory_than_the_others_halves_its_own_blocks(tmp_path):
     (tmp_path / "one").mkdir()
     purify(tmp_path / "one", "good")
     done = together(2, purify, tmp_path / "two", "scarce")
-    assert done.returncode == 0 and "going on with 3" in done.stderr + done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "going on with 3" in done.stderr + done.stdout, done.stderr[
+        -2000:
+    ]
     one, two = (torch.load(tmp_path / name / "out.pt") for name in ("one", "two"))
-    assert one[0] == two[0] and one[3] == two[3] and torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
+    assert one[0] == two[0]
+    assert one[3] == two[3]
+    assert torch.equal(one[1], two[1])
+    assert torch.equal(one[2], two[2])
 
 
 def test_a_run_ends_when_one_of_its_processes_dies(tmp_path):
     done = together(2, purify, tmp_path / "two", "dies")
-    assert done.returncode != 0 and not (tmp_path / "two" / "out.pt").exists()
+    assert done.returncode != 0
+    assert not (tmp_path / "two" / "out.pt").exists()
 
 
 def test_a_lost_process_is_told_in_words(monkeypatch):
@@ -80,18 +92,32 @@ def test_a_lost_process_is_told_in_words(monkeypatch):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(processes, "join", lambda: None)
-    monkeypatch.setattr(processes, "told", lost)
-    with pytest.raises(UserError, match="another process of this run has died .*Connection closed.*goes on from there"):
-        with helped(None):
-            pass
+    monkeypatch.setattr(processes, "broadcast", lost)
+    with (
+        pytest.raises(
+            UserError,
+            match="another process of this run has died .*Connection closed.*goes on from there",
+        ),
+        with_helpers(None),
+    ):
+        pass
 
 
 def test_every_process_gets_as_many_blocks_of_as_many_samples(monkeypatch):
     index = torch.arange(1438)
-    assert [len(part) for part in shares(index, 256)] == [192, 256, 256, 256, 256, 222] and shares(index[:0], 256) == ()
+    assert [len(part) for part in split_into_blocks(index, 256)] == [
+        192,
+        256,
+        256,
+        256,
+        256,
+        222,
+    ]
+    assert split_into_blocks(index[:0], 256) == ()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert [len(part) for part in shares(index, 256)] == [128] + [192] * 6 + [158] and torch.equal(torch.cat(shares(index, 256)), index)
-    assert [part.tolist() for part in shares(index[:2], 256)] == [[0], [1]]
+    assert [len(part) for part in split_into_blocks(index, 256)] == [128] + [192] * 6 + [158]
+    assert torch.equal(torch.cat(split_into_blocks(index, 256)), index)
+    assert [part.tolist() for part in split_into_blocks(index[:2], 256)] == [[0], [1]]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
@@ -100,18 +126,22 @@ def test_blocks_hold_every_sample_once_and_waste_no_pass(monkeypatch, processes,
     """A pass takes ROWS rows, filled or not."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     for count in (1, 2, 7, 63, 64, 65, 300, 640, 1313, 4096):
-        parts = shares(torch.arange(count), most)
-        assert torch.cat(parts).tolist() == list(range(count)) and 1 <= min(map(len, parts)) and max(map(len, parts)) <= most
+        parts = split_into_blocks(torch.arange(count), most)
+        assert torch.cat(parts).tolist() == list(range(count))
+        assert min(map(len, parts)) >= 1
+        assert max(map(len, parts)) <= most
         assert len(parts) % processes == 0 or len(parts) == count or max(map(len, parts)) <= ROWS
         if most >= ROWS and count >= ROWS * processes:
             assert sum(-(-len(part) // ROWS) for part in parts) == -(-count // ROWS)
 
 
 def test_without_torchrun_there_is_no_crew():
-    assert processes.size() == 1 and rank() == 0 and own_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
-    with led() as leading:
+    assert processes.size() == 1
+    assert rank() == 0
+    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    with leading_process() as leading:
         assert leading
-    [block] = Crew(Recipe().prepared()).blocks([torch.tensor([3, 60])], Ending(4, {}))
+    [block] = Workers(Recipe().prepared()).blocks([torch.tensor([3, 60])], Ending(4, {}))
     assert block.index.tolist() == [3, 60]
 
 
@@ -119,15 +149,15 @@ def test_a_mistake_of_this_program_is_no_lost_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(processes, "join", lambda: None)
     said = []
-    monkeypatch.setattr(processes, "told", said.append)
+    monkeypatch.setattr(processes, "broadcast", said.append)
     monkeypatch.setattr(processes, "leave", said.append)
-    with pytest.raises(RuntimeError, match="size of tensor a") as mistake:
-        with helped("job"):
-            raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
-    assert said == ["job", mistake.value]      # the others are let go before the program ends
+    with pytest.raises(RuntimeError, match="size of tensor a") as mistake, with_helpers("job"):
+        raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
+    assert said == ["job", mistake.value]  # the others are let go before the program ends
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 3) and own_device(torch.device("cpu")) == torch.device("cpu")
+    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 3)
+    assert own_device(torch.device("cpu")) == torch.device("cpu")

@@ -1,4 +1,5 @@
 """Data sets: shapes, splits and layouts, and what is said where there is none."""
+
 import dataclasses
 import os
 import re
@@ -9,9 +10,17 @@ import torch
 from PIL import Image
 
 from tests.toys import random_images
-from utils import config, decoding
+from utils import config
 from utils.config import DataConfig, UserError
-from utils.data import DATASETS, LabeledImages, load_dataset, stratified_split, to_uint8, to_unit
+from utils.images import decoding
+from utils.images.data import (
+    DATASETS,
+    LabeledImages,
+    load_dataset,
+    stratified_split,
+    to_uint8,
+    to_unit,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +42,31 @@ def load(name, path="", **keys):
 
 def image_tree(root, classes, count, seed=0):
     """`count` images in each of the class folders below root: {(class, number): image}."""
-    return {(name, k): write(root / name / f"{k:02d}.png", seed + 100 * c + k) for c, name in enumerate(classes) for k in range(count)}
+    return {
+        (name, k): write(root / name / f"{k:02d}.png", seed + 100 * c + k)
+        for c, name in enumerate(classes)
+        for k in range(count)
+    }
 
 
 def gtsrb_tree(root, archive):
     """torchvision's layout with 2, 3 and 1 training images of classes 0..2 and test images of classes 2, 0, 1."""
-    train = [(label, write(root / "GTSRB" / archive / f"{label:05d}" / f"{k:05d}_00000.ppm", 10 * label + k))
-             for label, count in enumerate((2, 3, 1)) for k in range(count)]
-    test = [(label, write(root / "GTSRB" / "Final_Test" / "Images" / f"{k:05d}.ppm", 50 + k)) for k, label in enumerate((2, 0, 1))]
+    train = [
+        (
+            label,
+            write(root / "GTSRB" / archive / f"{label:05d}" / f"{k:05d}_00000.ppm", 10 * label + k),
+        )
+        for label, count in enumerate((2, 3, 1))
+        for k in range(count)
+    ]
+    test = [
+        (label, write(root / "GTSRB" / "Final_Test" / "Images" / f"{k:05d}.ppm", 50 + k))
+        for k, label in enumerate((2, 0, 1))
+    ]
     rows = [f"{k:05d}.ppm;53;54;6;5;48;49;{label}" for k, (label, _) in enumerate(test)]
-    (root / "GT-final_test.csv").write_text("\n".join(["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId", *rows]) + "\n")
+    (root / "GT-final_test.csv").write_text(
+        "\n".join(["Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId", *rows]) + "\n"
+    )
     return train, test
 
 
@@ -54,31 +78,49 @@ def assert_is(part, expected):
 
 def test_every_level_survives_the_way_to_unit_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(to_unit(levels)), levels) and to_unit(levels).dtype == torch.float32
+    assert torch.equal(to_uint8(to_unit(levels)), levels)
+    assert to_unit(levels).dtype == torch.float32
     assert to_unit(levels)[[0, 255]].tolist() == [0, 1]
-    assert to_uint8(torch.tensor([-3.0, 99.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255])).tolist() == [0, 255, 0, 1, 255]
+    assert to_uint8(
+        torch.tensor([-3.0, 99.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255])
+    ).tolist() == [0, 255, 0, 1, 255]
 
 
 def test_digits_are_real_fixed_and_disjoint():
     found, again = load("digits"), load("digits")
-    assert found.train.images.shape == (1438, 3, 32, 32) and found.test.images.shape == (359, 3, 32, 32)
-    assert torch.equal(found.test.images, again.test.images) and torch.equal(found.train.labels, again.train.labels)
-    assert found.classes == tuple("0123456789") and found.num_classes == 10 and not found.info.flip
+    assert found.train.images.shape == (1438, 3, 32, 32)
+    assert found.test.images.shape == (
+        359,
+        3,
+        32,
+        32,
+    )
+    assert torch.equal(found.test.images, again.test.images)
+    assert torch.equal(found.train.labels, again.train.labels)
+    assert found.classes == tuple("0123456789")
+    assert found.num_classes == 10
+    assert not found.info.flip
     small = load("digits", image_size=8)
     both = torch.cat([small.train.images, small.test.images])[:, 0].flatten(1).double()
     labels = torch.cat([small.train.labels, small.test.labels])
     from sklearn.datasets import load_digits
 
-    original = {(tuple(np.round(row * 255 / 16)), label) for row, label in zip(*load_digits(return_X_y=True))}
+    original = {
+        (tuple(np.round(row * 255 / 16)), label)
+        for row, label in zip(*load_digits(return_X_y=True))
+    }
     assert {(tuple(row), label) for row, label in zip(both.tolist(), labels.tolist())} == original
-    assert all(abs((small.test.labels == k).sum() / (labels == k).sum() - 0.2) < 0.005 for k in range(10))
+    assert all(
+        abs((small.test.labels == k).sum() / (labels == k).sum() - 0.2) < 0.005 for k in range(10)
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
 def test_stratified_split_laws(fraction):
     labels = np.random.default_rng(0).choice(7, 500, p=[0.4, 0.3, 0.1, 0.1, 0.05, 0.03, 0.02])
     kept, test = stratified_split(labels, fraction)
-    assert sorted([*kept, *test]) == list(range(500)) and list(test) == sorted(test)
+    assert sorted([*kept, *test]) == list(range(500))
+    assert list(test) == sorted(test)
     for label in range(7):
         count = (labels == label).sum()
         assert (labels[test] == label).sum() == min(max(1, round(fraction * count)), count - 1)
@@ -91,36 +133,50 @@ def test_imagefolder_with_train_and_test(tmp_path):
     test = image_tree(tmp_path / "test", ["c", "a"], 1, seed=7)
     found = load("imagefolder", tmp_path, image_size=6)
     assert found.classes == ("a", "b", "c")
-    assert_is(found.train, [(label, train[name, k]) for label, name in enumerate("abc") for k in range(2)])
+    assert_is(
+        found.train, [(label, train[name, k]) for label, name in enumerate("abc") for k in range(2)]
+    )
     assert_is(found.test, [(0, test["a", 0]), (2, test["c", 0])])
 
 
 def test_test_folders_that_are_no_classes_are_refused(tmp_path):
     image_tree(tmp_path / "train", ["cat", "dog"], 2)
     image_tree(tmp_path / "test", ["cat", "Dog", "eel"], 1)
-    with pytest.raises(UserError, match=r"dataset_path: .*test has 2 folders that train/ has not, the first is Dog/\..*dog.*Rename"):
+    with pytest.raises(
+        UserError,
+        match=r"dataset_path: .*test has 2 folders that train/ has not, the first is Dog/\..*dog.*Rename",
+    ):
         load("imagefolder", tmp_path, image_size=6)
 
 
 def test_imagefolder_without_parts_is_split(tmp_path):
     files = image_tree(tmp_path, ["cat", "dog"], 8)
     found = load("imagefolder", tmp_path, image_size=6, test_fraction=0.25)
-    assert found.test.labels.tolist() == [0, 0, 1, 1] and found.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert found.test.labels.tolist() == [0, 0, 1, 1]
+    assert found.train.labels.tolist() == [0] * 6 + [1] * 6
     for part in (found.train, found.test):
         for image, label in zip(part.images, part.labels):
-            assert any(torch.equal(image, files["cat dog".split()[label], k]) for k in range(8))
+            assert any(torch.equal(image, files[["cat", "dog"][label], k]) for k in range(8))
     both = torch.cat([found.train.images, found.test.images]).flatten(1)
     assert len(both.unique(dim=0)) == 16
-    assert torch.equal(load("imagefolder", tmp_path, image_size=6, test_fraction=0.25).test.images, found.test.images)
+    assert torch.equal(
+        load("imagefolder", tmp_path, image_size=6, test_fraction=0.25).test.images,
+        found.test.images,
+    )
 
 
-@pytest.mark.parametrize("parts", [("train", "val"), ("Training", "Testing"), ("valid", "validation", "train")])
+@pytest.mark.parametrize(
+    "parts", [("train", "val"), ("Training", "Testing"), ("valid", "validation", "train")]
+)
 def test_parts_of_a_set_are_no_classes(tmp_path, parts):
     for part in parts:
         image_tree(tmp_path / part, ["cat", "dog"], 4)
-    with pytest.raises(UserError, match=f"dataset_path: .*{'/, '.join(sorted(parts))}/, which are no classes; name the two to be used train/ and test/"):
+    with pytest.raises(
+        UserError,
+        match=f"dataset_path: .*{'/, '.join(sorted(parts))}/, which are no classes; name the two to be used train/ and test/",
+    ):
         load("imagefolder", tmp_path, image_size=6)
-    image_tree(tmp_path / "rail", ["train", "tram"], 4)    # a class may be called so
+    image_tree(tmp_path / "rail", ["train", "tram"], 4)  # a class may be called so
     assert load("imagefolder", tmp_path / "rail", image_size=6).classes == ("train", "tram")
 
 
@@ -139,7 +195,8 @@ def test_gtsrb_layouts(tmp_path, archive, outer):
     found = load("gtsrb", tmp_path / "root", image_size=6)
     assert_is(found.train, train)
     assert_is(found.test, test)
-    assert found.num_classes == 3 and not found.info.flip
+    assert found.num_classes == 3
+    assert not found.info.flip
 
 
 def test_gtsrb_agrees_with_torchvision(tmp_path):
@@ -148,7 +205,10 @@ def test_gtsrb_agrees_with_torchvision(tmp_path):
     gtsrb_tree(tmp_path / "gtsrb", "Training")
     found = load("gtsrb", tmp_path, image_size=6)
     for part, split in ((found.train, "train"), (found.test, "test")):
-        pairs = [(label, torch.from_numpy(np.array(image)).permute(2, 0, 1)) for image, label in GTSRB(str(tmp_path), split)]
+        pairs = [
+            (label, torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            for image, label in GTSRB(str(tmp_path), split)
+        ]
         assert_is(part, pairs)
 
 
@@ -159,17 +219,23 @@ def test_the_real_gtsrb_loads_as_torchvision_reads_it(monkeypatch):
     root = os.environ["DATAELIXIR_DATA"]
     found = load("gtsrb", root)
     reference = GTSRB(root, "test")
-    assert found.num_classes == 43 and len(found.test) == len(reference) and found.train.labels.unique().tolist() == list(range(43))
+    assert found.num_classes == 43
+    assert len(found.test) == len(reference)
+    assert found.train.labels.unique().tolist() == list(range(43))
     for k in range(0, len(reference), 500):
         image, label = reference[k]
         expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-        assert found.test.labels[k] == label and np.array_equal(found.test.images[k], expected)
+        assert found.test.labels[k] == label
+        assert np.array_equal(found.test.images[k], expected)
 
 
 def test_a_missing_set_lists_every_place_and_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "SCRIPTS", tmp_path / "attack")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"dataset_path: .*{tmp_path}/none or {tmp_path}/attack/none.*train/<class>"):
+    with pytest.raises(
+        UserError,
+        match=rf"dataset_path: .*{tmp_path}/none or {tmp_path}/attack/none.*train/<class>",
+    ):
         load("imagefolder", "none")
 
 
@@ -179,7 +245,9 @@ def test_a_failed_download_tells_where_to_get_the_set(tmp_path, monkeypatch, nam
         raise OSError("network unreachable")
 
     monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], download=unreachable))
-    with pytest.raises(UserError, match=rf"no {name} data at {tmp_path}.*network unreachable.*get it from https://"):
+    with pytest.raises(
+        UserError, match=rf"no {name} data at {tmp_path}.*network unreachable.*get it from https://"
+    ):
         load(name, tmp_path)
 
 
@@ -198,13 +266,26 @@ def test_sets_that_cannot_be_learned_are_refused(tmp_path):
 def test_labeled_images_check_their_shapes():
     images, labels = random_images(4, 3, 5, 5), torch.arange(4)
     chosen = LabeledImages(images, labels)[torch.tensor([2, 0])]
-    assert chosen.labels.tolist() == [2, 0] and torch.equal(chosen.images, images[[2, 0]]) and len(chosen) == 2
-    for wrong in ((images.float(), labels), (images, labels.int()), (images, labels[:3]), (images[:, :1], labels), (images[0], labels)):
+    assert chosen.labels.tolist() == [2, 0]
+    assert torch.equal(chosen.images, images[[2, 0]])
+    assert len(chosen) == 2
+    for wrong in (
+        (images.float(), labels),
+        (images, labels.int()),
+        (images, labels[:3]),
+        (images[:, :1], labels),
+        (images[0], labels),
+    ):
         with pytest.raises(AssertionError):
             LabeledImages(*wrong)
 
 
 def test_every_data_set_has_an_entry_that_can_be_used():
     for name, info in DATASETS.items():
-        assert len(info.mean) == len(info.std) == 3 and min(info.std) > 0 and (info.url or name == "digits"), name
-    assert not DATASETS["gtsrb"].flip and DATASETS["cifar10"].flip    # a mirrored sign is another sign
+        assert (
+            len(info.mean) == len(info.std) == 3
+            and min(info.std) > 0
+            and (info.url or name == "digits")
+        ), name
+    assert not DATASETS["gtsrb"].flip
+    assert DATASETS["cifar10"].flip

@@ -1,4 +1,5 @@
 """DataElixir end to end on a toy whose truth is known, and what must not depend on that truth."""
+
 import csv
 import json
 from dataclasses import replace
@@ -7,20 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from defense import dataelixir, purification, rounds
-from defense.dataelixir import DataElixirConfig, defend
-from defense.purifier import requantised
-from defense.run import Case, run_defense
-from defense.verdict import Verdict
+from defense import dataelixir
+from defense.dataelixir import defend
+from defense.elixir import purification, rounds
+from defense.elixir.config import DataElixirConfig
+from defense.elixir.purifier import requantised
+from defense.elixir.verdict import Verdict
+from defense.harness.run import Case, run_defense
 from diffusion.sampler import Sampler
 from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
-from utils import record as record_module, trained
-from utils.data import LabeledImages
-from utils.metrics import Truth
-from utils.record import Record
+from utils.classifier import trained
+from utils.classifier.metrics import Truth
+from utils.images.data import LabeledImages
+from utils.storage import record as record_module
+from utils.storage.record import Record
 
-CONFIG = DataElixirConfig(model="preactresnet_small", epochs=1, batch_size=16, ft_lr=0.001, steps_T=20, rounds_n=4, last_steps_m=4, purify_batch_size=13,
-                          threshold_tau=4, device="cpu", amp=False, random_seed=1)
+CONFIG = DataElixirConfig(
+    model="preactresnet_small",
+    epochs=1,
+    batch_size=16,
+    ft_lr=0.001,
+    steps_T=20,
+    rounds_n=4,
+    last_steps_m=4,
+    purify_batch_size=13,
+    threshold_tau=4,
+    device="cpu",
+    amp=False,
+    random_seed=1,
+)
 DATASET = toy_dataset()
 POISONED, TRUTH, TRIGGERED = poisoned_toy(DATASET)
 
@@ -36,9 +52,14 @@ class PartialDenoiser(FlatDenoiser):
         self.round += int(t[0]) == CONFIG.steps_T - 1
         noise = super().forward(x, t)
         clean = (x - (1 - self.ab(t)) ** 0.5 * noise) / self.ab(t) ** 0.5
-        lasts = torch.tensor([0, 1, 0, 3, 99])[self.classes(x, t)] >= (self.round - 1) % CONFIG.rounds_n + 1
+        lasts = (
+            torch.tensor([0, 1, 0, 3, 99])[self.classes(x, t)]
+            >= (self.round - 1) % CONFIG.rounds_n + 1
+        )
         bright = x[..., -CORNER:, -CORNER:].mean(dim=(1, 2, 3)) / self.ab(t) ** 0.5 > 0.9
-        clean[..., -CORNER:, -CORNER:] = torch.where((lasts & bright).view(-1, 1, 1, 1), 1.0, clean[..., -CORNER:, -CORNER:])
+        clean[..., -CORNER:, -CORNER:] = torch.where(
+            (lasts & bright).view(-1, 1, 1, 1), 1.0, clean[..., -CORNER:, -CORNER:]
+        )
         return (x - self.ab(t) ** 0.5 * clean) / (1 - self.ab(t)) ** 0.5
 
     def ab(self, t):
@@ -72,7 +93,9 @@ class SpyTrainer:
 @pytest.fixture(autouse=True)
 def toy_world(tmp_path, monkeypatch):
     monkeypatch.setattr(record_module, "RECORDS", tmp_path)
-    monkeypatch.setattr(dataelixir, "warn_if_noise", lambda *_: None)    # the toys count how often they are called
+    monkeypatch.setattr(
+        dataelixir, "warn_if_noise", lambda *_: None
+    )  # the toys count how often they are called
     use_denoiser(monkeypatch, FlatDenoiser())
 
 
@@ -87,8 +110,10 @@ def run(config=CONFIG, data=POISONED, name="run", victim=None):
 def spied(monkeypatch, config=CONFIG, denoiser=None):
     """The result with the partial denoiser, and the training sets that were asked for, by stage."""
     use_denoiser(monkeypatch, denoiser or PartialDenoiser())
-    monkeypatch.setattr("utils.trained.Trainer", SpyTrainer)
-    monkeypatch.setattr("utils.trained.build_classifier", lambda name, classes, info, seed: Reader())
+    monkeypatch.setattr("utils.classifier.trained.Trainer", SpyTrainer)
+    monkeypatch.setattr(
+        "utils.classifier.trained.build_classifier", lambda name, classes, info, seed: Reader()
+    )
     SpyTrainer.seen = []
     result = run(replace(config, purify_batch_size=1000))
     return result, {stage: (lr, epochs, data) for stage, lr, epochs, data in SpyTrainer.seen}
@@ -96,36 +121,52 @@ def spied(monkeypatch, config=CONFIG, denoiser=None):
 
 def rows(data):
     """The set as a sorted list of (label, pixels)."""
-    return sorted((label, image.numpy().tobytes()) for label, image in zip(data.labels.tolist(), data.images))
+    return sorted(
+        (label, image.numpy().tobytes()) for label, image in zip(data.labels.tolist(), data.images)
+    )
 
 
-def test_a_sample_that_leaves_its_label_is_more_suspicious_where_that_is_a_target_label(monkeypatch):
+def test_a_sample_that_leaves_its_label_is_more_suspicious_where_that_is_a_target_label(
+    monkeypatch,
+):
     result, _ = spied(monkeypatch)
     left = (result.votes[:, 1:] != POISONED.labels[:, None]).double().mean(1)
     is_target = result.discrepancy.is_target[POISONED.labels]
-    assert is_target.any() and left[is_target].any() and not is_target.all()
+    assert is_target.any()
+    assert left[is_target].any()
+    assert not is_target.all()
     torch.testing.assert_close(result.score, left * (0.5 + 0.5 * is_target))
-    flipped = replace(POISONED, labels=(POISONED.labels + (torch.arange(len(POISONED)) == int((~is_target).nonzero()[0]))) % 5)   # a wrong label
+    flipped = replace(
+        POISONED,
+        labels=(POISONED.labels + (torch.arange(len(POISONED)) == int((~is_target).nonzero()[0])))
+        % 5,
+    )  # a wrong label
     odd = run(data=flipped, name="flipped").score[~is_target & (flipped.labels != POISONED.labels)]
-    assert len(odd) == 1 and odd.item() == 0.5
+    assert len(odd) == 1
+    assert odd.item() == 0.5
 
 
 def test_poison_is_found_relabelled_and_cleaned_and_nothing_else_is_touched():
     result = run()
     changed, benign = result.purified.labels != POISONED.labels, ~TRUTH.poison
-    assert result.discrepancy.targets == (0,) and torch.equal(changed, TRUTH.poison)
+    assert result.discrepancy.targets == (0,)
+    assert torch.equal(changed, TRUTH.poison)
     assert torch.equal(result.purified.labels, TRUTH.original_labels)
     assert torch.equal(result.purified.images[benign], POISONED.images[benign])
     assert (result.purified.images[~benign, :, -CORNER:, -CORNER:] < 230).all()
     assert torch.equal(result.decisions.verdict == Verdict.POISONED, TRUTH.poison)
-    assert torch.equal(result.votes[:, 0], POISONED.labels) and (result.votes[:, 1:] == TRUTH.original_labels[:, None]).all()
-    assert result.unet_passes == len(POISONED) * 4 * 20 and not result.model.training and result.stage1 is not result.model
+    assert torch.equal(result.votes[:, 0], POISONED.labels)
+    assert (result.votes[:, 1:] == TRUTH.original_labels[:, None]).all()
+    assert result.unet_passes == len(POISONED) * 4 * 20
+    assert not result.model.training
+    assert result.stage1 is not result.model
 
 
 def test_another_target_is_found_too():
     data, truth, _ = poisoned_toy(DATASET, target=3)
     result = run(data=data, victim=PatchReader(3))
-    assert result.discrepancy.targets == (3,) and torch.equal(result.purified.labels, truth.original_labels)
+    assert result.discrepancy.targets == (3,)
+    assert torch.equal(result.purified.labels, truth.original_labels)
 
 
 class TwoPatchReader(PatchReader):
@@ -143,18 +184,29 @@ def test_two_backdoors_with_two_targets_are_both_found(first):
     again = (truth.original_labels != 3) & ~truth.poison & (torch.arange(len(data)) % 3 == 1)
     images, labels = data.images.clone(), torch.where(again, 3, data.labels)
     images[again, :, -CORNER:, -CORNER:] = 0
-    result = run(replace(CONFIG, target_first=first, sample_first=6), LabeledImages(images, labels), victim=TwoPatchReader())
-    assert result.discrepancy.targets == (0, 3) and torch.equal(result.purified.labels, truth.original_labels)
-    assert torch.equal(result.decisions.verdict == Verdict.POISONED, truth.poison | again) and again.sum() > 5
-    assert ((result.purified.images[again][..., -CORNER:, -CORNER:] > 20).all() and (result.purified.images[truth.poison][..., -CORNER:, -CORNER:] < 230).all())
+    result = run(
+        replace(CONFIG, target_first=first, sample_first=6),
+        LabeledImages(images, labels),
+        victim=TwoPatchReader(),
+    )
+    assert result.discrepancy.targets == (0, 3)
+    assert torch.equal(result.purified.labels, truth.original_labels)
+    assert torch.equal(result.decisions.verdict == Verdict.POISONED, truth.poison | again)
+    assert again.sum() > 5
+    assert (result.purified.images[again][..., -CORNER:, -CORNER:] > 20).all()
+    assert (result.purified.images[truth.poison][..., -CORNER:, -CORNER:] < 230).all()
 
 
 def test_without_a_backdoor_the_set_stays_and_the_victim_is_the_model():
     victim = PatchReader()
     result = run(data=DATASET.train, victim=victim)
-    assert result.discrepancy.targets == () and result.model is victim and result.stage1 is None
-    assert torch.equal(result.purified.images, DATASET.train.images) and torch.equal(result.purified.labels, DATASET.train.labels)
-    assert (result.decisions.verdict == Verdict.BENIGN).all() and (Record("run") / "benign.safetensors").exists()
+    assert result.discrepancy.targets == ()
+    assert result.model is victim
+    assert result.stage1 is None
+    assert torch.equal(result.purified.images, DATASET.train.images)
+    assert torch.equal(result.purified.labels, DATASET.train.labels)
+    assert (result.decisions.verdict == Verdict.BENIGN).all()
+    assert (Record("run") / "benign.safetensors").exists()
 
 
 @pytest.mark.parametrize("conform", [False, True])
@@ -163,33 +215,58 @@ def test_each_kind_of_poison_goes_its_way(monkeypatch, conform):
     result, stages = spied(monkeypatch, replace(CONFIG, conform=conform, ft_epochs=7))
     assert result.discrepancy.targets == (0,)
     of = lambda k: TRUTH.poison & (TRUTH.original_labels == k)
-    expected = {1: Verdict.SUSPICIOUS, 2: Verdict.POISONED, 3: Verdict.SUSPICIOUS, 4: Verdict.BENIGN}
-    assert all((result.decisions.verdict[of(k)] == verdict).all() for k, verdict in expected.items())
+    expected = {
+        1: Verdict.SUSPICIOUS,
+        2: Verdict.POISONED,
+        3: Verdict.SUSPICIOUS,
+        4: Verdict.BENIGN,
+    }
+    assert all(
+        (result.decisions.verdict[of(k)] == verdict).all() for k, verdict in expected.items()
+    )
     assert (result.decisions.verdict[~TRUTH.poison] == Verdict.BENIGN).all()
     assert torch.equal(result.purified.labels, torch.where(of(4), 0, TRUTH.original_labels))
     settled, consensus = ~(of(1) | of(3)), ~of(3)
     lr, epochs, stage1 = stages["benign_stage1"]
-    assert (lr, epochs) == (CONFIG.lr, CONFIG.epochs) and rows(stage1) == rows(result.purified[settled])
+    assert (lr, epochs) == (CONFIG.lr, CONFIG.epochs)
+    assert rows(stage1) == rows(result.purified[settled])
     lr, epochs, stage2 = stages["benign"]
-    assert (lr, epochs) == (CONFIG.ft_lr, 7) and rows(stage2) == rows(result.purified[consensus])
+    assert (lr, epochs) == (CONFIG.ft_lr, 7)
+    assert rows(stage2) == rows(result.purified[consensus])
 
 
 def test_conform_requantises_every_image_that_stays_and_overrides_the_switches(monkeypatch):
     result, _ = spied(monkeypatch, replace(CONFIG, conform=True))
     stays = result.decisions.column == 0
-    assert torch.equal(result.purified.images[stays], requantised(POISONED.images[stays])) and stays.sum() > 40
+    assert torch.equal(result.purified.images[stays], requantised(POISONED.images[stays]))
+    assert stays.sum() > 40
     assert not torch.equal(result.purified.images[stays], POISONED.images[stays])
     resolved = replace(CONFIG, conform=True, ssim="channel", sampler="ddim", amp=True).resolved()
-    assert (resolved.ssim, resolved.sampler, resolved.amp, resolved.noise_index, resolved.evidence_prior) == ("volume", "ancestral", False, "T", 0)
-    assert (resolved.outliers, resolved.quantise, resolved.original_eligible, resolved.relabel_source) == ("two_sided", "truncate", True, "raw")
+    assert (
+        resolved.ssim,
+        resolved.sampler,
+        resolved.amp,
+        resolved.noise_index,
+        resolved.evidence_prior,
+    ) == ("volume", "ancestral", False, "T", 0)
+    assert (
+        resolved.outliers,
+        resolved.quantise,
+        resolved.original_eligible,
+        resolved.relabel_source,
+    ) == ("two_sided", "truncate", True, "raw")
     assert CONFIG.resolved() is CONFIG
 
 
 def test_conform_trains_even_where_no_target_is_found(monkeypatch):
-    monkeypatch.setattr("utils.trained.Trainer", SpyTrainer)
+    monkeypatch.setattr("utils.classifier.trained.Trainer", SpyTrainer)
     SpyTrainer.seen = []
     result = run(replace(CONFIG, conform=True), DATASET.train)
-    assert result.discrepancy.targets == () and [(stage, len(data)) for stage, *_, data in SpyTrainer.seen] == [("benign_stage1", 60), ("benign", 60)]
+    assert result.discrepancy.targets == ()
+    assert [(stage, len(data)) for stage, *_, data in SpyTrainer.seen] == [
+        ("benign_stage1", 60),
+        ("benign", 60),
+    ]
     assert torch.equal(result.purified.labels, DATASET.train.labels)
 
 
@@ -197,9 +274,11 @@ def test_fine_tuning_starts_from_the_first_model_and_leaves_it_alone():
     result = run()
     first, second = result.stage1.state_dict(), result.model.state_dict()
     assert any(not torch.equal(first[key], second[key]) for key in first)
-    distance = sum(float((first[key].float() - second[key].float()).norm()) for key in first if "conv" in key)
+    distance = sum(
+        float((first[key].float() - second[key].float()).norm()) for key in first if "conv" in key
+    )
     size = sum(float(first[key].norm()) for key in first if "conv" in key)
-    assert distance < 0.05 * size    # a small step at ft_lr, no fresh start
+    assert distance < 0.05 * size  # a small step at ft_lr, no fresh start
 
 
 def interrupt(monkeypatch, module, name, number):
@@ -216,7 +295,15 @@ def interrupt(monkeypatch, module, name, number):
     return calls
 
 
-@pytest.mark.parametrize(("name", "number", "blocks_left"), [("predict", 13, 3), ("target_labels", 1, 0), ("save_classifier", 1, 0), ("save_classifier", 2, 0)])
+@pytest.mark.parametrize(
+    ("name", "number", "blocks_left"),
+    [
+        ("predict", 13, 3),
+        ("target_labels", 1, 0),
+        ("save_classifier", 1, 0),
+        ("save_classifier", 2, 0),
+    ],
+)
 def test_an_interrupted_defence_goes_on_to_the_same_result(monkeypatch, name, number, blocks_left):
     module = {"save_classifier": trained, "predict": rounds, "target_labels": purification}[name]
     whole = run(name="whole")
@@ -228,7 +315,10 @@ def test_an_interrupted_defence_goes_on_to_the_same_result(monkeypatch, name, nu
     assert len(purified) == blocks_left
     for key in ("images", "labels"):
         assert torch.equal(getattr(parts.purified, key), getattr(whole.purified, key))
-    assert all(torch.equal(a, b) for a, b in zip(parts.model.state_dict().values(), whole.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(parts.model.state_dict().values(), whole.model.state_dict().values())
+    )
 
 
 def case(truth):
@@ -236,18 +326,27 @@ def case(truth):
 
 
 def test_the_truth_changes_the_report_and_nothing_else(tmp_path, monkeypatch):
-    false = Truth(TRUTH.original_labels.flip(0), ~TRUTH.poison, TRUTH.poison.roll(1) & TRUTH.poison, [4])
+    false = Truth(
+        TRUTH.original_labels.flip(0), ~TRUTH.poison, TRUTH.poison.roll(1) & TRUTH.poison, [4]
+    )
     for name, truth in (("true", TRUTH), ("false", false)):
         use_denoiser(monkeypatch, FlatDenoiser())
         run_defense(dataelixir, case(truth), CONFIG, Record(name))
     for file in ("purified.npz", "votes.npz"):
         true, other = (np.load(tmp_path / name / file) for name in ("true", "false"))
-        assert true.files == other.files and all(np.array_equal(true[key], other[key]) for key in true.files)
+        assert true.files == other.files
+        assert all(np.array_equal(true[key], other[key]) for key in true.files)
     for file in ("decisions.csv", "benign.safetensors"):
         assert (tmp_path / "true" / file).read_bytes() == (tmp_path / "false" / file).read_bytes()
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("true", "false")]
-    assert [report["detection"]["tpr"] for report in reports] == [1, 0] and reports[0]["detection"]["fpr"] == 0
+    reports = [
+        json.loads((tmp_path / name / "report.json").read_text()) for name in ("true", "false")
+    ]
+    assert [report["detection"]["tpr"] for report in reports] == [1, 0]
+    assert reports[0]["detection"]["fpr"] == 0
     assert reports[0]["relabel"] == {"accuracy_on_poison": 1, "label_accuracy": 1, "collateral": 0}
-    assert reports[0]["target_labels"] == {"detected": [0], "true": [0]} and reports[0]["rounds"][-1] == {"clean_prediction_survives": 1, "poison_reads_target": 0}
+    assert reports[0]["target_labels"] == {"detected": [0], "true": [0]}
+    assert reports[0]["rounds"][-1] == {"clean_prediction_survives": 1, "poison_reads_target": 0}
     table = list(csv.DictReader(open(tmp_path / "true" / "decisions.csv")))
-    assert [row["new_label"] for row in table] == [str(label) for label in TRUTH.original_labels.tolist()]
+    assert [row["new_label"] for row in table] == [
+        str(label) for label in TRUTH.original_labels.tolist()
+    ]

@@ -1,67 +1,147 @@
 """The report of every defence and its files, on toys: one schema, nothing that the truth could change but the report."""
+
 import csv
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
-from defense.run import Case, find_defense, run_defense, save_case
-from tests.test_baselines import BASELINES, DATASET, POISON, POISONED, TRIGGERED, TRUTH, config_of, small_net, world  # noqa: F401
-from utils.metrics import Truth
-from utils.record import Record
+from defense.harness.run import Case, find_defense, run_defense, save_case
+from tests.test_baselines import (
+    BASELINES,
+    DATASET,
+    POISON,
+    POISONED,
+    TRIGGERED,
+    TRUTH,
+    config_of,
+    small_net,
+)
+from utils.classifier.metrics import Truth
+from utils.storage.record import Record
 
-REPORT = {"schema", "attack", "dataset", "defense", "seed", "status", "victim", "benign_stage1", "benign", "der", "detection", "suspicion", "relabel",
-          "target_labels", "power", "notes", "rounds", "knowledge", "training_epochs", "removed", "cost", "versions"}
+REPORT = {
+    "schema",
+    "attack",
+    "dataset",
+    "defense",
+    "seed",
+    "status",
+    "victim",
+    "benign_stage1",
+    "benign",
+    "der",
+    "detection",
+    "suspicion",
+    "relabel",
+    "target_labels",
+    "power",
+    "notes",
+    "rounds",
+    "knowledge",
+    "training_epochs",
+    "removed",
+    "cost",
+    "versions",
+}
 
 
 def report_of(name, truth=TRUTH, folder=None, victim=small_net, **changes):
     folder = folder or f"record-{name}"
     save_case(Record(folder), POISONED, truth, TRIGGERED)
-    return run_defense(find_defense(name), Case("toy", POISONED, truth, TRIGGERED, DATASET, victim()), config_of(name, **changes), Record(folder))
+    return run_defense(
+        find_defense(name),
+        Case("toy", POISONED, truth, TRIGGERED, DATASET, victim()),
+        config_of(name, **changes),
+        Record(folder),
+    )
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_report_has_the_same_keys_and_names_what_was_told(name):
     report = report_of(name)
-    assert set(report) == REPORT and set(report["detection"]) == {"tpr", "fpr", "precision", "f1", "by_image", "by_either"}
-    assert set(report["suspicion"]) == {"auroc", "auprc", "tpr_at_fpr1"} and set(report["relabel"]) == {"accuracy_on_poison", "label_accuracy", "collateral"}
-    assert report["knowledge"] == list(getattr(config_of(name), "knowledge", find_defense(name).KNOWLEDGE)) and report["benign"]["n_clean"] == 20
-    rows = list(csv.DictReader(open(Record(f"record-{name}") / "metrics.csv"))) if (Record(f"record-{name}") / "metrics.csv").exists() else []
-    assert report["training_epochs"] == len(rows) and (Record(f"record-{name}") / "benign.safetensors").exists()
-    assert json.loads((Record(f"record-{name}") / "report.json").read_text())["training_epochs"] == len(rows)
+    assert set(report) == REPORT
+    assert set(report["detection"]) == {
+        "tpr",
+        "fpr",
+        "precision",
+        "f1",
+        "by_image",
+        "by_either",
+    }
+    assert set(report["suspicion"]) == {"auroc", "auprc", "tpr_at_fpr1"}
+    assert set(report["relabel"]) == {"accuracy_on_poison", "label_accuracy", "collateral"}
+    assert report["knowledge"] == list(
+        getattr(config_of(name), "knowledge", find_defense(name).KNOWLEDGE)
+    )
+    assert report["benign"]["n_clean"] == 20
+    rows = (
+        list(csv.DictReader(open(Record(f"record-{name}") / "metrics.csv")))
+        if (Record(f"record-{name}") / "metrics.csv").exists()
+        else []
+    )
+    assert report["training_epochs"] == len(rows)
+    assert (Record(f"record-{name}") / "benign.safetensors").exists()
+    assert json.loads((Record(f"record-{name}") / "report.json").read_text())[
+        "training_epochs"
+    ] == len(rows)
 
 
-@pytest.mark.parametrize(("name", "changes", "epochs"), [("none", {}, 0), ("oracle_relabel", {}, 2), ("train_longer", {"ft_epochs": 3}, 5),
-                                                         ("abl", {"isolation_epochs": 2, "tuning_epochs": 3, "unlearn_epochs": 4}, 9)])
+@pytest.mark.parametrize(
+    ("name", "changes", "epochs"),
+    [
+        ("none", {}, 0),
+        ("oracle_relabel", {}, 2),
+        ("train_longer", {"ft_epochs": 3}, 5),
+        ("abl", {"isolation_epochs": 2, "tuning_epochs": 3, "unlearn_epochs": 4}, 9),
+    ],
+)
 def test_epochs_are_counted(name, changes, epochs):
     assert report_of(name, **changes)["training_epochs"] == epochs
 
 
 def test_the_product_of_a_filter_is_the_kept_samples_with_their_places():
     report, folder = report_of("oracle_remove"), Record("record-oracle_remove")
-    product, table = np.load(folder / "purified.npz"), list(csv.DictReader(open(folder / "decisions.csv")))
+    product, table = (
+        np.load(folder / "purified.npz"),
+        list(csv.DictReader(open(folder / "decisions.csv"))),
+    )
     kept = (~TRUTH.poison).nonzero().flatten().numpy()
-    assert np.array_equal(product["index"], kept) and np.array_equal(product["images"], POISONED.images[kept].numpy()) and len(product["labels"]) == len(kept)
-    assert [int(row["kept"]) for row in table] == (~TRUTH.poison).int().tolist() and report["removed"] == POISON
-    assert report["detection"]["tpr"] == 1 and report["detection"]["fpr"] == 0 and report["relabel"] == {"accuracy_on_poison": None, "label_accuracy": 1, "collateral": 0}
+    assert np.array_equal(product["index"], kept)
+    assert np.array_equal(product["images"], POISONED.images[kept].numpy())
+    assert len(product["labels"]) == len(kept)
+    assert [int(row["kept"]) for row in table] == (~TRUTH.poison).int().tolist()
+    assert report["removed"] == POISON
+    assert report["detection"]["tpr"] == 1
+    assert report["detection"]["fpr"] == 0
+    assert report["relabel"] == {"accuracy_on_poison": None, "label_accuracy": 1, "collateral": 0}
 
 
 def test_where_nothing_is_flagged_all_poison_is_missed():
     """A port writes down the poison as false alarms then."""
     report = report_of("random_remove", remove_count=0)
-    assert {key: report["detection"][key] for key in ("tpr", "fpr", "precision", "f1")} == {"tpr": 0, "fpr": 0, "precision": None, "f1": 0}
-    assert report["status"] in ("no-backdoor-found", "attack-failed") and report["removed"] == 0
+    assert {key: report["detection"][key] for key in ("tpr", "fpr", "precision", "f1")} == {
+        "tpr": 0,
+        "fpr": 0,
+        "precision": None,
+        "f1": 0,
+    }
+    assert report["status"] in ("no-backdoor-found", "attack-failed")
+    assert report["removed"] == 0
 
 
 def test_what_judges_no_sample_has_no_rates():
     for name in ("none", "ft", "purify_only", "train_longer"):
         report = report_of(name)
-        assert set(report["detection"].values()) == {None} and set(report["suspicion"].values()) == {None}, name
+        assert set(report["detection"].values()) == {None} and set(
+            report["suspicion"].values()
+        ) == {None}, name
 
 
-@pytest.mark.parametrize("name", ["activation_clustering", "strip", "abl", "spectral", "random_remove"])
+@pytest.mark.parametrize(
+    "name", ["activation_clustering", "strip", "abl", "spectral", "random_remove"]
+)
 def test_a_false_truth_changes_the_report_and_nothing_else(name):
     changes = {"budget": "share"} if name == "spectral" else {}
     false = Truth(TRUTH.original_labels.flip(0), TRUTH.poison.roll(2), TRUTH.cover, [4])
@@ -74,4 +154,7 @@ def test_a_false_truth_changes_the_report_and_nothing_else(name):
 def test_the_oracle_follows_the_truth_that_is_in_its_record():
     false = replace(TRUTH, poison=TRUTH.poison.roll(2))
     report_of("oracle_remove", false, "false")
-    assert np.array_equal(np.load(Record("false") / "purified.npz")["index"], (~false.poison).nonzero().flatten().numpy())
+    assert np.array_equal(
+        np.load(Record("false") / "purified.npz")["index"],
+        (~false.poison).nonzero().flatten().numpy(),
+    )

@@ -18,8 +18,16 @@ def tiny_unet(size=8, channels=3, **options):
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": None}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    sizes = {
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": None,
+    }
     shape = {"sample_size": size, "in_channels": channels, "out_channels": channels}
     return UNet2DModel(**{**shape, **blocks, **sizes, **options})
 
@@ -66,15 +74,30 @@ def test_a_pickle_of_something_else(tmp_path):
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("patch", [1, 2])
 def test_save_and_load(tmp_path, half, patch):
-    denoiser = Denoiser(tiny_unet(channels=3 * patch**2), patch, t_max=150, metadata={"steps": 7}).eval()
+    denoiser = Denoiser(
+        tiny_unet(channels=3 * patch**2), patch, t_max=150, metadata={"steps": 7}
+    ).eval()
     denoiser.save(tmp_path, half=half)
     loaded = load_denoiser(str(tmp_path), resolution=8 * patch)
-    assert (loaded.patch, loaded.t_max, loaded.resolution, loaded.metadata) == (patch, 150, 8 * patch, {"steps": 7})
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32} and next(denoiser.parameters()).dtype == torch.float32
-    assert loaded.sha256 == hashlib.sha256((tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert (loaded.patch, loaded.t_max, loaded.resolution, loaded.metadata) == (
+        patch,
+        150,
+        8 * patch,
+        {"steps": 7},
+    )
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert next(denoiser.parameters()).dtype == torch.float32
+    assert (
+        loaded.sha256
+        == hashlib.sha256(
+            (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+        ).hexdigest()
+    )
     x, t = torch.randn(3, 3, 8 * patch, 8 * patch), torch.tensor([0, 5, 149])
     with torch.no_grad():
-        torch.testing.assert_close(loaded(x, t), denoiser(x, t), atol=2e-3 if half else 1e-5, rtol=0)
+        torch.testing.assert_close(
+            loaded(x, t), denoiser(x, t), atol=2e-3 if half else 1e-5, rtol=0
+        )
         assert torch.equal(loaded(x, 5)[1], loaded(x, torch.full((3,), 5))[1])
 
 
@@ -109,7 +132,9 @@ def test_old_attention_names_of_diffusers(folder):
         weights = {name.replace(new_part, old_part): tensor for name, tensor in weights.items()}
     save_file(weights, path, metadata={"format": "pt"})
     state = load_denoiser(str(folder)).unet.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in tiny_unet().state_dict().items())
+    assert all(
+        torch.equal(state[name], tensor) for name, tensor in tiny_unet().state_dict().items()
+    )
 
 
 def test_wrong_resolution(folder):
@@ -118,7 +143,8 @@ def test_wrong_resolution(folder):
 
 def test_missing_paths_list_every_place_tried(tmp_path):
     message = refusal(str(tmp_path / "nowhere.pt"))
-    assert str(tmp_path / "nowhere.pt") in message and "cifar10" in message
+    assert str(tmp_path / "nowhere.pt") in message
+    assert "cifar10" in message
 
 
 def test_folders_that_hold_no_denoiser(folder, tmp_path):
@@ -128,9 +154,15 @@ def test_folders_that_hold_no_denoiser(folder, tmp_path):
     for text, words in [
         ("{", "not readable as JSON"),
         ("[]", "expected a JSON object"),
-        (json.dumps({**config, "_class_name": "UNet2DConditionModel"}), "describes a UNet2DConditionModel"),
+        (
+            json.dumps({**config, "_class_name": "UNet2DConditionModel"}),
+            "describes a UNet2DConditionModel",
+        ),
         (json.dumps({**config, "block_out_channels": [8, 16]}), "cannot be loaded"),
-        (json.dumps({**config, "down_block_types": ["Nonsense", "DownBlock2D"]}), "cannot be loaded"),
+        (
+            json.dumps({**config, "down_block_types": ["Nonsense", "DownBlock2D"]}),
+            "cannot be loaded",
+        ),
         (json.dumps({**config, "layers_per_block": 2}), "first tensor missing or left over"),
         (json.dumps({**config, "sample_size": None}), "do not fit"),
     ]:
@@ -148,7 +180,9 @@ def test_damaged_weights_and_notes(folder):
 
 
 def test_a_weights_file_of_diffusers_points_to_its_folder(folder):
-    assert f"give its folder, {folder}" in refusal(str(folder / "diffusion_pytorch_model.safetensors"))
+    assert f"give its folder, {folder}" in refusal(
+        str(folder / "diffusion_pytorch_model.safetensors")
+    )
 
 
 def test_unets_that_do_not_map_images_to_noise():
@@ -166,17 +200,21 @@ def test_cards_are_found_by_data_set_and_checked_by_hash(folder, monkeypatch):
     assert (denoiser.name, denoiser.sha256, denoiser.t_max) == ("toy", found, 150)
     monkeypatch.setitem(CARDS, "toy", Card("toy", "tiny", "0" * 64, ("toy",), 8, ""))
     message = refusal("toy")
-    assert found in message and "0" * 64 in message
+    assert found in message
+    assert "0" * 64 in message
 
 
 def test_no_card_for_a_data_set():
     message = refusal("auto", dataset="cifar100")
-    assert "cifar10" in message and "python diffusion/train.py --dataset cifar100 --out DIR" in message
+    assert "cifar10" in message
+    assert "python diffusion/train.py --dataset cifar100 --out DIR" in message
 
 
 def test_shipped_cards_are_whole():
     for name, card in CARDS.items():
-        assert card.name == name and card.purpose and card.note
+        assert card.name == name
+        assert card.purpose
+        assert card.note
         if (module.CARD_FOLDER / card.source).exists():
             denoiser = load_denoiser(name, resolution=card.resolution)
             assert denoiser.sha256 == card.sha256
@@ -195,6 +233,10 @@ def test_hub_ids_are_downloaded_and_failures_told(folder, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     denoiser = load_denoiser("owner/model", resolution=8)
-    assert denoiser.name == "owner/model" and denoiser.sha256 and [hub_id for hub_id, _ in asked] == ["owner/model"]
+    assert denoiser.name == "owner/model"
+    assert denoiser.sha256
+    assert [hub_id for hub_id, _ in asked] == ["owner/model"]
     message = refusal("no/network")
-    assert "no route to host" in message and "no/network" in message and "more" not in message
+    assert "no route to host" in message
+    assert "no/network" in message
+    assert "more" not in message

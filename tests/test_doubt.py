@@ -1,12 +1,13 @@
 """What is said of a verdict, on votes whose answer is known."""
+
 import logging
 
 import pytest
 import torch
 
-from defense.doubt import by_discrepancy_alone, verdict_notes
-from defense.target_label import PUBLISHED_RULE, TargetRule, target_labels
-from defense.verdict import filter_candidates
+from defense.elixir.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.elixir.verdict import filter_candidates
+from defense.elixir.verdict_notes import by_discrepancy_alone, verdict_notes
 
 EACH, VOTES, TAU = 100, 11, 5
 GOOD, POOR = {"0.1": 1.0, "0.05": 1.0, "0.01": 0.2}, {"0.1": 0.5, "0.05": 0.1, "0.01": 0.0}
@@ -18,7 +19,9 @@ def found(classes=10, backdoor=(), drift=(), rule=TargetRule()):
     votes, place = labels[:, None].repeat(1, VOTES), torch.arange(len(labels)) % EACH
     for k in (*backdoor, *drift):
         moved = (labels == k) & (place < EACH // 2)
-        votes[moved, 1:] = (k + 1 + (place[moved] % (classes - 1) if k in backdoor else 0 * place[moved]))[:, None] % classes
+        votes[moved, 1:] = (
+            k + 1 + (place[moved] % (classes - 1) if k in backdoor else 0 * place[moved])
+        )[:, None] % classes
     return target_labels(votes, filter_candidates(votes, TAU), labels, classes, rule)
 
 
@@ -28,50 +31,63 @@ def notes(found, survived=(0.9, 0.4), power=None):
 
 def test_of_a_backdoor_there_is_nothing_to_say(caplog):
     assert found(backdoor=[3]).targets == (3,)
-    assert notes(found(backdoor=[3])) == () and not caplog.records
+    assert notes(found(backdoor=[3])) == ()
+    assert not caplog.records
 
 
 def test_a_class_that_loses_its_samples_to_a_neighbour_is_named_as_doubtful(caplog):
     both = found(backdoor=[3], drift=[5, 7])
-    assert both.targets == (3, 5, 7) and by_discrepancy_alone(both).tolist() == [5, 7]
+    assert both.targets == (3, 5, 7)
+    assert by_discrepancy_alone(both).tolist() == [5, 7]
     (said,) = notes(both)
-    assert said.startswith("Classes sign 5 and sign 7 stand out by the discrepancy alone") and "40% of the predictions" in said
+    assert said.startswith("Classes sign 5 and sign 7 stand out by the discrepancy alone")
+    assert "40% of the predictions" in said
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert notes(found(drift=[5]))[0].startswith("Class sign 5 stands out")
 
 
-@pytest.mark.parametrize("classes, rule", [(10, PUBLISHED_RULE), (10, TargetRule(inflow_threshold=None)), (4, TargetRule())])
+@pytest.mark.parametrize(
+    ("classes", "rule"),
+    [(10, PUBLISHED_RULE), (10, TargetRule(inflow_threshold=None)), (4, TargetRule())],
+)
 def test_where_the_inflow_is_not_asked_or_cannot_speak_nothing_is_said(classes, rule):
     accused = found(classes, drift=[1], rule=rule)
-    assert 1 in accused.targets and by_discrepancy_alone(accused).tolist() == []
+    assert 1 in accused.targets
+    assert by_discrepancy_alone(accused).tolist() == []
 
 
 def test_five_classes_are_enough():
-    assert by_discrepancy_alone(found(5, drift=[1])).tolist() == [1] and by_discrepancy_alone(found(5, backdoor=[1])).tolist() == []
+    assert by_discrepancy_alone(found(5, drift=[1])).tolist() == [1]
+    assert by_discrepancy_alone(found(5, backdoor=[1])).tolist() == []
 
 
-@pytest.mark.parametrize("share, said", [(0.6, False), (5 / 9, True)])
+@pytest.mark.parametrize(("share", "said"), [(0.6, False), (5 / 9, True)])
 def test_a_level_that_destroys_what_the_classifier_reads_is_told(share, said, caplog):
-    assert ["only 56% of the predictions survive the first round at T = 90" in line for line in notes(found(), (share, 0.3))] == [True] * said
+    assert [
+        "only 56% of the predictions survive the first round at T = 90" in line
+        for line in notes(found(), (share, 0.3))
+    ] == [True] * said
     assert len(caplog.records) == said
 
 
-@pytest.mark.parametrize("power, level", [(GOOD, logging.INFO), (POOR, logging.WARNING)])
+@pytest.mark.parametrize(("power", "level"), [(GOOD, logging.INFO), (POOR, logging.WARNING)])
 def test_the_power_comes_first_and_is_a_warning_where_it_is_small(power, level, caplog):
     caplog.set_level(logging.INFO)
     first, second = notes(found(), (0.5, 0.3), power)
-    assert first.startswith("Had poison been planted") and second.startswith("The verdict is doubtful")
+    assert first.startswith("Had poison been planted")
+    assert second.startswith("The verdict is doubtful")
     assert {record.levelno for record in caplog.records if record.message == first} == {level}
 
 
-@pytest.mark.parametrize("kept, said", [((0, 3), True), ((2,), True), ((0, 3, 7), False)])
+@pytest.mark.parametrize(("kept", "said"), [((0, 3), True), ((2,), True), ((0, 3, 7), False)])
 def test_too_few_classes_with_samples_are_the_reason_where_they_are(kept, said):
     """Ten names, of which most are empty: better networks would tell no more."""
     labels = torch.tensor(kept).repeat_interleave(EACH)
     votes = labels[:, None].repeat(1, VOTES)
     nothing = target_labels(votes, filter_candidates(votes, TAU), labels, 10, TargetRule())
     (told,) = notes(nothing, power=POOR)
-    assert ("fewer than three classes have samples" in told) == said and ("too many predictions change" in told) != said
+    assert ("fewer than three classes have samples" in told) == said
+    assert ("too many predictions change" in told) != said
 
 
 def test_nobody_who_took_auto_is_told_to_take_it():

@@ -1,20 +1,32 @@
 """Fits are made once for what they depend on and kept only when good; surrogates are classifiers of their own."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from attack import fitting
-from attack.fitting import (batches, cached, fit_split, fresh, harden, network, one_by_one, require, straight_through, surrogate,
-                            weights_of)
 from attack.lc import pgd
-from defense.dataelixir import DataElixirConfig
+from attack.poisoning import fitting
+from attack.poisoning.fitting import (
+    batches,
+    cached,
+    fit_split,
+    fresh,
+    harden,
+    network,
+    one_by_one,
+    require,
+    straight_through,
+    surrogate,
+    weights_of,
+)
+from defense.elixir.config import DataElixirConfig
 from tests.toys import CLASSES, INFO, fit_context, random_images, toy_dataset
+from utils.classifier.models import build_classifier
+from utils.classifier.training import Trainer, predict
 from utils.config import DataConfig, UserError, as_flat_dict
-from utils.data import Dataset, LabeledImages, load_dataset, to_uint8
-from utils.models import build_classifier
-from utils.training import Trainer, predict
+from utils.images.data import Dataset, LabeledImages, load_dataset, to_uint8
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +37,15 @@ def empty_cache(monkeypatch, tmp_path):
 def flat_context(per_class=80, **recipe):
     """Classes that differ in their grey level alone, on which a classifier learns quickly."""
     context = fit_context()
-    config = replace(context.config, **{"model": "preactresnet_small", "lr": 0.05, "batch_size": 32} | recipe)
+    config = replace(
+        context.config, **{"model": "preactresnet_small", "lr": 0.05, "batch_size": 32} | recipe
+    )
     return replace(context, dataset=toy_dataset(per_class), config=config)
 
 
 def counting(value=1.0):
     """A maker that counts its calls."""
+
     def make(_):
         make.calls += 1
         return {"a": torch.full((2, 3), value), "n": torch.tensor(7)}
@@ -42,9 +57,12 @@ def counting(value=1.0):
 def test_a_fit_is_made_once():
     make = counting()
     first, again = (cached("toy", fit_context(), {"key": 1}, make) for _ in range(2))
-    assert make.calls == 1 and len(list(fitting.FITTED.iterdir())) == 1
+    assert make.calls == 1
+    assert len(list(fitting.FITTED.iterdir())) == 1
     for fit in (first, again):
-        assert torch.equal(fit["a"], torch.ones(2, 3)) and fit["n"].item() == 7 and fit["n"].dtype == torch.int64
+        assert torch.equal(fit["a"], torch.ones(2, 3))
+        assert fit["n"].item() == 7
+        assert fit["n"].dtype == torch.int64
 
 
 def with_data(context, images, labels):
@@ -52,10 +70,14 @@ def with_data(context, images, labels):
 
 
 def with_info(context, **entry):
-    return replace(context, dataset=replace(context.dataset, info=replace(context.dataset.info, **entry)))
+    return replace(
+        context, dataset=replace(context.dataset, info=replace(context.dataset.info, **entry))
+    )
 
 
-@pytest.mark.parametrize("what", ["key", "seed", "pixel", "label", "recipe", "name", "classes", "flip", "mean"])
+@pytest.mark.parametrize(
+    "what", ["key", "seed", "pixel", "label", "recipe", "name", "classes", "flip", "mean"]
+)
 def test_what_a_fit_depends_on_makes_it_anew(what):
     context, make = fit_context(), counting()
     train = context.dataset.train
@@ -63,17 +85,33 @@ def test_what_a_fit_depends_on_makes_it_anew(what):
     image, label = train.images.clone(), train.labels.clone()
     image[3, 1, 2, 2] ^= 1
     label[3] = (label[3] + 1) % CLASSES
-    others = {"seed": replace(context, seed=1), "pixel": with_data(context, image, train.labels), "label": with_data(context, train.images, label),
-              "recipe": replace(context, config=replace(context.config, lr=0.3)),
-              "classes": replace(context, dataset=replace(context.dataset, classes=(*context.dataset.classes, "one more"))),
-              "flip": with_info(context, flip=not context.dataset.info.flip), "mean": with_info(context, mean=(0.1, 0.2, 0.3))}
-    cached("other" if what == "name" else "toy", others.get(what, context), {"key": 2 if what == "key" else 1}, make)
+    others = {
+        "seed": replace(context, seed=1),
+        "pixel": with_data(context, image, train.labels),
+        "label": with_data(context, train.images, label),
+        "recipe": replace(context, config=replace(context.config, lr=0.3)),
+        "classes": replace(
+            context,
+            dataset=replace(context.dataset, classes=(*context.dataset.classes, "one more")),
+        ),
+        "flip": with_info(context, flip=not context.dataset.info.flip),
+        "mean": with_info(context, mean=(0.1, 0.2, 0.3)),
+    }
+    cached(
+        "other" if what == "name" else "toy",
+        others.get(what, context),
+        {"key": 2 if what == "key" else 1},
+        make,
+    )
     assert make.calls == 2
 
 
 def test_what_a_fit_does_not_depend_on_is_passed_over():
     context, make = fit_context(), counting()
-    for config in (context.config, replace(context.config, device="cuda:1", epochs=3, frequency_save=9)):
+    for config in (
+        context.config,
+        replace(context.config, device="cuda:1", epochs=3, frequency_save=9),
+    ):
         cached("toy", replace(context, config=config), {}, make)
     assert make.calls == 1
 
@@ -98,6 +136,7 @@ def test_a_bad_fit_is_refused_with_figures_and_advice_and_leaves_nothing():
 
 def test_what_runs_short_leaves_the_progress_to_go_on_from():
     """A full disk is a UserError as well, which promises that what is finished is kept."""
+
     def make(progress):
         progress.file("part").write_bytes(b"three epochs")
         raise UserError("no space left on the disk")
@@ -109,13 +148,18 @@ def test_what_runs_short_leaves_the_progress_to_go_on_from():
 
 def test_keys_of_the_defence_do_not_make_a_fit_anew():
     context, make = fit_context(), counting()
-    for config in (context.config, DataElixirConfig(**as_flat_dict(context.config), steps_T=7, purify_batch_size=3)):
+    for config in (
+        context.config,
+        DataElixirConfig(**as_flat_dict(context.config), steps_T=7, purify_batch_size=3),
+    ):
         cached("toy", replace(context, config=config), {}, make)
     assert make.calls == 1
 
 
 def test_an_interrupted_write_leaves_nothing(monkeypatch):
-    monkeypatch.setattr("utils.files.np.savez", lambda path, **arrays: (path.write_bytes(b"half"), 1 / 0))
+    monkeypatch.setattr(
+        "utils.storage.files.np.savez", lambda path, **arrays: (path.write_bytes(b"half"), 1 / 0)
+    )
     with pytest.raises(ZeroDivisionError):
         cached("toy", fit_context(), {}, counting())
     assert not list(fitting.FITTED.iterdir())
@@ -124,9 +168,15 @@ def test_an_interrupted_write_leaves_nothing(monkeypatch):
 def test_fit_and_check_images_are_disjoint_training_images():
     context = flat_context()
     train = context.dataset.train
-    numbered = replace(context, dataset=replace(context.dataset, train=LabeledImages(train.images, torch.arange(len(train)))))
+    numbered = replace(
+        context,
+        dataset=replace(
+            context.dataset, train=LabeledImages(train.images, torch.arange(len(train)))
+        ),
+    )
     fit, held_out = fit_split(numbered, 200)
-    assert (len(fit), len(held_out)) == (200, 50) and not set(fit.labels.tolist()) & set(held_out.labels.tolist())
+    assert (len(fit), len(held_out)) == (200, 50)
+    assert not set(fit.labels.tolist()) & set(held_out.labels.tolist())
     assert torch.equal(fit.labels, fit_split(numbered, 200)[0].labels)
     assert not torch.equal(fit.labels, fit_split(replace(numbered, seed=1), 200)[0].labels)
     everything = fit_split(numbered, 10**6)
@@ -135,22 +185,33 @@ def test_fit_and_check_images_are_disjoint_training_images():
 
 def test_batches_visit_every_image_once_in_a_keyed_order():
     data = LabeledImages(random_images(50, 3, 8, 8), torch.arange(50))
-    seen = [torch.cat([batch.labels for batch in batches(data, 16, 1, "epoch", epoch)]) for epoch in (0, 0, 1)]
+    seen = [
+        torch.cat([batch.labels for batch in batches(data, 16, 1, "epoch", epoch)])
+        for epoch in (0, 0, 1)
+    ]
     assert len(seen[0]) == len(seen[0].unique()) == 48
-    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
     assert [len(batch) for batch in batches(data, 64, 1)] == [50]
 
 
 def test_a_surrogate_is_trained_once_is_frozen_and_is_not_the_victim(monkeypatch):
     context, trained = flat_context(), []
     fit = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self, data, *rest: trained.append(len(data)) or fit(self, data, *rest))
+    monkeypatch.setattr(
+        Trainer,
+        "fit",
+        lambda self, data, *rest: trained.append(len(data)) or fit(self, data, *rest),
+    )
     first, again = (surrogate(replace(context, target=target), 200, 3) for target in (0, 1))
     assert trained == [200]
     x = torch.rand(4, 3, 8, 8)
-    assert torch.equal(first(x), again(x)) and not first.training
+    assert torch.equal(first(x), again(x))
+    assert not first.training
     assert not any(p.requires_grad for p in first.parameters())
-    assert (predict(first, context.dataset.test.images) == context.dataset.test.labels).double().mean() > 0.9
+    assert (
+        predict(first, context.dataset.test.images) == context.dataset.test.labels
+    ).double().mean() > 0.9
     victim = build_classifier("preactresnet_small", CLASSES, INFO, (context.seed, "victim"))
     start = build_classifier("preactresnet_small", CLASSES, INFO, (context.seed, "surrogate"))
     assert not torch.equal(victim.head.weight, start.head.weight)
@@ -159,9 +220,17 @@ def test_a_surrogate_is_trained_once_is_frozen_and_is_not_the_victim(monkeypatch
 def test_a_surrogate_that_learned_nothing_is_refused():
     context = flat_context()
     dataset = context.dataset
-    shuffled = LabeledImages(dataset.train.images, torch.randint(0, CLASSES, (len(dataset.train),), generator=torch.Generator().manual_seed(0)))
+    shuffled = LabeledImages(
+        dataset.train.images,
+        torch.randint(
+            0, CLASSES, (len(dataset.train),), generator=torch.Generator().manual_seed(0)
+        ),
+    )
     dataset = Dataset(shuffled, dataset.test, dataset.classes, "noise", INFO)
-    with pytest.raises(UserError, match=r"surrogate: .*0\.\d+ of 50 held-out images are classified right.*raise surrogate_epochs"):
+    with pytest.raises(
+        UserError,
+        match=r"surrogate: .*0\.\d+ of 50 held-out images are classified right.*raise surrogate_epochs",
+    ):
         surrogate(replace(context, dataset=dataset), 200, 1)
 
 
@@ -178,7 +247,8 @@ def test_hardening_steps_away_from_the_class_that_is_read_within_eps():
     model, x = Linear(), torch.full((3, 3, 8, 8), 0.5)
     harden(model, 0.1, seed=0)
     model.train()(x)
-    assert torch.allclose((model.seen - x).abs().max(), torch.tensor(0.1)) and (model.seen < x).double().mean() > 0.9
+    assert torch.allclose((model.seen - x).abs().max(), torch.tensor(0.1))
+    assert (model.seen < x).double().mean() > 0.9
     model.train()(torch.zeros_like(x))
     assert model.seen.min() >= 0
     model.eval()(x)
@@ -186,12 +256,20 @@ def test_hardening_steps_away_from_the_class_that_is_read_within_eps():
 
 
 def test_robust_surrogates_withstand_what_fools_standard_ones():
-    context, eps = replace(flat_context(), dataset=load_dataset(DataConfig("digits", image_size=16))), 32 / 255
+    context, eps = (
+        replace(flat_context(), dataset=load_dataset(DataConfig("digits", image_size=16))),
+        32 / 255,
+    )
     data, kept = context.dataset.test[:200], []
     for trained_with in (0.0, eps):
         model = surrogate(context, 600, 6, trained_with)
-        kept.append((predict(model, to_uint8(pgd(model, data, eps, 8 / 255, 8))) == data.labels).double().mean().item())
-    assert kept[1] >= kept[0] + 0.05   # of 200 images; both nets saw only 600 for 6 epochs
+        kept.append(
+            (predict(model, to_uint8(pgd(model, data, eps, 8 / 255, 8))) == data.labels)
+            .double()
+            .mean()
+            .item()
+        )
+    assert kept[1] >= kept[0] + 0.05  # of 200 images; both nets saw only 600 for 6 epochs
 
 
 def test_networks_come_back_from_their_weights():
@@ -200,10 +278,12 @@ def test_networks_come_back_from_their_weights():
     one.train()(torch.rand(8, 3, 8, 8))
     x = torch.rand(2, 3, 8, 8)
     weights = weights_of(a=one, ab=two)
-    assert torch.equal(network(make, weights, "a")(x), one.eval()(x)) and torch.equal(network(make, weights, "ab")(x), two.eval()(x))
+    assert torch.equal(network(make, weights, "a")(x), one.eval()(x))
+    assert torch.equal(network(make, weights, "ab")(x), two.eval()(x))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert torch.equal(fresh(make, 1, "net")[0].weight, one[0].weight) and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(fresh(make, 1, "net")[0].weight, one[0].weight)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_by_one_does_not_depend_on_the_batch():
@@ -218,6 +298,8 @@ def test_one_by_one_does_not_depend_on_the_batch():
 def test_straight_through_rounds_forwards_and_not_backwards():
     x = torch.tensor([-0.2, 0.1, 0.5019, 0.7777, 1.3], requires_grad=True)
     rounded = straight_through(x)
-    assert torch.allclose(rounded, torch.tensor([0.0, 26 / 255, 128 / 255, 198 / 255, 1.0]), atol=1e-6)
+    assert torch.allclose(
+        rounded, torch.tensor([0.0, 26 / 255, 128 / 255, 198 / 255, 1.0]), atol=1e-6
+    )
     rounded.sum().backward()
     assert torch.equal(x.grad, torch.ones(5))

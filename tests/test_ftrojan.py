@@ -1,11 +1,12 @@
 """FTrojan: what was added is found in the chroma's spectrum, at the asked-for bins and nowhere else."""
+
 import numpy as np
 import pytest
 import torch
 from scipy.fft import dctn
 
 from attack.ftrojan import FTrojan
-from attack.run import main
+from attack.poisoning.run import main
 from tests.toys import fit_context, random_images
 from utils.config import UserError
 
@@ -25,7 +26,10 @@ def spectra(x, out):
     return dctn(np.stack([y, 0.713 * (r - y), 0.564 * (b - y)], axis=1), axes=(2, 3), norm="ortho")
 
 
-@pytest.mark.parametrize("keys", [{}, {"magnitude": 50.0, "pos_list": [[31, 31]]}, {"magnitude": 20.0}, {"pos_list": [[3, 20]]}])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"magnitude": 50.0, "pos_list": [[31, 31]]}, {"magnitude": 20.0}, {"pos_list": [[3, 20]]}],
+)
 def test_the_magnitude_is_found_at_each_bin_of_the_chroma_only(keys):
     x, trigger = mid_tones(), FTrojan(**keys)
     added = spectra(x, stamped(x, **keys))
@@ -35,18 +39,27 @@ def test_the_magnitude_is_found_at_each_bin_of_the_chroma_only(keys):
     assert np.abs(added[:, 1:, hit] - trigger.magnitude).max() < 3
     energy = added**2
     chroma = energy[:, 1:].sum((1, 2, 3))
-    assert (energy[:, 1:, hit].sum((1, 2)) / chroma).min() > (0.9 if trigger.magnitude * len(rows) >= 50 else 0.8)
-    assert (energy[:, 0].sum((1, 2)) / energy.sum((1, 2, 3))).max() < (0.05 if trigger.magnitude * len(rows) >= 50 else 0.1)
+    assert (energy[:, 1:, hit].sum((1, 2)) / chroma).min() > (
+        0.9 if trigger.magnitude * len(rows) >= 50 else 0.8
+    )
+    assert (energy[:, 0].sum((1, 2)) / energy.sum((1, 2, 3))).max() < (
+        0.05 if trigger.magnitude * len(rows) >= 50 else 0.1
+    )
 
 
 def test_rows_and_columns_of_a_bin_are_not_exchanged():
     added = np.abs(spectra(mid_tones(5), stamped(mid_tones(5), pos_list=[[3, 20]]))[:, 1])
-    assert (added[:, 3, 20] > 27).all() and (added[:, 20, 3] < 3).all()
+    assert (added[:, 3, 20] > 27).all()
+    assert (added[:, 20, 3] < 3).all()
 
 
 @pytest.mark.parametrize("level", [None, 0, 255])
 def test_it_is_faint_and_never_wraps(level):
-    x = random_images(40, 3, 32, 32) if level is None else torch.full((2, 3, 32, 32), level, dtype=torch.uint8)
+    x = (
+        random_images(40, 3, 32, 32)
+        if level is None
+        else torch.full((2, 3, 32, 32), level, dtype=torch.uint8)
+    )
     difference = stamped(x).int() - x.int()
     assert 1 <= difference.abs().max() <= 8
     assert 10 * np.log10(255**2 / difference.double().pow(2).mean((1, 2, 3)).max().item()) >= 40
@@ -54,25 +67,46 @@ def test_it_is_faint_and_never_wraps(level):
 
 def test_a_pair_given_twice_and_the_channel_y_count():
     x = mid_tones(5)
-    added = spectra(x, stamped(x, pos_list=[[31, 31], [31, 31]], channel_list=[0, 1, 2], magnitude=50.0))[:, :, 31, 31]
+    added = spectra(
+        x, stamped(x, pos_list=[[31, 31], [31, 31]], channel_list=[0, 1, 2], magnitude=50.0)
+    )[:, :, 31, 31]
     assert np.abs(added - 100).max() < 5
 
 
-@pytest.mark.parametrize("pairs", [[31, 31], [], [[31]], [[1, 2, 3]], [[1, -2]], [[1.5, 2]], [["1", 2]], [[True, 2]], [[1, 2], 3]])
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [31, 31],
+        [],
+        [[31]],
+        [[1, 2, 3]],
+        [[1, -2]],
+        [[1.5, 2]],
+        [["1", 2]],
+        [[True, 2]],
+        [[1, 2], 3],
+    ],
+)
 def test_only_a_list_of_pairs_is_taken(pairs):
-    with pytest.raises(UserError, match=r"pos_list: .* is no list of pairs \[row, column\]; write for example \[\[15,15\],\[31,31\]\]"):
+    with pytest.raises(
+        UserError,
+        match=r"pos_list: .* is no list of pairs \[row, column\]; write for example \[\[15,15\],\[31,31\]\]",
+    ):
         FTrojan(pos_list=pairs)
 
 
 def test_the_command_line_refuses_a_flat_list_in_words(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.record.RECORDS", tmp_path)
+    monkeypatch.setattr("utils.storage.record.RECORDS", tmp_path)
     with pytest.raises(SystemExit) as end:
         main(FTrojan, ["--dataset", "digits", "--stop_after", "poison", "--pos_list", "[31,31]"])
-    assert end.value.code == 2 and "pos_list: [31, 31] is no list of pairs" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "pos_list: [31, 31] is no list of pairs" in capsys.readouterr().err
 
 
 def test_bins_and_channels_that_do_not_exist_are_refused():
-    with pytest.raises(UserError, match=r"pos_list: \[\[15, 32\]\] is outside the bins 0..31 of 32x32 images"):
+    with pytest.raises(
+        UserError, match=r"pos_list: \[\[15, 32\]\] is outside the bins 0..31 of 32x32 images"
+    ):
         stamped(mid_tones(1), pos_list=[[15, 32]])
     for channels in ([], [3], ["Cr"]):
         with pytest.raises(UserError, match="channel_list: .* is no list of 0"):

@@ -2,6 +2,7 @@
 
 FUZZ=10000 pytest tests/test_fuzz.py tries more examples of each.
 """
+
 import contextlib
 import io
 import os
@@ -16,26 +17,37 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from attack.badnet import BadNet, patch_on
-from attack.poison import PoisonConfig
-from attack.run import RunConfig
-from defense.dataelixir import DataElixirConfig
+from attack.poisoning.poison import PoisonConfig
+from attack.poisoning.run import RunConfig
+from defense.elixir.config import DataElixirConfig
 from diffusion.denoiser import DenoiserError, load_denoiser
 from tests.toys import INFO, random_images
-from utils import checksums, decoding, mending
-from utils import record as module
+from utils.classifier.models import build_classifier, load_weights
 from utils.config import DataConfig, UserError, as_flat_dict, parse_config, peek
-from utils.data import load_dataset
-from utils.files import load_arrays
-from utils.models import build_classifier, load_weights
-from utils.record import Record
+from utils.images import decoding
+from utils.images.data import load_dataset
+from utils.storage import checksums, mending
+from utils.storage import record as module
+from utils.storage.files import load_arrays
+from utils.storage.record import Record
 
 CLASSES = RunConfig, DataConfig, PoisonConfig, DataElixirConfig, BadNet
 KEYS = sorted(as_flat_dict(*(cls() for cls in CLASSES)))
 COUNT = int(os.environ.get("FUZZ", 25))
-fuzz = settings(max_examples=COUNT, deadline=100_000, database=None, suppress_health_check=list(HealthCheck), derandomize="FUZZ" not in os.environ)
+fuzz = settings(
+    max_examples=COUNT,
+    deadline=100_000,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize="FUZZ" not in os.environ,
+)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +63,9 @@ def told(work):
         with contextlib.redirect_stdout(io.StringIO()):
             work()
     except (UserError, DenoiserError) as error:
-        assert str(error) and len(str(error)) < 3000 and len(str(error).splitlines()) <= 3
+        assert str(error)
+        assert len(str(error)) < 3000
+        assert len(str(error).splitlines()) <= 3
     except SystemExit as ended:
         assert ended.code == 0
 
@@ -64,7 +78,11 @@ def damaged(content, cut, at, byte):
     return bytes(content)
 
 
-damage = {"cut": st.sampled_from([1.0, 1.0, 0.99, 0.5, 0.1]), "at": st.floats(0, 1), "byte": st.integers(0, 255)}
+damage = {
+    "cut": st.sampled_from([1.0, 1.0, 0.99, 0.5, 0.1]),
+    "at": st.floats(0, 1),
+    "byte": st.integers(0, 255),
+}
 
 
 @fuzz
@@ -77,7 +95,9 @@ def test_yaml_of_any_shape(content):
 
 
 @fuzz
-@given(st.binary(max_size=60) | st.text("{}[]:-&*!|>?'\"%@`#,ab1\n\t ", max_size=40).map(str.encode))
+@given(
+    st.binary(max_size=60) | st.text("{}[]:-&*!|>?'\"%@`#,ab1\n\t ", max_size=40).map(str.encode)
+)
 def test_yaml_of_any_bytes(content):
     with open("c.yaml", "wb") as file:
         file.write(content)
@@ -86,7 +106,14 @@ def test_yaml_of_any_bytes(content):
 
 
 @fuzz
-@given(st.lists(st.sampled_from([f"--{key}" for key in KEYS]) | st.sampled_from(KEYS).flatmap(lambda key: words.map(lambda word: f"--{key}={word}")) | words, max_size=5))
+@given(
+    st.lists(
+        st.sampled_from([f"--{key}" for key in KEYS])
+        | st.sampled_from(KEYS).flatmap(lambda key: words.map(lambda word: f"--{key}={word}"))
+        | words,
+        max_size=5,
+    )
+)
 def test_any_command_line(argv):
     told(lambda: parse_config(argv, *CLASSES))
 
@@ -98,11 +125,16 @@ def test_any_record_name(name):
 
 
 @fuzz
-@given(st.sampled_from(["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"]), st.fixed_dictionaries(damage))
+@given(
+    st.sampled_from(["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"]),
+    st.fixed_dictionaries(damage),
+)
 def test_damaged_images(ending, harm):
     os.makedirs("train/a", exist_ok=True)
     content = io.BytesIO()
-    Image.fromarray(random_images(9, 9, 3).numpy()).save(content, {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending))
+    Image.fromarray(random_images(9, 9, 3).numpy()).save(
+        content, {"jpg": "jpeg", "tif": "tiff"}.get(ending, ending)
+    )
     for name in (f"mask.{ending}", f"train/a/0.{ending}"):
         with open(name, "wb") as file:
             file.write(damaged(content.getvalue(), **harm))
@@ -114,8 +146,11 @@ def test_damaged_images(ending, harm):
 @given(st.sampled_from(["npz", "safetensors", "ckpt"]), st.fixed_dictionaries(damage))
 def test_damaged_tensors(ending, harm):
     model, file = build_classifier("preactresnet_small", 3, INFO, (0,)), f"a.{ending}"
-    {"npz": lambda: np.savez(file, images=np.zeros(9), labels=np.ones(3)), "safetensors": lambda: save_file({"conv_in.weight": torch.ones(3)}, file),
-     "ckpt": lambda: torch.save({"conv_in.weight": torch.ones(3)}, file)}[ending]()
+    {
+        "npz": lambda: np.savez(file, images=np.zeros(9), labels=np.ones(3)),
+        "safetensors": lambda: save_file({"conv_in.weight": torch.ones(3)}, file),
+        "ckpt": lambda: torch.save({"conv_in.weight": torch.ones(3)}, file),
+    }[ending]()
     with open(file, "rb") as whole:
         content = whole.read()
     with open(file, "wb") as out:
@@ -126,7 +161,10 @@ def test_damaged_tensors(ending, harm):
 
 
 @fuzz
-@given(st.sampled_from(["stages.json", "config.yaml", checksums.FILE, "metrics.csv", "report.json"]), st.binary(max_size=80) | st.text("{}[]:\"'ab1,\n #x", max_size=40).map(str.encode))
+@given(
+    st.sampled_from(["stages.json", "config.yaml", checksums.FILE, "metrics.csv", "report.json"]),
+    st.binary(max_size=80) | st.text("{}[]:\"'ab1,\n #x", max_size=40).map(str.encode),
+)
 def test_anything_in_the_files_of_a_record(name, content):
     record = Record("run")
     for file in record.path.iterdir():
@@ -135,8 +173,14 @@ def test_anything_in_the_files_of_a_record(name, content):
     with record.stage("one"):
         (record / "metrics.csv").write_text("stage,epoch\n")
     (record / name).write_bytes(content)
-    for work in (record.config, record.finished, lambda: mending.inventory(record.path), lambda: mending.require_whole(record.path),
-                 lambda: record.claim({"a": 1}), record.finished):
+    for work in (
+        record.config,
+        record.finished,
+        lambda: mending.inventory(record.path),
+        lambda: mending.require_whole(record.path),
+        lambda: record.claim({"a": 1}),
+        record.finished,
+    ):
         told(work)
 
 

@@ -1,4 +1,5 @@
 """Files from strangers: a pickle that would run code, a YAML that would, paths that leave, weights that are others than the card's."""
+
 import os
 import pickle
 import shutil
@@ -12,16 +13,16 @@ import yaml
 from PIL import Image
 
 from attack.badnet import patch_on
-from attack.picture import load_picture
+from attack.poisoning.picture import load_picture
 from diffusion import denoiser as denoisers
 from diffusion.denoiser import DenoiserError, load_denoiser
-from utils import decoding
-from utils import record as module
-from utils.config import DataConfig, TrainConfig, UserError, parse_config, peek
-from utils.data import load_dataset
-from utils.models import build_classifier, load_weights
-from utils.record import Record, load_arrays
 from tests.toys import INFO
+from utils.classifier.models import build_classifier, load_weights
+from utils.config import DataConfig, TrainConfig, UserError, parse_config, peek
+from utils.images import decoding
+from utils.images.data import load_dataset
+from utils.storage import record as module
+from utils.storage.record import Record, load_arrays
 
 
 @pytest.fixture
@@ -42,11 +43,18 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-FORMS = {"plain pickle": lambda bomb, file: file.write_bytes(pickle.dumps(bomb)), "old protocol": lambda bomb, file: file.write_bytes(pickle.dumps(bomb, 0)),
-         "torch zip": lambda bomb, file: torch.save({"conv_in.weight": bomb}, file),
-         "torch legacy": lambda bomb, file: torch.save({"conv_in.weight": bomb}, file, _use_new_zipfile_serialization=False),
-         "object array": lambda bomb, file: np.save(open(file, "wb"), np.array([bomb], dtype=object)),
-         "npz of objects": lambda bomb, file: np.savez(open(file, "wb"), images=np.array([bomb], dtype=object), labels=np.zeros(1))}
+FORMS = {
+    "plain pickle": lambda bomb, file: file.write_bytes(pickle.dumps(bomb)),
+    "old protocol": lambda bomb, file: file.write_bytes(pickle.dumps(bomb, 0)),
+    "torch zip": lambda bomb, file: torch.save({"conv_in.weight": bomb}, file),
+    "torch legacy": lambda bomb, file: torch.save(
+        {"conv_in.weight": bomb}, file, _use_new_zipfile_serialization=False
+    ),
+    "object array": lambda bomb, file: np.save(open(file, "wb"), np.array([bomb], dtype=object)),
+    "npz of objects": lambda bomb, file: np.savez(
+        open(file, "wb"), images=np.array([bomb], dtype=object), labels=np.zeros(1)
+    ),
+}
 
 
 def test_the_bombs_are_armed(tmp_path):
@@ -54,9 +62,13 @@ def test_the_bombs_are_armed(tmp_path):
         FORMS[form](Bomb(tmp_path / f"went off {k}"), tmp_path / "bomb")
         try:
             torch.load(tmp_path / "bomb", weights_only=False)
-        except Exception:    # some forms explode and then are no checkpoint
+        except Exception:  # some forms explode and then are no checkpoint
             pass
-        assert (tmp_path / f"went off {k}").exists() or form in ("plain pickle", "old protocol") and pickle.loads((tmp_path / "bomb").read_bytes()) is None
+        assert (
+            (tmp_path / f"went off {k}").exists()
+            or form in ("plain pickle", "old protocol")
+            and pickle.loads((tmp_path / "bomb").read_bytes()) is None
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,18 +91,29 @@ def test_everything_that_is_read_from_a_record(made, form):
     model = build_classifier("preactresnet_small", 3, INFO, (0,))
     for name in ("poisoned.npz", "victim.safetensors", "config.yaml", "stages.json", "report.json"):
         FORMS[form](Bomb(made), record / name)
-    for read in (lambda: load_arrays(record / "poisoned.npz"), lambda: load_weights(model, record / "victim.safetensors"), record.config, record.finished,
-                 lambda: record.claim({"attack": "badnet"})):
+    for read in (
+        lambda: load_arrays(record / "poisoned.npz"),
+        lambda: load_weights(model, record / "victim.safetensors"),
+        record.config,
+        record.finished,
+        lambda: record.claim({"attack": "badnet"}),
+    ):
         with pytest.raises(UserError):
             read()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_checkpoint_of_a_training(made, tmp_path, form):
-    from utils.training import Trainer
+    from utils.classifier.training import Trainer
 
     FORMS[form](Bomb(made), tmp_path / "c.pt")
-    trainer = Trainer(build_classifier("preactresnet_small", 3, INFO, (0,)), TrainConfig(device="cpu"), "victim", False, tmp_path / "c.pt")
+    trainer = Trainer(
+        build_classifier("preactresnet_small", 3, INFO, (0,)),
+        TrainConfig(device="cpu"),
+        "victim",
+        False,
+        tmp_path / "c.pt",
+    )
     with pytest.raises(UserError, match="cannot be continued from"):
         trainer._resume()
 
@@ -111,8 +134,17 @@ def test_a_mask_a_picture_and_a_folder_of_images(made, tmp_path, form):
         load_dataset(DataConfig("imagefolder", str(tmp_path)))
 
 
-@pytest.mark.parametrize(("name", "folder", "files"), [("cifar10", "cifar-10-batches-py", ["batches.meta", "test_batch", *(f"data_batch_{k}" for k in range(1, 6))]),
-                                                       ("cifar100", "cifar-100-python", ["train", "test", "meta"])])
+@pytest.mark.parametrize(
+    ("name", "folder", "files"),
+    [
+        (
+            "cifar10",
+            "cifar-10-batches-py",
+            ["batches.meta", "test_batch", *(f"data_batch_{k}" for k in range(1, 6))],
+        ),
+        ("cifar100", "cifar-100-python", ["train", "test", "meta"]),
+    ],
+)
 def test_cifars_pickles_are_read_only_if_they_are_cifars(made, tmp_path, name, folder, files):
     (tmp_path / folder).mkdir()
     for file in files:
@@ -121,7 +153,13 @@ def test_cifars_pickles_are_read_only_if_they_are_cifars(made, tmp_path, name, f
         load_dataset(DataConfig(name, str(tmp_path)))
 
 
-TAGS = ["!!python/object/apply:os.mkdir ['{}']", "!!python/object/new:os.mkdir ['{}']", "!!python/name:os.mkdir", "!!python/module:os", "!!python/tuple [1]"]
+TAGS = [
+    "!!python/object/apply:os.mkdir ['{}']",
+    "!!python/object/new:os.mkdir ['{}']",
+    "!!python/name:os.mkdir",
+    "!!python/module:os",
+    "!!python/tuple [1]",
+]
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -134,9 +172,16 @@ def test_yaml_tags(made, tmp_path, tag):
 
 
 def test_a_yaml_that_unfolds_without_end(made, tmp_path):
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12))]
+    lines = [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]",
+        *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)),
+    ]
     file = tmp_path / "c.yaml"
-    for text in ("\n".join(lines), "\n".join(["model: &m", *(f"  {line}" for line in lines)]), "\n".join([*lines, "model: *a11"]).replace("a", "epochs", 1)):
+    for text in (
+        "\n".join(lines),
+        "\n".join(["model: &m", *(f"  {line}" for line in lines)]),
+        "\n".join([*lines, "model: *a11"]).replace("a", "epochs", 1),
+    ):
         file.write_text(text)
         with pytest.raises(UserError) as told:
             parse_config(["--yaml_path", str(file)], TrainConfig)
@@ -152,7 +197,9 @@ def test_devices_and_pipes_are_no_files(made, tmp_path):
             patch_on(8, place)
 
 
-@pytest.mark.parametrize("name", ["../up", "/tmp/abs", "a/../../b", "..", "a/..", "a\x00b", "..%2f", "a\nb", "~root"])
+@pytest.mark.parametrize(
+    "name", ["../up", "/tmp/abs", "a/../../b", "..", "a/..", "a\x00b", "..%2f", "a\nb", "~root"]
+)
 def test_names_that_leave_record(made, name):
     for must_exist in (False, True):
         with pytest.raises(UserError, match="is no name for a folder in record/"):
@@ -167,18 +214,34 @@ def test_a_table_of_gtsrb_cannot_lead_out_of_its_folder(made, tmp_path):
     (base / "Final_Test" / "Images").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "private.ppm")
     Image.new("RGB", (9, 9)).save(base / "Final_Test" / "Images" / "0.ppm")
-    for row, told in (("../../../../private.ppm;1", "leads out of the data folder"), (f"{tmp_path}/private.ppm;1", "leads out of the data folder"), ("0.ppm;7", "lists class 7"),
-                      ("0.ppm;-1", "lists class -1"), ("0.ppm;x", "damaged"), ("a\x00b;1", "none of the images|damaged")):
+    for row, told in (
+        ("../../../../private.ppm;1", "leads out of the data folder"),
+        (f"{tmp_path}/private.ppm;1", "leads out of the data folder"),
+        ("0.ppm;7", "lists class 7"),
+        ("0.ppm;-1", "lists class -1"),
+        ("0.ppm;x", "damaged"),
+        ("a\x00b;1", "none of the images|damaged"),
+    ):
         (tmp_path / "data" / "GT-final_test.csv").write_text(f"Filename;ClassId\n{row}\n")
         with pytest.raises(UserError, match=told):
             load_dataset(DataConfig("gtsrb", str(tmp_path / "data")))
 
 
 def test_a_bomb_of_compressed_pixels_is_not_unfolded(made, tmp_path):
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b""))
-    for read in (lambda: patch_on(8, str(tmp_path / "bomb.png")), lambda: load_picture(str(tmp_path / "bomb.png"), 8)):
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
+    )
+    for read in (
+        lambda: patch_on(8, str(tmp_path / "bomb.png")),
+        lambda: load_picture(str(tmp_path / "bomb.png"), 8),
+    ):
         with pytest.raises(UserError, match="pixels|bomb"):
             read()
 
@@ -186,7 +249,9 @@ def test_a_bomb_of_compressed_pixels_is_not_unfolded(made, tmp_path):
 def test_weights_from_the_hub_must_have_the_cards_hash(made, tmp_path, monkeypatch):
     shutil.copytree(denoisers.CARD_FOLDER / "digits", tmp_path / "hub")
     card = denoisers.CARDS["digits"]
-    monkeypatch.setitem(denoisers.CARDS, "remote", denoisers.Card("remote", "someone/else", card.sha256, (), 32, ""))
+    monkeypatch.setitem(
+        denoisers.CARDS, "remote", denoisers.Card("remote", "someone/else", card.sha256, (), 32, "")
+    )
     monkeypatch.setattr("diffusion.weights._download", lambda *_: tmp_path / "hub")
     assert load_denoiser("remote").sha256 == card.sha256
     weights = tmp_path / "hub" / "diffusion_pytorch_model.safetensors"

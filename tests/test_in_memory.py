@@ -1,17 +1,19 @@
 """Sets that are handed over from Python: what is read as what, what is refused and in which words, and what is said to have changed."""
+
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.images.data import IterableDataset
 
-from defense import given, purify
-from tests.test_purify import CONFIG, POISONED, toy  # noqa: F401
+from defense import purify
+from defense.own_data import given
+from tests.test_purify import CONFIG, POISONED
 from tests.toys import random_images
 from utils.config import UserError
-from utils.decoding import open_image
+from utils.images.decoding import open_image
 
 IMAGES, LABELS = random_images(12, 3, 8, 8), torch.arange(12) % 4
 ARRAYS = IMAGES.permute(0, 2, 3, 1).numpy()
@@ -28,7 +30,11 @@ def test_pictures_are_read_as_from_a_file(mode, tmp_path):
     pixels = random_images(8, 8, 4, seed=1).numpy()
     pixels[:4, :, 3] = 0
     seen = Image.fromarray(pixels[..., :3] if mode == "P" else pixels)
-    picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200) if mode == "I;16" else seen.convert(mode)
+    picture = (
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+        if mode == "I;16"
+        else seen.convert(mode)
+    )
     file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     picture.save(file)
     first = given.as_labeled(pairs(picture), None).images[0].permute(1, 2, 0).numpy()
@@ -39,10 +45,16 @@ def test_pictures_are_read_as_from_a_file(mode, tmp_path):
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint16, np.int32, np.uint64, ">i4"])
 def test_labels_are_integers_of_any_width(kind):
-    for labels in (LABELS.numpy().astype(kind), list(LABELS.numpy().astype(kind)), tuple(LABELS.tolist()), list(LABELS)):
+    for labels in (
+        LABELS.numpy().astype(kind),
+        list(LABELS.numpy().astype(kind)),
+        tuple(LABELS.tolist()),
+        list(LABELS),
+    ):
         assert torch.equal(given.as_labeled(IMAGES, labels).labels, LABELS)
     drawn = given.as_labeled([(x, y) for x, y in zip(ARRAYS, LABELS.numpy().astype(kind))], None)
-    assert torch.equal(drawn.labels, LABELS) and torch.equal(drawn.images, IMAGES)
+    assert torch.equal(drawn.labels, LABELS)
+    assert torch.equal(drawn.images, IMAGES)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -65,37 +77,52 @@ class Endless(IterableDataset):
         yield from zip(IMAGES, LABELS)
 
 
-@pytest.mark.parametrize("data, labels, told", [
-    (IMAGES, LABELS + 0.5, "labels integers"),
-    (IMAGES, LABELS > 1, "labels integers"),
-    (IMAGES, list("abcdabcdabcd"), "labels integers"),
-    (IMAGES, np.array([None] * 12), "labels integers"),
-    (IMAGES, [[0], [1, 2]], "data: labels of different shapes"),
-    (IMAGES, LABELS * 2**40, "labels must be 0..K-1"),
-    (IMAGES, np.full(12, 2**64 - 1, np.uint64), "labels must be 0..K-1 .* found 18446744073709551615"),
-    (IMAGES, LABELS - 1, "labels must be 0..K-1 .* found -1..2"),
-    (np.array([None] * 12), LABELS, "not object"),
-    (list("abcdabcdabcd"), LABELS, "images must be uint8"),
-    (IMAGES[:0], [], "data: no labels"),
-    (IMAGES[:0], LABELS[:0], "images must be uint8"),
-    ([], None, "data: no images"),
-    (IMAGES, None, "labels: give integers"),
-    (ARRAYS, None, "labels: give integers"),
-    (pairs(ARRAYS[0], 0.7), None, "data: labels of different shapes or types, float64 .* and int64"),
-    ([(x, 0.0) for x in ARRAYS], None, "labels integers"),
-    (pairs(ARRAYS[0], "cat"), None, "data: labels of different"),
-    (pairs(ARRAYS[0], [1, 2]), None, "data: labels of different"),
-    (pairs(ARRAYS[0], [[1], [2, 3]]), None, "data: labels cannot be used"),
-    (pairs(random_images(9, 8, 3).numpy()), None, r"data: images of different shapes or types, uint8 \(9, 8, 3\) and uint8 \(8, 8, 3\); bring"),
-    (pairs(ARRAYS[0] / 255), None, "data: images of different shapes or types, float64"),
-    (pairs(Image.new("F", (8, 8))), None, "data: image 0 cannot be used .floating point"),
-    (pairs("a.png"), None, "data: images of different"),
-    (pairs(None), None, "data: images of different"),
-    ([*pairs(ARRAYS[0]), 5], None, "data: sample 13 is no pair"),
-    (list(IMAGES), None, "data: sample 0 is no pair"),
-    (Endless(), None, "data: Endless has no length"),
-    ([(x[0], 0) for x in IMAGES], None, "images must be uint8"),
-])
+@pytest.mark.parametrize(
+    ("data", "labels", "told"),
+    [
+        (IMAGES, LABELS + 0.5, "labels integers"),
+        (IMAGES, LABELS > 1, "labels integers"),
+        (IMAGES, list("abcdabcdabcd"), "labels integers"),
+        (IMAGES, np.array([None] * 12), "labels integers"),
+        (IMAGES, [[0], [1, 2]], "data: labels of different shapes"),
+        (IMAGES, LABELS * 2**40, "labels must be 0..K-1"),
+        (
+            IMAGES,
+            np.full(12, 2**64 - 1, np.uint64),
+            "labels must be 0..K-1 .* found 18446744073709551615",
+        ),
+        (IMAGES, LABELS - 1, "labels must be 0..K-1 .* found -1..2"),
+        (np.array([None] * 12), LABELS, "not object"),
+        (list("abcdabcdabcd"), LABELS, "images must be uint8"),
+        (IMAGES[:0], [], "data: no labels"),
+        (IMAGES[:0], LABELS[:0], "images must be uint8"),
+        ([], None, "data: no images"),
+        (IMAGES, None, "labels: give integers"),
+        (ARRAYS, None, "labels: give integers"),
+        (
+            pairs(ARRAYS[0], 0.7),
+            None,
+            "data: labels of different shapes or types, float64 .* and int64",
+        ),
+        ([(x, 0.0) for x in ARRAYS], None, "labels integers"),
+        (pairs(ARRAYS[0], "cat"), None, "data: labels of different"),
+        (pairs(ARRAYS[0], [1, 2]), None, "data: labels of different"),
+        (pairs(ARRAYS[0], [[1], [2, 3]]), None, "data: labels cannot be used"),
+        (
+            pairs(random_images(9, 8, 3).numpy()),
+            None,
+            r"data: images of different shapes or types, uint8 \(9, 8, 3\) and uint8 \(8, 8, 3\); bring",
+        ),
+        (pairs(ARRAYS[0] / 255), None, "data: images of different shapes or types, float64"),
+        (pairs(Image.new("F", (8, 8))), None, "data: image 0 cannot be used .floating point"),
+        (pairs("a.png"), None, "data: images of different"),
+        (pairs(None), None, "data: images of different"),
+        ([*pairs(ARRAYS[0]), 5], None, "data: sample 13 is no pair"),
+        (list(IMAGES), None, "data: sample 0 is no pair"),
+        (Endless(), None, "data: Endless has no length"),
+        ([(x[0], 0) for x in IMAGES], None, "images must be uint8"),
+    ],
+)
 def test_what_cannot_be_a_set_is_refused_in_words(data, labels, told):
     with pytest.raises(UserError, match=told):
         given.as_labeled(data, labels)
@@ -110,30 +137,52 @@ def test_a_dataset_raises_its_own_errors():
         given.as_labeled(Broken([1]), None)
 
 
-def test_the_classes_have_names(toy):  # noqa: F811
+def test_the_classes_have_names(toy):
     for classes in (np.array(list("abcde")), list("abcdef"), range(5), None):
-        assert purify.clean(POISONED.images, POISONED.labels, config=CONFIG, classes=classes).target_labels == (0,)
+        assert purify.clean(
+            POISONED.images, POISONED.labels, config=CONFIG, classes=classes
+        ).target_labels == (0,)
     for classes in (list("abc"), np.array(list("abcd")), ()):
-        with pytest.raises(UserError, match=f"^classes: {len(classes)} names, and labels up to 4; give 5 names or more"):
+        with pytest.raises(
+            UserError,
+            match=f"^classes: {len(classes)} names, and labels up to 4; give 5 names or more",
+        ):
             purify.clean(POISONED.images, POISONED.labels, config=CONFIG, classes=classes)
 
 
-@pytest.mark.parametrize("present, classes", [((0, 3), None), ((0, 1), list("abcde")), ((1, 4), range(9))])
-def test_classes_without_samples_are_none_to_compare_with(toy, monkeypatch, present, classes):  # noqa: F811
+@pytest.mark.parametrize(
+    ("present", "classes"), [((0, 3), None), ((0, 1), list("abcde")), ((1, 4), range(9))]
+)
+def test_classes_without_samples_are_none_to_compare_with(toy, monkeypatch, present, classes):
     monkeypatch.setattr(purify, "trained", None)
     two = POISONED[torch.isin(POISONED.labels, torch.tensor(present))]
-    with pytest.raises(UserError, match="^data: only 2 of the . classes have samples; DataElixir tells"):
+    with pytest.raises(
+        UserError, match="^data: only 2 of the . classes have samples; DataElixir tells"
+    ):
         purify.clean(two.images, two.labels, config=CONFIG, classes=classes)
 
 
-def test_three_classes_with_samples_are_enough_whatever_their_numbers(toy):  # noqa: F811
+def test_three_classes_with_samples_are_enough_whatever_their_numbers(toy):
     three = POISONED[torch.isin(POISONED.labels, torch.tensor([0, 2, 4]))]
     assert len(purify.clean(three.images, three.labels, config=CONFIG).data) == len(three)
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, conform=True), replace(CONFIG, index0="requantised"), replace(CONFIG, original_eligible=True)])
-def test_changed_is_what_differs_from_what_was_given(toy, config):  # noqa: F811
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, conform=True),
+        replace(CONFIG, index0="requantised"),
+        replace(CONFIG, original_eligible=True),
+    ],
+)
+def test_changed_is_what_differs_from_what_was_given(toy, config):
     cleaned = purify.clean(POISONED.images, POISONED.labels, config=config)
-    differs = (cleaned.data.images != POISONED.images).flatten(1).any(1) | (cleaned.data.labels != POISONED.labels)
-    assert torch.equal(cleaned.changed, differs) and differs.any()
-    assert (differs & (torch.from_numpy(cleaned.decisions["round"]) == -1)).any() == (config.resolved().index0 == "requantised")
+    differs = (cleaned.data.images != POISONED.images).flatten(1).any(1) | (
+        cleaned.data.labels != POISONED.labels
+    )
+    assert torch.equal(cleaned.changed, differs)
+    assert differs.any()
+    assert (differs & (torch.from_numpy(cleaned.decisions["round"]) == -1)).any() == (
+        config.resolved().index0 == "requantised"
+    )

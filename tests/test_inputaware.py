@@ -3,20 +3,28 @@
 Fitting generators that pass the gate takes minutes, so here they are fitted badly, and the gate is tested on triggers
 made by hand.
 """
+
 import pytest
 import torch
 from torch import nn
 
 from attack.inputaware import MASK_LIMIT, InputAware, sameness
-from attack.networks import Generator, MaskGenerator
-from attack.poison import LabelMap
-from attack.progress import Progress
+from attack.poisoning.networks import Generator, MaskGenerator
+from attack.poisoning.poison import LabelMap
+from attack.poisoning.progress import Progress
 from tests.test_triggers import RECIPE, TARGET, digits, ready
 from tests.toys import INFO, fit_context, random_images
 from utils.config import UserError
-from utils.data import LabeledImages, to_unit
+from utils.images.data import LabeledImages, to_unit
 
-SMALL = {"ia_width": 4, "ia_mask_epochs": 4, "ia_epochs": 2, "fit_images": 1150, "ia_min_asr": 0.0, "ia_min_cross": 0.0}
+SMALL = {
+    "ia_width": 4,
+    "ia_mask_epochs": 4,
+    "ia_epochs": 2,
+    "fit_images": 1150,
+    "ia_min_asr": 0.0,
+    "ia_min_cross": 0.0,
+}
 INDEX = torch.arange(60)
 
 
@@ -32,8 +40,12 @@ def spread(maps):
 
 def test_masks_are_small_and_triggers_differ_from_image_to_image():
     mask, pattern = ready(InputAware).triggers(to_unit(images()))
-    assert mask.shape[1] == 1 and 0 < mask.mean() <= MASK_LIMIT and mask.min() >= 0 and mask.max() <= 1
-    assert spread(pattern) > 0.05 and spread(mask) > 0.02
+    assert mask.shape[1] == 1
+    assert 0 < mask.mean() <= MASK_LIMIT
+    assert mask.min() >= 0
+    assert mask.max() <= 1
+    assert spread(pattern) > 0.05
+    assert spread(mask) > 0.02
 
 
 def test_the_trigger_is_the_pattern_where_the_mask_is():
@@ -42,7 +54,8 @@ def test_the_trigger_is_the_pattern_where_the_mask_is():
     stamped = ready(InputAware).apply(images(), INDEX, "test")
     assert torch.equal(stamped, (x + mask * (pattern - x)).mul(255).round().to(torch.uint8))
     untouched = (mask < 0.001).expand_as(x)
-    assert 0.5 < untouched.double().mean() < 1 and torch.equal(stamped[untouched], images()[untouched])
+    assert 0.5 < untouched.double().mean() < 1
+    assert torch.equal(stamped[untouched], images()[untouched])
     assert torch.equal(ready(InputAware).apply(images(), INDEX, "train"), stamped)
 
 
@@ -53,7 +66,9 @@ def test_generators_are_used_in_eval_mode():
     mixed = torch.cat([to_unit(images()[:1]), torch.zeros(3, 3, 32, 32)])
     assert not torch.allclose(generator(mixed)[0], generator(to_unit(images()[:4]))[0])
     alone = ready(InputAware).apply(images()[:1], INDEX[:1])
-    assert torch.equal(ready(InputAware).apply((mixed * 255).round().to(torch.uint8), INDEX[:4])[:1], alone)
+    assert torch.equal(
+        ready(InputAware).apply((mixed * 255).round().to(torch.uint8), INDEX[:4])[:1], alone
+    )
 
 
 def test_cover_samples_carry_the_trigger_of_another_training_image():
@@ -73,7 +88,8 @@ def test_sameness_is_the_ratio_of_distances():
     x1, x2 = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.6)
     y1, y2 = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.2)
     assert sameness(x1, x2, y1, y2).item() == pytest.approx(3, rel=1e-3)
-    assert sameness(x1, x2, y1, y1) > 1000 and sameness(x1, x2, y1, y1).isfinite()
+    assert sameness(x1, x2, y1, y1) > 1000
+    assert sameness(x1, x2, y1, y1).isfinite()
 
 
 def test_the_data_set_is_normalised_inside_the_generators():
@@ -91,7 +107,7 @@ class Drawn(InputAware):
 
     def triggers(self, x):
         mask = torch.zeros(len(x), 1, 8, 8)
-        mask[..., -self.size:, -self.size:] = 1
+        mask[..., -self.size :, -self.size :] = 1
         level = x[:, :, :4].mean((1, 2, 3)) if self.kind == "own" else torch.full((len(x),), 0.5)
         return mask, level[:, None, None, None].expand(-1, 3, 8, 8)
 
@@ -122,7 +138,10 @@ def check(kind, **attributes):
 
 def test_the_gate_lets_own_triggers_pass_and_stops_universal_large_and_ignored_ones():
     check("own")
-    with pytest.raises(UserError, match=r"inputaware: .*ASR 1\.000, .* accuracy 0\.[0-3]\d+ under other images' triggers, at least 0.7 needed.*; raise ia_epochs"):
+    with pytest.raises(
+        UserError,
+        match=r"inputaware: .*ASR 1\.000, .* accuracy 0\.[0-3]\d+ under other images' triggers, at least 0.7 needed.*; raise ia_epochs",
+    ):
         check("universal")
     with pytest.raises(UserError, match=r"the mask is 0.250 of an image, at most 0.06 allowed"):
         check("own", size=4)
@@ -133,8 +152,12 @@ def test_the_gate_lets_own_triggers_pass_and_stops_universal_large_and_ignored_o
 def test_batches_are_attacked_crossed_and_clean(monkeypatch, tmp_path):
     """The classifier sees own triggers with the target, others' triggers with the true label, and clean images, in these shares."""
     seen = []
-    monkeypatch.setattr("attack.inputaware.F.cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.mean() * 0)
+    monkeypatch.setattr(
+        "attack.inputaware.F.cross_entropy",
+        lambda logits, wanted: seen.append((logits, wanted)) or logits.mean() * 0,
+    )
     one, two, labels = torch.zeros(20, 3, 8, 8), torch.ones(20, 3, 8, 8), torch.arange(20) % 5
+
     class Level(nn.Module):
         """Mask and pattern: as light as the image, a little below white so that both leave traces."""
 
@@ -143,19 +166,36 @@ def test_batches_are_attacked_crossed_and_clean(monkeypatch, tmp_path):
             self.share, self.weight = share, nn.Parameter(torch.zeros(1))
 
         def forward(self, x):
-            return self.share + 0.25 * x + self.weight + 0.001 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+            return (
+                self.share
+                + 0.25 * x
+                + self.weight
+                + 0.001 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+            )
 
     class Means(nn.Linear):
         def forward(self, x):
             return x.mean((1, 2, 3))[:, None].expand(-1, 5) + 0 * self.weight.sum()
 
-    InputAware(ia_epochs=1, ia_share=0.1)._train_pattern(Level(0.25), Level(0.5), Means(1, 1), LabelMap(5, TARGET), RECIPE,
-                                                          lambda _: [(one, two, labels)], Progress(tmp_path / "fit"))
-    (logits, wanted), = seen
+    InputAware(ia_epochs=1, ia_share=0.1)._train_pattern(
+        Level(0.25),
+        Level(0.5),
+        Means(1, 1),
+        LabelMap(5, TARGET),
+        RECIPE,
+        lambda _: [(one, two, labels)],
+        Progress(tmp_path / "fit"),
+    )
+    ((logits, wanted),) = seen
     levels = logits[:, 0]
-    assert torch.allclose(levels[:2], torch.full((2,), 0.25 * 0.5), atol=0.01)     # own: mask and pattern of black images
-    assert torch.allclose(levels[2:4], torch.full((2,), 0.5 * 0.75), atol=0.01)    # crossed: those of white images, on black ones
-    assert (levels[4:] == 0).all() and wanted.tolist() == [TARGET] * 2 + labels[2:].tolist()
+    assert torch.allclose(
+        levels[:2], torch.full((2,), 0.25 * 0.5), atol=0.01
+    )  # own: mask and pattern of black images
+    assert torch.allclose(
+        levels[2:4], torch.full((2,), 0.5 * 0.75), atol=0.01
+    )  # crossed: those of white images, on black ones
+    assert (levels[4:] == 0).all()
+    assert wanted.tolist() == [TARGET] * 2 + labels[2:].tolist()
 
 
 def test_images_that_cannot_be_halved_three_times_are_refused():

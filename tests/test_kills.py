@@ -1,4 +1,5 @@
 """A run that is killed in every stage ends with the bytes of one that nobody disturbed; interrupted ones say how to go on."""
+
 import os
 import random
 import signal
@@ -17,9 +18,11 @@ from utils import command
 def test_killed_in_every_stage_and_still_the_same(world):
     row = killed_in_every_stage(world, "killed", random.Random(0), world.seconds)
     assert row["exit_code"] == 0, world.said()
-    assert {kill["exit_code"] for kill in row["kills"]} <= {-signal.SIGKILL, 130, 143, 0} and len(row["kills"]) == len(STAGES)
+    assert {kill["exit_code"] for kill in row["kills"]} <= {-signal.SIGKILL, 130, 143, 0}
+    assert len(row["kills"]) == len(STAGES)
     assert differences(world.record("whole"), world.record("killed")) == []
-    assert row["repeated"]["blocks"] <= 1 and row["repeated"]["epochs"] <= 3    # one at most for each kill in that stage
+    assert row["repeated"]["blocks"] <= 1
+    assert row["repeated"]["epochs"] <= 3
     assert repeated(world.record("whole")) == {"blocks": 0, "epochs": 0}
 
 
@@ -40,7 +43,11 @@ def test_a_difference_would_be_found(world, tmp_path):
 def test_an_interrupted_run_ends_with_the_command_that_goes_on(world, number, code):
     found, _ = world.killed_in(f"told-{number.name}", "victim", 0.0, number)
     last = world.said().strip().splitlines()[-1]
-    assert found == code and "the same command goes on from there: " in last and "Traceback" not in world.said(), world.said()
+    assert (
+        found == code
+        and "the same command goes on from there: " in last
+        and "Traceback" not in world.said()
+    ), world.said()
 
 
 SLOW = """
@@ -60,7 +67,13 @@ main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_at_once(number):
-    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+    )
     for expected in ("ready\n", "ending\n"):
         assert process.stdout.readline() == expected
         process.send_signal(number)
@@ -68,7 +81,10 @@ def test_the_second_signal_ends_at_once(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("error", [ValueError("there is an open writing handle"), command.UserError("damaged"), OSError(5, "no")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("there is an open writing handle"), command.UserError("damaged"), OSError(5, "no")],
+)
 def test_what_a_library_says_when_it_is_stopped_does_not_hide_the_stop(number, error, capsys):
     @command.command_line
     def main():
@@ -80,7 +96,8 @@ def test_what_a_library_says_when_it_is_stopped_does_not_hide_the_stop(number, e
 
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 128 + number and "the same command goes on" in capsys.readouterr().err
+    assert ended.value.code == 128 + number
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_bug_stays_a_traceback():
@@ -101,8 +118,13 @@ def test_a_signal_that_is_ignored_stays_ignored():
 def test_the_command_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["attack/badnet.py", "--save_folder_name", "a b"])
     monkeypatch.chdir("/")
-    assert command.this_command().endswith(f"{Path(sys.executable).name} attack/badnet.py --save_folder_name 'a b'")
+    assert command.this_command().endswith(
+        f"{Path(sys.executable).name} attack/badnet.py --save_folder_name 'a b'"
+    )
     monkeypatch.chdir(Path(sys.executable).parent.parent)
     assert command.this_command().startswith(f"bin/{Path(sys.executable).name} attack")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert f"bin/{Path(sys.executable).name} -m torch.distributed.run --nproc_per_node 3 attack/badnet.py" in command.this_command()
+    assert (
+        f"bin/{Path(sys.executable).name} -m torch.distributed.run --nproc_per_node 3 attack/badnet.py"
+        in command.this_command()
+    )

@@ -1,21 +1,35 @@
 """What defences are told: each declares what it takes, and nobody else has a way to the truth."""
+
 import ast
 from pathlib import Path
 
 import pytest
 import torch
 
-from defense import knowledge
-from defense.knowledge import CLEAN_IMAGES, DENOISER, POISON_RATE, TRUTH, clean_images, told_poison_rate, told_truth
-from defense.run import find_defense, save_case
+from defense.harness import knowledge
+from defense.harness.knowledge import (
+    CLEAN_IMAGES,
+    DENOISER,
+    POISON_RATE,
+    TRUTH,
+    clean_images,
+    oracle_truth,
+    poison_rate,
+)
+from defense.harness.run import find_defense, save_case
 from tests.toys import poisoned_toy, toy_dataset
-from utils import record as record_module
 from utils.config import UserError
-from utils.record import Record
+from utils.storage import record as record_module
+from utils.storage.record import Record
 
 FILES = sorted(Path(knowledge.__file__).parent.glob("*.py"))
 DEFENSES = [file.stem for file in FILES if "\ndef defend(" in file.read_text(encoding="utf-8")]
-ASKING = {"told_truth": TRUTH, "told_poison_rate": POISON_RATE, "clean_images": CLEAN_IMAGES, "open_denoiser": DENOISER}
+ASKING = {
+    "oracle_truth": TRUTH,
+    "poison_rate": POISON_RATE,
+    "clean_images": CLEAN_IMAGES,
+    "open_denoiser": DENOISER,
+}
 DATASET = toy_dataset()
 POISONED, TRUE, TRIGGERED = poisoned_toy(DATASET)
 
@@ -28,13 +42,20 @@ def records(tmp_path, monkeypatch):
 def names_in(file):
     """Every name that a file uses."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    return {getattr(node, key) for node in ast.walk(tree) for key in ("id", "attr", "arg", "name", "module") if isinstance(getattr(node, key, None), str)}
+    return {
+        getattr(node, key)
+        for node in ast.walk(tree)
+        for key in ("id", "attr", "arg", "name", "module")
+        if isinstance(getattr(node, key, None), str)
+    }
 
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_a_defence_declares_exactly_what_it_asks_for(name):
     module = find_defense(name)
-    asked = {word for function, word in ASKING.items() if function in names_in(Path(module.__file__))}
+    asked = {
+        word for function, word in ASKING.items() if function in names_in(Path(module.__file__))
+    }
     assert asked == set(module.KNOWLEDGE)
     told = getattr(module.Config(), "knowledge", module.KNOWLEDGE)
     assert [word.split(" (0")[0] for word in told] == list(module.KNOWLEDGE)
@@ -45,30 +66,54 @@ def test_only_oracles_can_reach_the_truth():
     assert oracles == {"oracle_remove", "oracle_relabel"}
     for file in FILES:
         if file.stem not in oracles | {"run", "report", "knowledge"}:
-            assert not names_in(file) & {"told_truth", "Truth", "load_case", "Case", "poison", "utils.metrics", "defense.report"}, file.name
+            assert not names_in(file) & {
+                "oracle_truth",
+                "Truth",
+                "load_case",
+                "Case",
+                "poison",
+                "utils.classifier.metrics",
+                "defense.harness.report",
+            }, file.name
 
 
 def test_the_truth_is_that_of_the_record_or_of_the_record_above():
     save_case(Record("attacked"), POISONED, TRUE, TRIGGERED)
     for name in ("attacked", "attacked/defense/again"):
-        told = told_truth(Record(name))
-        assert torch.equal(told.poison, TRUE.poison) and torch.equal(told.original_labels, TRUE.original_labels)
-        assert told_poison_rate(Record(name)) == pytest.approx(TRUE.poison.double().mean().item())
+        told = oracle_truth(Record(name))
+        assert torch.equal(told.poison, TRUE.poison)
+        assert torch.equal(told.original_labels, TRUE.original_labels)
+        assert poison_rate(Record(name)) == pytest.approx(TRUE.poison.double().mean().item())
     with pytest.raises(UserError, match="holds no truth.npz"):
-        told_truth(Record("elsewhere"))
+        oracle_truth(Record("elsewhere"))
 
 
 @pytest.mark.parametrize(("share", "each"), [(0.05, 1), (0.25, 3), (0.5, 6)])
 def test_clean_images_are_a_share_of_every_class_of_the_clean_training_set(share, each):
     clean = clean_images(DATASET, share, seed=1)
     assert clean.labels.bincount().tolist() == [each] * 5
-    pool = {(label, image.numpy().tobytes()) for label, image in zip(DATASET.train.labels.tolist(), DATASET.train.images)}
-    assert {(label, image.numpy().tobytes()) for label, image in zip(clean.labels.tolist(), clean.images)} <= pool
+    pool = {
+        (label, image.numpy().tobytes())
+        for label, image in zip(DATASET.train.labels.tolist(), DATASET.train.images)
+    }
+    assert {
+        (label, image.numpy().tobytes())
+        for label, image in zip(clean.labels.tolist(), clean.images)
+    } <= pool
     assert torch.equal(clean.images, clean_images(DATASET, share, seed=1).images)
 
 
 def test_another_seed_draws_other_clean_images():
     marked = torch.arange(60, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-    dataset = type(DATASET)(type(POISONED)(marked, DATASET.train.labels), DATASET.test, DATASET.classes, "marked", DATASET.info)
-    first, second = (set(clean_images(dataset, 0.5, seed).images[:, 0, 0, 0].tolist()) for seed in (1, 2))
-    assert first != second and len(first) == 30
+    dataset = type(DATASET)(
+        type(POISONED)(marked, DATASET.train.labels),
+        DATASET.test,
+        DATASET.classes,
+        "marked",
+        DATASET.info,
+    )
+    first, second = (
+        set(clean_images(dataset, 0.5, seed).images[:, 0, 0, 0].tolist()) for seed in (1, 2)
+    )
+    assert first != second
+    assert len(first) == 30

@@ -1,4 +1,5 @@
 """Sets in the layouts that people keep: read whole, written back with nothing touched that was not to be."""
+
 import os
 import pickle
 from pathlib import Path
@@ -9,21 +10,30 @@ import torch
 from PIL import Image
 
 from tests.toys import random_images
-from utils.cifar import ArrayPickler, load_arrays
 from utils.config import UserError
-from utils.layouts import Outcome, free_name, open_layout
+from utils.images.cifar import ArrayPickler, load_arrays
+from utils.images.layouts import Outcome, free_name, open_layout
 
 N, SIDE = 6, 32
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def unchanged(layout, size):
     """The outcome that changes nothing; its images are noise, which nobody may look at."""
     n = len(layout.labels)
-    return Outcome(layout.labels, random_images(n, 3, size, size, seed=9), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+    return Outcome(
+        layout.labels,
+        random_images(n, 3, size, size, seed=9),
+        torch.zeros(n, dtype=torch.bool),
+        torch.zeros(n, dtype=torch.bool),
+    )
 
 
 def with_changes(layout, size, labels, replaced=(), dropped=()):
@@ -39,7 +49,9 @@ def with_changes(layout, size, labels, replaced=(), dropped=()):
 def folder(tmp_path):
     """cat/1.png, cat/2.jpg, cat/deep/3.png, dog/1.png (grey), dog/2.png, an empty class, and files that are no images."""
     root, pixels = tmp_path / "set", random_images(5, 12, 12, 3).numpy()
-    for k, name in enumerate(("cat/1.png", "cat/2.jpg", "cat/deep/3.png", "dog/1.png", "dog/2.png")):
+    for k, name in enumerate(
+        ("cat/1.png", "cat/2.jpg", "cat/deep/3.png", "dog/1.png", "dog/2.png")
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(pixels[k])
         (image.convert("L") if name == "dog/1.png" else image).save(root / name)
@@ -50,23 +62,42 @@ def folder(tmp_path):
 
 def test_a_folder_is_read_and_copied_byte_for_byte(folder, tmp_path):
     before, layout = contents(folder), open_layout(folder)
-    assert layout.classes == ("cat", "dog", "eel") and layout.labels.tolist() == [0, 0, 0, 1, 1] and layout.sizes == [(12, 12)]
-    assert np.array_equal(layout.images(12)[4], np.asarray(Image.open(folder / "dog/2.png")).transpose(2, 0, 1)) and layout.left_out == ["labels.csv"]
+    assert layout.classes == ("cat", "dog", "eel")
+    assert layout.labels.tolist() == [0, 0, 0, 1, 1]
+    assert layout.sizes == [(12, 12)]
+    assert np.array_equal(
+        layout.images(12)[4], np.asarray(Image.open(folder / "dog/2.png")).transpose(2, 0, 1)
+    )
+    assert layout.left_out == ["labels.csv"]
     layout.write(tmp_path / "out", unchanged(layout, 12))
-    assert contents(tmp_path / "out") == {name: data for name, data in before.items() if name != "labels.csv"} and contents(folder) == before
+    assert contents(tmp_path / "out") == {
+        name: data for name, data in before.items() if name != "labels.csv"
+    }
+    assert contents(folder) == before
     assert (tmp_path / "out" / "eel").is_dir()
 
 
-def test_changed_samples_move_to_their_class_as_lossless_pictures_and_never_over_another(folder, tmp_path):
+def test_changed_samples_move_to_their_class_as_lossless_pictures_and_never_over_another(
+    folder, tmp_path
+):
     before, layout = contents(folder), open_layout(folder)
     result = with_changes(layout, 12, {0: 1, 1: 1, 2: 1}, replaced=(0, 1, 3))
     layout.write(tmp_path / "out", result)
     found = contents(tmp_path / "out")
-    assert sorted(found) == ["dog/1-2.png", "dog/1.png", "dog/2-2.png", "dog/2.png", "dog/deep/3.png"]
-    assert found["dog/2.png"] == before["dog/2.png"] and found["dog/deep/3.png"] == before["cat/deep/3.png"]    # relabelled only: a copy
+    assert sorted(found) == [
+        "dog/1-2.png",
+        "dog/1.png",
+        "dog/2-2.png",
+        "dog/2.png",
+        "dog/deep/3.png",
+    ]
+    assert found["dog/2.png"] == before["dog/2.png"]
+    assert found["dog/deep/3.png"] == before["cat/deep/3.png"]
     read = lambda name: np.asarray(Image.open(tmp_path / "out" / name))
-    assert np.array_equal(read("dog/1-2.png"), result.images[0].permute(1, 2, 0)) and np.array_equal(read("dog/2-2.png"), result.images[1].permute(1, 2, 0))
-    assert read("dog/1.png").shape == (12, 12) and contents(folder) == before    # who stays keeps the name, and grey stays grey
+    assert np.array_equal(read("dog/1-2.png"), result.images[0].permute(1, 2, 0))
+    assert np.array_equal(read("dog/2-2.png"), result.images[1].permute(1, 2, 0))
+    assert read("dog/1.png").shape == (12, 12)
+    assert contents(folder) == before
 
 
 def test_dropped_samples_are_left_out_and_sizes_are_kept(folder, tmp_path):
@@ -83,18 +114,29 @@ def test_free_names_never_meet():
     assert names == ["a/1-3.png", "A/1-4.PNG", "a/2.png", "a/2-2.png"]
 
 
-@pytest.mark.parametrize("shape", [(N, 3, 8, 8), (N, 8, 8, 3), (N, 8, 8), (N, 8, 8, 1), (N, 1, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(N, 3, 8, 8), (N, 8, 8, 3), (N, 8, 8), (N, 8, 8, 1), (N, 1, 8, 8)]
+)
 @pytest.mark.parametrize("values", [[0, 1, 2, 0, 1, 2], [-5, 3000, 7, -5, 3000, 7]])
 def test_arrays_keep_axes_label_values_and_everything_else(tmp_path, shape, values):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    np.savez(tmp_path / "set.npz", images=pixels, labels=np.array(values, np.int32), notes=np.arange(3))
+    np.savez(
+        tmp_path / "set.npz", images=pixels, labels=np.array(values, np.int32), notes=np.arange(3)
+    )
     layout = open_layout(tmp_path / "set.npz")
-    assert layout.images(8).shape == (N, 3, 8, 8) and [layout.classes[k] for k in layout.labels] == [str(v) for v in values]
+    assert layout.images(8).shape == (N, 3, 8, 8)
+    assert [layout.classes[k] for k in layout.labels] == [str(v) for v in values]
     (tmp_path / "out").mkdir()
-    layout.write(tmp_path / "out", with_changes(layout, 8, {1: int(layout.labels[0])}, replaced=[1], dropped=[5]))
+    layout.write(
+        tmp_path / "out",
+        with_changes(layout, 8, {1: int(layout.labels[0])}, replaced=[1], dropped=[5]),
+    )
     with np.load(tmp_path / "out" / "set.npz") as found:
-        assert found["labels"].tolist() == [values[0], values[0], *values[2:5]] and found["labels"].dtype == np.int32 and found["notes"].tolist() == [0, 1, 2]
-        assert found["images"].shape == (5, *shape[1:]) and np.array_equal(found["images"][[0, 2, 3, 4]], pixels[[0, 2, 3, 4]])
+        assert found["labels"].tolist() == [values[0], values[0], *values[2:5]]
+        assert found["labels"].dtype == np.int32
+        assert found["notes"].tolist() == [0, 1, 2]
+        assert found["images"].shape == (5, *shape[1:])
+        assert np.array_equal(found["images"][[0, 2, 3, 4]], pixels[[0, 2, 3, 4]])
         assert not np.array_equal(found["images"][1], pixels[1])
 
 
@@ -104,26 +146,42 @@ def cifar(tmp_path):
     root, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
     root.mkdir()
     for k in (1, 2):
-        batch = {b"batch_label": b"part", b"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), b"labels": [0, 1, 2, 1],
-                 b"filenames": [b"%d.png" % i for i in range(4)]}
+        batch = {
+            b"batch_label": b"part",
+            b"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+            b"labels": [0, 1, 2, 1],
+            b"filenames": [b"%d.png" % i for i in range(4)],
+        }
         with open(root / f"data_batch_{k}", "wb") as file:
             ArrayPickler(file, 2).dump(batch)
     (root / "test_batch").write_bytes(b"left alone")
-    (root / "batches.meta").write_bytes(pickle.dumps({"label_names": ["plane", "car", "bird"]}, protocol=2))
+    (root / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": ["plane", "car", "bird"]}, protocol=2)
+    )
     return root
 
 
 def test_cifar_is_read_and_only_the_changed_batch_is_written_anew(cifar, tmp_path):
     before, layout, out = contents(cifar), open_layout(cifar), tmp_path / "out"
-    assert layout.classes == ("plane", "car", "bird") and layout.labels.tolist() == [0, 1, 2, 1] * 2 and layout.paths[5] == "data_batch_2#1"
+    assert layout.classes == ("plane", "car", "bird")
+    assert layout.labels.tolist() == [0, 1, 2, 1] * 2
+    assert layout.paths[5] == "data_batch_2#1"
     out.mkdir()
     result = with_changes(layout, SIDE, {5: 2}, replaced=[5], dropped=[7])
     layout.write(out, result)
     found = contents(out)
-    assert {name for name in before if found[name] != before[name]} == {"data_batch_2"} and contents(cifar) == before
-    for encoding, key in (("bytes", str.encode), ("latin1", str)):    # as CIFAR's page reads it, and as torchvision does
-        old, new = (pickle.loads(files["data_batch_2"], encoding=encoding) for files in (before, found))
-        assert new[key("labels")] == [0, 2, 2] and new[key("filenames")] == old[key("filenames")][:3] and new[key("batch_label")] == key("part")
+    assert {name for name in before if found[name] != before[name]} == {"data_batch_2"}
+    assert contents(cifar) == before
+    for encoding, key in (
+        ("bytes", str.encode),
+        ("latin1", str),
+    ):  # as CIFAR's page reads it, and as torchvision does
+        old, new = (
+            pickle.loads(files["data_batch_2"], encoding=encoding) for files in (before, found)
+        )
+        assert new[key("labels")] == [0, 2, 2]
+        assert new[key("filenames")] == old[key("filenames")][:3]
+        assert new[key("batch_label")] == key("part")
         assert np.array_equal(new[key("data")][[0, 2]], old[key("data")][[0, 2]])
         assert np.array_equal(new[key("data")][1].reshape(3, SIDE, SIDE), result.images[5])
 
@@ -139,7 +197,11 @@ def test_links_out_of_a_cifar_folder_are_refused(cifar, tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_arrays_pickled_by_any_python_are_read(tmp_path, protocol):
-    (tmp_path / "batch").write_bytes(pickle.dumps({b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol))
+    (tmp_path / "batch").write_bytes(
+        pickle.dumps(
+            {b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol
+        )
+    )
     assert load_arrays(tmp_path / "batch")[b"data"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -151,14 +213,17 @@ class Evil:
         return self.made
 
 
-@pytest.mark.parametrize("make", [
-    lambda mark: pickle.dumps({"data": Evil(os.system, f"touch {mark}")}),
-    lambda mark: pickle.dumps(Evil(eval, f"open({str(mark)!r}, 'w')")),
-    lambda mark: b"cposix\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.",
-    lambda mark: b"cnumpy\nload\n(S'" + str(mark).encode() + b"'\ntR.",
-    lambda mark: b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
-    lambda mark: b"not a pickle",
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mark: pickle.dumps({"data": Evil(os.system, f"touch {mark}")}),
+        lambda mark: pickle.dumps(Evil(eval, f"open({str(mark)!r}, 'w')")),
+        lambda mark: b"cposix\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.",
+        lambda mark: b"cnumpy\nload\n(S'" + str(mark).encode() + b"'\ntR.",
+        lambda mark: b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
+        lambda mark: b"not a pickle",
+    ],
+)
 def test_a_pickle_that_names_anything_else_is_refused_and_not_run(tmp_path, make):
     (tmp_path / "batch").write_bytes(make(tmp_path / "mark"))
     with pytest.raises(UserError, match="batch is not read"):
@@ -169,16 +234,28 @@ def test_a_pickle_that_names_anything_else_is_refused_and_not_run(tmp_path, make
 def test_what_is_no_set_is_told(tmp_path):
     (tmp_path / "only" / "cat").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "only" / "cat" / "a.png")
-    splits = (("train", "test"), ("Train", "VAL"), ("validation", "training", "testing"), ("train",))
+    splits = (
+        ("train", "test"),
+        ("Train", "VAL"),
+        ("validation", "training", "testing"),
+        ("train",),
+    )
     for k, parts in enumerate(splits):
         for part in parts:
             (tmp_path / f"split{k}" / part / "cat").mkdir(parents=True)
             Image.new("RGB", (4, 4)).save(tmp_path / f"split{k}" / part / "cat" / "a.png")
     np.savez(tmp_path / "x.npz", pictures=np.zeros(3))
     np.savez(tmp_path / "y.npz", images=np.zeros((3, 4, 4, 3)), labels=np.zeros(3))
-    for name, told in (("only", "of 1 class; two or more"), *((f"split{k}", f"are no classes; give the part to be cleaned, .*/split{k}/[Tt]rain") for k in range(4)),
-                       ("x.npz", "expected the arrays images and labels"),
-                       ("y.npz", "must be uint8"), ("none", "is no folder of class folders")):
+    for name, told in (
+        ("only", "of 1 class; two or more"),
+        *(
+            (f"split{k}", f"are no classes; give the part to be cleaned, .*/split{k}/[Tt]rain")
+            for k in range(4)
+        ),
+        ("x.npz", "expected the arrays images and labels"),
+        ("y.npz", "must be uint8"),
+        ("none", "is no folder of class folders"),
+    ):
         with pytest.raises(UserError, match=told):
             open_layout(tmp_path / name)
     (tmp_path / "only" / "dog").mkdir()

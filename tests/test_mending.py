@@ -1,4 +1,5 @@
 """Damaged, foreign and missing files in a record: found by checksum, named, never used, made again or refused."""
+
 import json
 import os
 import re
@@ -10,15 +11,20 @@ import numpy as np
 import pytest
 
 from benchmarks.kills import differences
-from utils import checksums, mending
-from utils import record as module
 from utils.command import UserError
-from utils.files import load_arrays, replacing, save_arrays, write_json
-from utils.record import Record
+from utils.storage import checksums, mending
+from utils.storage import record as module
+from utils.storage.files import load_arrays, replacing, save_arrays, write_json
+from utils.storage.record import Record
 
 CONFIG = {"attack": "badnet", "epochs": 3, "device": "cpu"}
-DAMAGE = {"truncated": lambda content: content[: len(content) // 2], "flipped": lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:],
-          "last bit": lambda content: content[:-1] + bytes([content[-1] ^ 128]), "empty": lambda content: b"", "another": lambda content: b"PK" + content}
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:],
+    "last bit": lambda content: content[:-1] + bytes([content[-1] ^ 128]),
+    "empty": lambda content: b"",
+    "another": lambda content: b"PK" + content,
+}
 
 
 @pytest.fixture
@@ -55,7 +61,10 @@ def made(name="run"):
 def test_damage_of_any_kind_is_refused_where_a_file_is_read(records, kind):
     record = made()
     damage(record / "one.npz", kind)
-    with pytest.raises(UserError, match=r"one.npz: damaged or foreign \(its sha256 is none that .*checksums.txt lists\)"):
+    with pytest.raises(
+        UserError,
+        match=r"one.npz: damaged or foreign \(its sha256 is none that .*checksums.txt lists\)",
+    ):
         load_arrays(record / "one.npz")
     damage(record / "config.yaml", kind)
     damage(record / "stages.json", kind)
@@ -70,18 +79,22 @@ def test_what_is_damaged_is_set_aside_and_its_stage_run_again(records, kind):
     good = (record / "one.npz").read_bytes()
     damage(record / "one.npz", kind)
     record.claim(CONFIG)
-    assert list(record.finished()) == ["two"] and not (record / "one.npz").exists()
+    assert list(record.finished()) == ["two"]
+    assert not (record / "one.npz").exists()
     assert (record / "one.npz.damaged").read_bytes() == DAMAGE[kind](good)
 
 
-def test_a_stage_that_comes_out_the_same_leaves_later_ones_alone_and_one_that_does_not_takes_them_along(records):
+def test_a_stage_that_comes_out_the_same_leaves_later_ones_alone_and_one_that_does_not_takes_them_along(
+    records,
+):
     for content, left in ((np.arange(9), ["two", "one"]), (np.arange(1, 10), ["one"])):
         record = made(f"run{content[0]}")
         damage(record / "one.npz", "flipped")
         record.claim(CONFIG)
         with record.stage("one"):
             save_arrays(record / "one.npz", a=content)
-        assert list(record.finished()) == left and (record / "two.npz").exists() == ("two" in left)
+        assert list(record.finished()) == left
+        assert (record / "two.npz").exists() == ("two" in left)
 
 
 def test_a_file_that_no_run_wrote_is_not_taken_for_a_result(records):
@@ -91,7 +104,9 @@ def test_a_file_that_no_run_wrote_is_not_taken_for_a_result(records):
     with pytest.raises(UserError, match="three.npz: damaged or foreign"):
         load_arrays(record / "three.npz")
     record.claim(CONFIG)
-    assert not (record / "three.npz").exists() and (record / "notes.txt").exists() and list(record.finished()) == ["one", "two"]
+    assert not (record / "three.npz").exists()
+    assert (record / "notes.txt").exists()
+    assert list(record.finished()) == ["one", "two"]
 
 
 def test_a_missing_file_has_its_stage_run_again(records):
@@ -99,11 +114,15 @@ def test_a_missing_file_has_its_stage_run_again(records):
     (record / "two.npz").unlink()
     write_json(record / "report.json", {})
     record.claim(CONFIG)
-    assert list(record.finished()) == ["one"] and not (record / "report.json").exists()    # else the record would count as finished
+    assert list(record.finished()) == ["one"]
+    assert not (record / "report.json").exists()
 
 
 def test_a_config_that_is_damaged_or_gone_cannot_be_made_again(records):
-    for name, harm in (("a", lambda path: damage(path, "flipped")), ("b", lambda path: path.unlink())):
+    for name, harm in (
+        ("a", lambda path: damage(path, "flipped")),
+        ("b", lambda path: path.unlink()),
+    ):
         record = made(name)
         harm(record / "config.yaml")
         with pytest.raises(UserError, match="config.yaml: (damaged|missing).*restore it"):
@@ -124,7 +143,7 @@ def test_between_the_checksum_and_the_rename_either_file_is_whole(records, monke
 def test_a_list_is_read_once_for_all_its_files_and_again_when_it_has_changed(records, monkeypatch):
     record, times, read = made(), [], checksums.read
     monkeypatch.setattr(checksums, "read", lambda folder: times.append(folder) or read(folder))
-    checksums.read(record.path).hashes.clear()    # the caller's own
+    checksums.read(record.path).hashes.clear()  # the caller's own
     times.clear()
     for _ in range(5):
         load_arrays(record / "one.npz")
@@ -135,7 +154,9 @@ def test_a_list_is_read_once_for_all_its_files_and_again_when_it_has_changed(rec
         load_arrays(record / "three.npz")
     assert len(times) <= 2
     os.replace(record / checksums.FILE, record / "kept")
-    (record / checksums.FILE).write_bytes((record / "kept").read_bytes().replace(b"one.npz", b"ten.npz"))    # as long, but another file
+    (record / checksums.FILE).write_bytes(
+        (record / "kept").read_bytes().replace(b"one.npz", b"ten.npz")
+    )  # as long, but another file
     with pytest.raises(UserError, match="one.npz: damaged or foreign"):
         load_arrays(record / "one.npz")
 
@@ -150,7 +171,13 @@ def test_a_line_that_a_power_cut_left_unfinished_spoils_no_other(records):
 
 def test_file_checksum_and_rename_are_synced_in_this_order(records, monkeypatch):
     record, done, sync, rename = made(), [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))) or sync(handle))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda handle: (
+            done.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))) or sync(handle)
+        ),
+    )
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("rename") or rename(*paths))
     with replacing(record / "late.txt") as temporary:
         temporary.write_text("x")
@@ -164,7 +191,11 @@ def test_a_record_older_than_checksums_is_taken_as_it_is(records, caplog, monkey
         mending.require_whole(record.path)
     monkeypatch.setattr(module.log, "propagate", True)
     record.claim(CONFIG)
-    assert "made before checksums were kept" in caplog.text and list(record.finished()) == ["one", "two"]
+    assert "made before checksums were kept" in caplog.text
+    assert list(record.finished()) == [
+        "one",
+        "two",
+    ]
     mending.require_whole(record.path)
     damage(record / "one.npz", "last bit")
     with pytest.raises(UserError, match=r"not whole: one.npz \(damaged\)"):
@@ -177,11 +208,18 @@ def test_what_a_killed_run_left_half_written_goes(records):
     (record / "purify").mkdir()
     (record / "purify" / ".block-0.4711.npz").write_bytes(b"half")
     record.claim(CONFIG)
-    assert not (record / ".one.4711.npz").exists() and not any((record / "purify").iterdir())
+    assert not (record / ".one.4711.npz").exists()
+    assert not any((record / "purify").iterdir())
 
 
-@pytest.mark.parametrize("harmed", [["victim.safetensors", "trigger.png", "poisoned.npz"], ["purified.npz", "decisions.csv", "benign_stage1.safetensors"],
-                                    ["report.json", "stages.json"]])
+@pytest.mark.parametrize(
+    "harmed",
+    [
+        ["victim.safetensors", "trigger.png", "poisoned.npz"],
+        ["purified.npz", "decisions.csv", "benign_stage1.safetensors"],
+        ["report.json", "stages.json"],
+    ],
+)
 def test_a_finished_record_with_damage_is_made_whole_again(world, whole, harmed):
     folder, copy = whole
     for k, name in enumerate(harmed):
@@ -190,7 +228,9 @@ def test_a_finished_record_with_damage_is_made_whole_again(world, whole, harmed)
         mending.require_whole(folder)
     assert all(f"{name} (damaged)" in str(told.value) for name in harmed)
     code, _ = world.run(folder.name)
-    assert code == 0 and all(f"{folder / name}: damaged" in world.said() for name in harmed), world.said()
+    assert code == 0 and all(f"{folder / name}: damaged" in world.said() for name in harmed), (
+        world.said()
+    )
     assert differences(copy, folder) == []
     mending.require_whole(folder)
 
@@ -208,28 +248,39 @@ def test_damaged_blocks_and_checkpoints_are_made_again_and_foreign_blocks_are_no
     (folder / "benign_stage1.checkpoint.pt").write_bytes(b"foreign")
     code, _ = world.run("half")
     said = world.said()
-    assert code == 0 and f"{first}: damaged" in said and f"{second}: damaged" in said and "benign_stage1.checkpoint.pt: foreign" in said, said
+    assert (
+        code == 0
+        and f"{first}: damaged" in said
+        and f"{second}: damaged" in said
+        and "benign_stage1.checkpoint.pt: foreign" in said
+    ), said
     assert differences(world.record("whole"), folder) == []
 
 
 def test_check_tells_what_a_record_holds(records, monkeypatch, capsys):
     record = made()
     record.claim(CONFIG)
-    monkeypatch.setattr(sys, "argv", ["utils/record.py", "check", "run"])
+    monkeypatch.setattr(sys, "argv", ["utils/storage/record.py", "check", "run"])
     module.main()
     told = capsys.readouterr().out
-    assert re.search(r"finished stages: one \(0.\d+ s\), two \(0.\d+ s\)", told) and f"in use by process {os.getpid()}" in told
-    assert any(line.split() == ["whole", f"{(record / 'one.npz').stat().st_size:,}", "one", "one.npz"] for line in told.splitlines())
+    assert re.search(r"finished stages: one \(0.\d+ s\), two \(0.\d+ s\)", told)
+    assert f"in use by process {os.getpid()}" in told
+    assert any(
+        line.split() == ["whole", f"{(record / 'one.npz').stat().st_size:,}", "one", "one.npz"]
+        for line in told.splitlines()
+    )
     damage(record / "one.npz", "empty")
     (record / "two.npz").unlink()
     with pytest.raises(UserError, match=r"one.npz \(damaged\), two.npz \(missing\)"):
         module.main()
     told = capsys.readouterr().out
-    assert "damaged" in told and "missing" in told
-    monkeypatch.setattr(sys, "argv", ["utils/record.py", "chekc", "run"])
+    assert "damaged" in told
+    assert "missing" in told
+    monkeypatch.setattr(sys, "argv", ["utils/storage/record.py", "chekc", "run"])
     with pytest.raises(SystemExit) as ended:
         module.main()
-    assert ended.value.code == 2 and "usage" in capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "usage" in capsys.readouterr().err
 
 
 def test_a_damaged_list_of_stages_in_odd_forms_is_told(records):
@@ -239,4 +290,5 @@ def test_a_damaged_list_of_stages_in_odd_forms_is_told(records):
         (record / "stages.json").write_bytes(content)
         with pytest.raises(UserError, match="stages.json: damaged"):
             record.finished()
-        assert json.loads("[]") == [] and "not known" in mending.inventory(record.path)
+        assert json.loads("[]") == []
+        assert "not known" in mending.inventory(record.path)

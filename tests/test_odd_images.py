@@ -1,4 +1,5 @@
 """Image folders as people have them: odd images are read as a viewer shows them, or listed with a reason before anything is computed."""
+
 import os
 import re
 
@@ -8,11 +9,11 @@ import torch
 from PIL import Image
 
 from tests.toys import random_images
-from utils import decoding
 from utils.config import DataConfig, UserError
-from utils.data import load_dataset, log
-from utils.decoding import BadImage, open_image
-from utils.figures import image_grid
+from utils.images import decoding
+from utils.images.data import load_dataset, log
+from utils.images.decoding import BadImage, open_image
+from utils.page.figures import image_grid
 
 SIDE = 8
 
@@ -37,7 +38,9 @@ def folder(root, classes=("a", "b"), count=3):
         for part, n in (("train", count), ("test", 2)):
             (root / part / name).mkdir(parents=True, exist_ok=True)
             for i in range(n):
-                picture(seed=1000 * k + 10 * i + (part == "test")).save(root / part / name / f"{i}.png")
+                picture(seed=1000 * k + 10 * i + (part == "test")).save(
+                    root / part / name / f"{i}.png"
+                )
     return root
 
 
@@ -61,7 +64,12 @@ def test_transparency_is_over_white_however_it_is_stored(tmp_path):
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P")
     palette.putpalette([200, 0, 0, 9, 9, 9])
     palette.save(tmp_path / "p.png", transparency=1)
-    assert np.abs(seen(tmp_path / "rgba.png")[0] - [[200, 0, 0], [255, 255, 255], [227, 127, 127]]).max() <= 1
+    assert (
+        np.abs(
+            seen(tmp_path / "rgba.png")[0] - [[200, 0, 0], [255, 255, 255], [227, 127, 127]]
+        ).max()
+        <= 1
+    )
     assert np.abs(seen(tmp_path / "la.png")[0, :, 0] - [200, 255, 227]).max() <= 1
     assert seen(tmp_path / "p.png")[0].tolist() == [[200, 0, 0], [255, 255, 255]]
 
@@ -70,16 +78,24 @@ def test_cmyk_grey_and_black_and_white_are_read_as_colours(tmp_path):
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
     Image.new("L", (4, 4), 77).save(tmp_path / "grey.jpg", quality=95)
     Image.new("1", (4, 4), 1).save(tmp_path / "bw.png")
-    assert np.abs(seen(tmp_path / "cmyk.jpg") - [255, 0, 0]).max() < 8 and np.abs(seen(tmp_path / "grey.jpg") - 77).max() <= 1
+    assert np.abs(seen(tmp_path / "cmyk.jpg") - [255, 0, 0]).max() < 8
+    assert np.abs(seen(tmp_path / "grey.jpg") - 77).max() <= 1
     assert (seen(tmp_path / "bw.png") == 255).all()
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_turns_the_picture(tmp_path, turn):
     upright = np.zeros((16, 8, 3), np.uint8)
-    upright[:8], upright[:, :4, 2] = (250, 0, 0), 250    # red above, blue on the left
-    undo = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    upright[:8], upright[:, :4, 2] = (250, 0, 0), 250  # red above, blue on the left
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     stored, exif = Image.fromarray(upright), Image.Exif()
     exif[0x0112] = turn
     (stored.transpose(undo[turn]) if turn in undo else stored).save(tmp_path / "a.png", exif=exif)
@@ -89,7 +105,12 @@ def test_exif_turns_the_picture(tmp_path, turn):
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
     for ending in ("gif", "webp", "png"):
-        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **({"lossless": True} if ending == "webp" else {}))
+        frames[0].save(
+            tmp_path / f"a.{ending}",
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if ending == "webp" else {}),
+        )
         assert seen(tmp_path / f"a.{ending}")[2, 2].tolist() == [255, 0, 0]
 
 
@@ -98,12 +119,22 @@ def test_any_shape_is_resized(tmp_path, size):
     folder(tmp_path / "data")
     Image.new("RGB", size, (9, 90, 200)).save(tmp_path / "data" / "train" / "a" / "odd.png")
     images = load(tmp_path / "data").train.images
-    assert len(images) == 7 and (images[3] == torch.tensor([9, 90, 200])[:, None, None]).all()
+    assert len(images) == 7
+    assert (images[3] == torch.tensor([9, 90, 200])[:, None, None]).all()
 
 
-BAD = {"empty.png": (b"", "empty file"), "text.jpg": (b"text", "not an image"), "float.tif": (None, "floating point"), "deep.tif": (None, "32-bit"),
-       "cut.png": (None, "truncated"), "bomb.png": (None, "pixels"), "out.png": (None, "leads out of the data folder"),
-       "gone.png": (None, "No such file"), "pipe.png": (None, "not a regular file"), "näïve bild.png": (b"x", "not an image")}
+BAD = {
+    "empty.png": (b"", "empty file"),
+    "text.jpg": (b"text", "not an image"),
+    "float.tif": (None, "floating point"),
+    "deep.tif": (None, "32-bit"),
+    "cut.png": (None, "truncated"),
+    "bomb.png": (None, "pixels"),
+    "out.png": (None, "leads out of the data folder"),
+    "gone.png": (None, "No such file"),
+    "pipe.png": (None, "not a regular file"),
+    "näïve bild.png": (b"x", "not an image"),
+}
 
 
 def plant(root):
@@ -116,7 +147,10 @@ def plant(root):
     (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:2000])
     Image.new("1", (20000, 20000)).save(root / "bomb.png")
     picture().save(root.parent.parent.parent / "private.png")
-    for name, target in (("out.png", root.parent.parent.parent / "private.png"), ("gone.png", root / "none.png")):
+    for name, target in (
+        ("out.png", root.parent.parent.parent / "private.png"),
+        ("gone.png", root / "none.png"),
+    ):
         (root / name).unlink()
         (root / name).symlink_to(target)
     (root / "pipe.png").unlink()
@@ -127,10 +161,15 @@ def test_bad_images_are_listed_with_their_reasons_before_anything_is_computed(tm
     root = folder(tmp_path / "data")
     plant(root / "train" / "a")
     (root / "test" / "b" / "late.bmp").write_bytes(b"BM")
-    with pytest.raises(UserError, match=rf"dataset_path: {len(BAD) + 1} image files in .*data cannot be used, the first is .*\n.*--on_bad_image skip"):
+    with pytest.raises(
+        UserError,
+        match=rf"dataset_path: {len(BAD) + 1} image files in .*data cannot be used, the first is .*\n.*--on_bad_image skip",
+    ):
         load(root)
     for name, (_, reason) in BAD.items():
-        assert re.search(rf"  {re.escape(str(root / 'train' / 'a' / name))}: .*{reason}", caplog.text), (name, caplog.text)
+        assert re.search(
+            rf"  {re.escape(str(root / 'train' / 'a' / name))}: .*{reason}", caplog.text
+        ), (name, caplog.text)
     assert "late.bmp" in caplog.text
 
 
@@ -139,10 +178,11 @@ def test_bad_images_are_left_out_when_told_so(tmp_path, caplog, again):
     root = folder(tmp_path / "data")
     good = load(root)
     plant(root / "train" / "a")
-    for _ in range(1 + again):    # the second time from the cache
+    for _ in range(1 + again):  # the second time from the cache
         caplog.clear()
         found = load(root, on_bad_image="skip")
-    assert torch.equal(found.train.images, good.train.images) and torch.equal(found.train.labels, good.train.labels)
+    assert torch.equal(found.train.images, good.train.images)
+    assert torch.equal(found.train.labels, good.train.labels)
     assert all(name in caplog.text for name in BAD)
 
 
@@ -155,7 +195,9 @@ def test_a_link_within_the_folder_is_followed_and_one_of_a_class_folder_is_not(t
     with pytest.raises(UserError, match="3 image files .*leads out of the data folder"):
         load(root)
     (tmp_path / "elsewhere").symlink_to(root)
-    assert len(load(tmp_path / "elsewhere", on_bad_image="skip").train) == 7    # the folder itself may be a link
+    assert (
+        len(load(tmp_path / "elsewhere", on_bad_image="skip").train) == 7
+    )  # the folder itself may be a link
 
 
 def test_odd_names_are_read_and_hidden_files_are_not(tmp_path):
@@ -184,9 +226,12 @@ def test_pictures_in_two_classes_and_classes_of_none_or_one_are_told(tmp_path, c
     for path in (root / "test" / "b").iterdir():
         path.unlink()
     found = load(root)
-    assert found.classes == ("a", "b", "empty", "single") and found.train.labels.bincount(minlength=4).tolist() == [3, 4, 0, 1]
-    assert "  empty: 0\n  single: 1" in caplog.text and "classes without a test image:\n  b" in caplog.text
-    assert f"train/single/only.png: the same as {root}/train/b/same.png" in caplog.text and "test/a/same.bmp: the same as" in caplog.text
+    assert found.classes == ("a", "b", "empty", "single")
+    assert found.train.labels.bincount(minlength=4).tolist() == [3, 4, 0, 1]
+    assert "  empty: 0\n  single: 1" in caplog.text
+    assert "classes without a test image:\n  b" in caplog.text
+    assert f"train/single/only.png: the same as {root}/train/b/same.png" in caplog.text
+    assert "test/a/same.bmp: the same as" in caplog.text
 
 
 def test_a_class_of_one_stays_in_the_training_set(tmp_path):
@@ -195,7 +240,8 @@ def test_a_class_of_one_stays_in_the_training_set(tmp_path):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             picture(seed=10 * k + count).save(tmp_path / "data" / name / f"{k}.png")
     found = load(tmp_path / "data")
-    assert found.train.labels.tolist() == [0, 0, 0, 0, 1] and found.test.labels.tolist() == [0]
+    assert found.train.labels.tolist() == [0, 0, 0, 0, 1]
+    assert found.test.labels.tolist() == [0]
 
 
 def test_a_cache_that_is_damaged_is_made_again(tmp_path):

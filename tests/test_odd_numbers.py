@@ -1,4 +1,5 @@
 """Runs at the edges: no poison, nothing but poison, every class a target, classes of three, 200 classes, a victim that knows nothing."""
+
 import json
 
 import pytest
@@ -13,27 +14,36 @@ def finished(world, name, *words):
     code, _ = world.run(name, *words)
     assert code == 0 and "Traceback" not in world.said(), world.said()
     report = json.loads((world.record(name) / "report.json").read_text())
-    assert REPORT_KEYS <= set(report)
+    assert set(report) >= REPORT_KEYS
     return report
 
 
 @pytest.mark.parametrize("conform", ["true", "false"])
 def test_no_poison_at_all(world, conform):
     report = finished(world, f"none-{conform}", "--pratio", "0", "--conform", conform)
-    assert report["detection"]["tpr"] is None and report["detection"]["fpr"] is not None and report["relabel"]["accuracy_on_poison"] is None
-    assert all(row["poison_reads_target"] is None for row in report["rounds"]) and report["status"] in ("ok", "no-backdoor-found")
-    assert (report["power"] is None) == bool(report["target_labels"]["detected"]) and len(report["notes"]) == (report["power"] is not None)
+    assert report["detection"]["tpr"] is None
+    assert report["detection"]["fpr"] is not None
+    assert report["relabel"]["accuracy_on_poison"] is None
+    assert all(row["poison_reads_target"] is None for row in report["rounds"])
+    assert report["status"] in ("ok", "no-backdoor-found")
+    assert (report["power"] is None) == bool(report["target_labels"]["detected"])
+    assert len(report["notes"]) == (report["power"] is not None)
 
 
 @pytest.mark.parametrize("conform", ["true", "false"])
 def test_everything_poisoned(world, conform):
     """Then there is one class, and nothing to compare it with."""
-    report = finished(world, f"all-{conform}", "--pratio", "1", "--attack_pool", "all", "--conform", conform)
-    assert report["detection"]["fpr"] is None and report["detection"]["tpr"] is not None
+    report = finished(
+        world, f"all-{conform}", "--pratio", "1", "--attack_pool", "all", "--conform", conform
+    )
+    assert report["detection"]["fpr"] is None
+    assert report["detection"]["tpr"] is not None
 
 
 def test_every_class_a_target(world):
-    assert finished(world, "all2all", "--attack_label_trans", "all2all", "--conform", "false")["target_labels"]["true"] == list(range(CLASSES))
+    assert finished(world, "all2all", "--attack_label_trans", "all2all", "--conform", "false")[
+        "target_labels"
+    ]["true"] == list(range(CLASSES))
 
 
 def test_a_victim_at_chance(world):
@@ -43,10 +53,29 @@ def test_a_victim_at_chance(world):
 
 def test_a_learning_rate_that_loses_the_loss(world):
     code, _ = world.run("lost", "--lr", "1e30", "--lr_scheduler", "constant", "--epochs", "30")
-    assert code == 2 and "error: lr: " in world.said() and "at learning rate 1e+30" in world.said() and "Traceback" not in world.said()
+    assert code == 2
+    assert "error: lr: " in world.said()
+    assert "at learning rate 1e+30" in world.said()
+    assert "Traceback" not in world.said()
 
 
 def test_two_hundred_classes_of_three(tmp_path):
     world = World(tmp_path, classes=200, train=3, test=1)
-    report = finished(world, "many", "--epochs", "1", "--rounds_n", "1", "--steps_T", "4", "--purify_batch_size", "128", "--pratio", "0.01", "--conform", "false")
-    assert report["victim"]["n_clean"] == 200 and TRAIN != 3
+    report = finished(
+        world,
+        "many",
+        "--epochs",
+        "1",
+        "--rounds_n",
+        "1",
+        "--steps_T",
+        "4",
+        "--purify_batch_size",
+        "128",
+        "--pratio",
+        "0.01",
+        "--conform",
+        "false",
+    )
+    assert report["victim"]["n_clean"] == 200
+    assert TRAIN != 3

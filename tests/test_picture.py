@@ -1,13 +1,14 @@
 """The picture of the blending attacks: drawn within the statistics that make it comparable, or read from a file."""
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from attack.picture import cartoon, load_picture, noise
-from utils import decoding
+from attack.poisoning.picture import cartoon, load_picture, noise
 from utils.config import UserError
+from utils.images import decoding
 
 
 def spectrum_slope(grey):
@@ -29,19 +30,23 @@ def test_the_cartoon_has_the_statistics_of_the_original():
     drawn = cartoon(32).double()
     assert ((drawn.mean((1, 2)) > 140) & (drawn.mean((1, 2)) < 210)).all()
     assert ((drawn.std((1, 2)) > 55) & (drawn.std((1, 2)) < 100)).all()
-    assert -2.4 < spectrum_slope(drawn.mean(0).numpy()) < -1.4 and 0.35 < low_share(drawn.mean(0).numpy()) < 0.65
+    assert -2.4 < spectrum_slope(drawn.mean(0).numpy()) < -1.4
+    assert 0.35 < low_share(drawn.mean(0).numpy()) < 0.65
 
 
 def test_noise_would_not_pass_for_it():
     grey = noise(32).double().mean(0).numpy()
-    assert spectrum_slope(grey) > -0.5 and low_share(grey) < 0.2
+    assert spectrum_slope(grey) > -0.5
+    assert low_share(grey) < 0.2
 
 
 @pytest.mark.parametrize("draw", [cartoon, noise])
 def test_it_is_drawn_alike_every_time(draw):
     first = draw(32)
     torch.manual_seed(1)
-    assert first.dtype == torch.uint8 and first.shape == (3, 32, 32) and torch.equal(draw(32), first)
+    assert first.dtype == torch.uint8
+    assert first.shape == (3, 32, 32)
+    assert torch.equal(draw(32), first)
 
 
 def test_the_cartoon_is_one_drawing_at_every_size():
@@ -56,15 +61,23 @@ def test_a_file_is_squashed_to_a_square_and_scaled_to_0_1(tmp_path, monkeypatch)
     pixels[:, 40:] = (255, 51, 0)
     Image.fromarray(pixels).save(tmp_path / "half.png")
     read = load_picture(str(tmp_path / "half.png"), 8)
-    assert read.shape == (3, 8, 8) and (read[:, :, :3] == 0).all()
-    assert torch.allclose(read[:, :, 5:], torch.tensor([1.0, 0.2, 0.0])[:, None, None].expand(3, 8, 3))
+    assert read.shape == (3, 8, 8)
+    assert (read[:, :, :3] == 0).all()
+    assert torch.allclose(
+        read[:, :, 5:], torch.tensor([1.0, 0.2, 0.0])[:, None, None].expand(3, 8, 3)
+    )
 
 
 def test_unusable_files_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "CACHE", tmp_path / "cache")
-    with pytest.raises(UserError, match="attack_trigger_img_path: hello.png: nothing found at .* or .*; built-in pictures: cartoon, noise"):
+    with pytest.raises(
+        UserError,
+        match="attack_trigger_img_path: hello.png: nothing found at .* or .*; built-in pictures: cartoon, noise",
+    ):
         load_picture("hello.png", 32)
     (tmp_path / "text.png").write_text("no image")
     for name in ("text.png", "."):
-        with pytest.raises(UserError, match="attack_trigger_img_path: .*not an image that can be read"):
+        with pytest.raises(
+            UserError, match="attack_trigger_img_path: .*not an image that can be read"
+        ):
             load_picture(str(tmp_path / name), 32)

@@ -1,17 +1,26 @@
 """Poisoning: how many, from which pool, with which labels, and nothing else touched."""
+
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from attack.poison import LabelMap, PoisonConfig, Role, choose_poison, label_map, poison_training_set, trigger_test_set
-from attack.trigger import Trigger
+from attack.poisoning.poison import (
+    LabelMap,
+    PoisonConfig,
+    Role,
+    choose_poison,
+    label_map,
+    poison_training_set,
+    trigger_test_set,
+)
+from attack.poisoning.trigger import Trigger
 from tests.toys import CleanLabelTrigger, ToyTrigger, random_images
 from utils.config import UserError
-from utils.data import LabeledImages
+from utils.images.data import LabeledImages
 
-K, COUNTS = 5, (40, 25, 20, 10, 5)    # images of class 0..4, 100 in all
+K, COUNTS = 5, (40, 25, 20, 10, 5)  # images of class 0..4, 100 in all
 ONE = PoisonConfig(pratio=0.1, attack_target=2)
 ALL = replace(ONE, attack_label_trans="all2all")
 
@@ -23,7 +32,9 @@ def data(seed=0):
 
 
 def poison(config=ONE, trigger=ToyTrigger(), train=None, seed=0):
-    return poison_training_set(train or data(), trigger, label_map(trigger, config, K), config, seed)
+    return poison_training_set(
+        train or data(), trigger, label_map(trigger, config, K), config, seed
+    )
 
 
 def chosen(config=ONE, trigger=ToyTrigger(), labels=None, seed=0):
@@ -31,19 +42,30 @@ def chosen(config=ONE, trigger=ToyTrigger(), labels=None, seed=0):
     return choose_poison(labels, trigger, label_map(trigger, config, K), config, seed)
 
 
-@pytest.mark.parametrize(("config", "trigger"), [(ONE, ToyTrigger()), (ALL, ToyTrigger()), (ONE, CleanLabelTrigger()), (replace(ONE, attack_pool="all"), ToyTrigger())])
+@pytest.mark.parametrize(
+    ("config", "trigger"),
+    [
+        (ONE, ToyTrigger()),
+        (ALL, ToyTrigger()),
+        (ONE, CleanLabelTrigger()),
+        (replace(ONE, attack_pool="all"), ToyTrigger()),
+    ],
+)
 def test_only_the_chosen_rows_change_and_they_carry_trigger_and_label(config, trigger):
     train, before = data(), data()
     found = poison(config, trigger, train)
     hit = found.poison_indicator
-    assert hit.sum() == 10 and torch.equal(found.roles, torch.where(hit, Role.POISON, Role.CLEAN))
-    assert torch.equal(found.data.images[~hit], train.images[~hit]) and torch.equal(found.data.labels[~hit], train.labels[~hit])
+    assert hit.sum() == 10
+    assert torch.equal(found.roles, torch.where(hit, Role.POISON, Role.CLEAN))
+    assert torch.equal(found.data.images[~hit], train.images[~hit])
+    assert torch.equal(found.data.labels[~hit], train.labels[~hit])
     index = hit.nonzero().flatten()
     assert torch.equal(found.data.images[hit], trigger.apply(train.images[hit], index, "train"))
     assert (found.data.images[hit] != train.images[hit]).flatten(1).any(1).all()
     assert torch.equal(found.data.labels[hit], label_map(trigger, config, K)(train.labels[hit]))
     assert torch.equal(found.original_labels, before.labels)
-    assert torch.equal(train.images, before.images) and torch.equal(train.labels, before.labels)
+    assert torch.equal(train.images, before.images)
+    assert torch.equal(train.labels, before.labels)
 
 
 @pytest.mark.parametrize("rate", [0, 0.016, 0.026, 0.1, 0.126, 0.25, 0.8])
@@ -56,18 +78,23 @@ def test_the_count_is_exactly_the_rounded_rate(rate):
 def test_rates_of_the_target_class():
     of_target = replace(ONE, rate_of="target_class", pratio=0.5)
     clean = chosen(of_target, CleanLabelTrigger())
-    assert len(clean) == COUNTS[2] / 2 and (data().labels[clean] == 2).all()
+    assert len(clean) == COUNTS[2] / 2
+    assert (data().labels[clean] == 2).all()
     dirty = chosen(of_target)
-    assert len(dirty) == COUNTS[2] / 2 and (data().labels[dirty] != 2).all()
+    assert len(dirty) == COUNTS[2] / 2
+    assert (data().labels[dirty] != 2).all()
     assert len(chosen(replace(of_target, pratio=1.0), CleanLabelTrigger())) == COUNTS[2]
 
 
 def test_pools():
     labels = data().labels
     everything = lambda config, trigger=ToyTrigger(): set(labels[chosen(config, trigger)].tolist())
-    assert everything(replace(ONE, pratio=0.8)) == {0, 1, 3, 4} and len(chosen(replace(ONE, pratio=0.8))) == 80
+    assert everything(replace(ONE, pratio=0.8)) == {0, 1, 3, 4}
+    assert len(chosen(replace(ONE, pratio=0.8))) == 80
     assert everything(replace(ONE, pratio=1.0, attack_pool="all")) == set(range(5))
-    assert everything(replace(ALL, pratio=1.0)) == set(range(5))    # no class is *the* target: all take part
+    assert everything(replace(ALL, pratio=1.0)) == set(
+        range(5)
+    )  # no class is *the* target: all take part
     assert everything(replace(ONE, pratio=0.2), CleanLabelTrigger()) == {2}
 
 
@@ -76,19 +103,43 @@ def test_every_sample_of_the_pool_is_equally_likely():
     for seed in range(400):
         hits[chosen(seed=seed)] += 1
     pool = data().labels != 2
-    assert (hits[~pool] == 0).all() and (hits[pool] - 50).abs().max() < 5 * (400 * 0.125 * 0.875) ** 0.5
+    assert (hits[~pool] == 0).all()
+    assert (hits[pool] - 50).abs().max() < 5 * (400 * 0.125 * 0.875) ** 0.5
 
 
-@pytest.mark.parametrize(("config", "trigger", "words"), [
-    (replace(ONE, pratio=0.81), ToyTrigger(), r"pratio: 0.81 of 100 images are 81, but the pool \(all classes but 2\) holds 80"),
-    (replace(ONE, pratio=0.004), ToyTrigger(), r"pratio: 0.004 of 100 images are none; raise pratio"),
-    (replace(ONE, pratio=0.02, rate_of="target_class"), CleanLabelTrigger(), r"pratio: 0.02 of 20 images are none; raise pratio"),
-    (replace(ONE, pratio=0.21), CleanLabelTrigger(), r"0.21 of 100 images are 21, but the pool \(class 2\) holds 20.*rate_of: target_class"),
-])
-def test_a_rate_that_poisons_nothing_and_a_pool_too_small_are_refused_with_the_numbers(config, trigger, words):
+@pytest.mark.parametrize(
+    ("config", "trigger", "words"),
+    [
+        (
+            replace(ONE, pratio=0.81),
+            ToyTrigger(),
+            r"pratio: 0.81 of 100 images are 81, but the pool \(all classes but 2\) holds 80",
+        ),
+        (
+            replace(ONE, pratio=0.004),
+            ToyTrigger(),
+            r"pratio: 0.004 of 100 images are none; raise pratio",
+        ),
+        (
+            replace(ONE, pratio=0.02, rate_of="target_class"),
+            CleanLabelTrigger(),
+            r"pratio: 0.02 of 20 images are none; raise pratio",
+        ),
+        (
+            replace(ONE, pratio=0.21),
+            CleanLabelTrigger(),
+            r"0.21 of 100 images are 21, but the pool \(class 2\) holds 20.*rate_of: target_class",
+        ),
+    ],
+)
+def test_a_rate_that_poisons_nothing_and_a_pool_too_small_are_refused_with_the_numbers(
+    config, trigger, words
+):
     with pytest.raises(UserError, match=words):
         poison(config, trigger)
-    with pytest.raises(UserError, match="pratio: 0.1 of 0 images are none; give another attack_target"):
+    with pytest.raises(
+        UserError, match="pratio: 0.1 of 0 images are none; give another attack_target"
+    ):
         chosen(replace(ONE, rate_of="target_class"), labels=torch.tensor([0, 1, 3]))
 
 
@@ -97,7 +148,8 @@ def test_indices_depend_on_seed_and_attack_and_nothing_else():
     torch.manual_seed(9)
     random.seed(9)
     torch.rand(5)
-    assert torch.equal(chosen(), first) and first.tolist() == sorted(first.tolist())
+    assert torch.equal(chosen(), first)
+    assert first.tolist() == sorted(first.tolist())
     assert len({tuple(chosen(seed=seed).tolist()) for seed in range(20)}) == 20
 
     class Other(ToyTrigger):
@@ -109,18 +161,36 @@ def test_indices_depend_on_seed_and_attack_and_nothing_else():
 def test_all_to_one_and_all_to_all_labels():
     labels = torch.arange(K)
     one, every = LabelMap(K, 3), LabelMap(K, None)
-    assert one(labels).tolist() == [3] * K and one.targets == [3]
-    assert every(labels).tolist() == [1, 2, 3, 4, 0] and every.targets == list(range(K))
-    assert (every(labels) != labels).all() and every(labels).unique().tolist() == labels.tolist()    # a derangement, and a bijection
+    assert one(labels).tolist() == [3] * K
+    assert one.targets == [3]
+    assert every(labels).tolist() == [1, 2, 3, 4, 0]
+    assert every.targets == list(range(K))
+    assert (every(labels) != labels).all()
+    assert every(labels).unique().tolist() == labels.tolist()
     assert labels.tolist() == list(range(K))
 
 
-@pytest.mark.parametrize(("changes", "trigger", "words"), [
-    ({"attack_label_trans": "all2all"}, CleanLabelTrigger(), "attack_label_trans: .*clean-label attack 'toy_clean'"),
-    ({"attack_label_trans": "all2all", "rate_of": "target_class"}, ToyTrigger(), "rate_of: target_class, but all2all"),
-    ({"attack_target": 5}, ToyTrigger(), r"attack_target: 5 is outside the classes 0\.\.4"),
-    ({"attack": "blended"}, ToyTrigger(), "attack: this config is for 'blended', but the script is attack/toy.py"),
-])
+@pytest.mark.parametrize(
+    ("changes", "trigger", "words"),
+    [
+        (
+            {"attack_label_trans": "all2all"},
+            CleanLabelTrigger(),
+            "attack_label_trans: .*clean-label attack 'toy_clean'",
+        ),
+        (
+            {"attack_label_trans": "all2all", "rate_of": "target_class"},
+            ToyTrigger(),
+            "rate_of: target_class, but all2all",
+        ),
+        ({"attack_target": 5}, ToyTrigger(), r"attack_target: 5 is outside the classes 0\.\.4"),
+        (
+            {"attack": "blended"},
+            ToyTrigger(),
+            "attack: this config is for 'blended', but the script is attack/toy.py",
+        ),
+    ],
+)
 def test_configs_that_contradict_the_attack_are_refused(changes, trigger, words):
     with pytest.raises(UserError, match=words):
         label_map(trigger, replace(ONE, **changes), K)
@@ -129,18 +199,22 @@ def test_configs_that_contradict_the_attack_are_refused(changes, trigger, words)
 
 def test_clean_labels_stay():
     found = poison(replace(ONE, pratio=0.2), CleanLabelTrigger())
-    assert torch.equal(found.data.labels, data().labels) and (found.data.labels[found.poison_indicator] == 2).all()
+    assert torch.equal(found.data.labels, data().labels)
+    assert (found.data.labels[found.poison_indicator] == 2).all()
 
 
 @pytest.mark.parametrize("trigger", [ToyTrigger(), CleanLabelTrigger()])
 def test_the_asr_set_is_every_image_whose_label_would_change(trigger):
     test = data()
     found = trigger_test_set(test, trigger, label_map(trigger, ONE, K))
-    assert len(found.index) == 80 and not (found.original_labels == 2).any() and (found.labels == 2).all()
+    assert len(found.index) == 80
+    assert not (found.original_labels == 2).any()
+    assert (found.labels == 2).all()
     assert torch.equal(found.original_labels, test.labels[found.index])
     assert torch.equal(found.images, trigger.apply(test.images[found.index], found.index, "test"))
     whole = trigger_test_set(test, ToyTrigger(), label_map(ToyTrigger(), ALL, K))
-    assert torch.equal(whole.index, torch.arange(100)) and torch.equal(whole.labels, (test.labels + 1) % K)
+    assert torch.equal(whole.index, torch.arange(100))
+    assert torch.equal(whole.labels, (test.labels + 1) % K)
     alone = test[test.labels == 2]
     assert len(trigger_test_set(alone, trigger, label_map(trigger, ONE, K)).index) == 0
 
@@ -157,11 +231,18 @@ class Covered(ToyTrigger):
 def test_cover_samples_keep_their_labels_and_are_never_poison():
     found, plain = poison(trigger=Covered()), poison(trigger=Covered(), seed=1)
     cover, hit = found.roles == Role.COVER, found.poison_indicator
-    assert (int(hit.sum()), int(cover.sum())) == (10, 20) and not (cover & hit).any()
-    assert torch.equal(found.data.labels[~hit], data().labels[~hit]) and (found.data.images[cover] == 0).all()
-    assert torch.equal(found.data.images[found.roles == Role.CLEAN], data().images[found.roles == Role.CLEAN])
+    assert (int(hit.sum()), int(cover.sum())) == (10, 20)
+    assert not (cover & hit).any()
+    assert torch.equal(found.data.labels[~hit], data().labels[~hit])
+    assert (found.data.images[cover] == 0).all()
+    assert torch.equal(
+        found.data.images[found.roles == Role.CLEAN], data().images[found.roles == Role.CLEAN]
+    )
     assert not torch.equal(plain.roles == Role.COVER, cover)
-    with pytest.raises(UserError, match=r"cross_ratio: 2 cover samples for each of 34 poisoned are 68, but only 66 images are left"):
+    with pytest.raises(
+        UserError,
+        match=r"cross_ratio: 2 cover samples for each of 34 poisoned are 68, but only 66 images are left",
+    ):
         poison(replace(ONE, pratio=0.34), Covered())
 
 
@@ -173,7 +254,9 @@ def test_poison_images_are_rounded_and_clamped_never_truncated_or_wrapped():
     images = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
     out = Shift().apply(images, torch.arange(256))[..., 0, 0].long()
     level = torch.arange(256)
-    assert torch.equal(out[:, 0], (level + 1).clamp(max=255)) and torch.equal(out[:, 1], (level - 1).clamp(min=0)) and (out[:, 2] == 255).all()
+    assert torch.equal(out[:, 0], (level + 1).clamp(max=255))
+    assert torch.equal(out[:, 1], (level - 1).clamp(min=0))
+    assert (out[:, 2] == 255).all()
 
 
 def test_triggers_see_original_indices_and_the_split_in_any_order(monkeypatch):
@@ -190,6 +273,6 @@ def test_triggers_see_original_indices_and_the_split_in_any_order(monkeypatch):
     assert torch.equal(test.images[:, 0, 0, 0].long(), test.index + 100)
     shuffled, whole = torch.randperm(100), Spy().apply(data().images, torch.arange(100))
     for batch in (1, 7, 64, 512):
-        monkeypatch.setattr("attack.trigger.BATCH", batch)
+        monkeypatch.setattr("attack.poisoning.trigger.BATCH", batch)
         assert torch.equal(Spy().apply(data().images[shuffled], shuffled), whole[shuffled])
     assert Spy().apply(data().images[:0], shuffled[:0]).shape == (0, 3, 4, 4)

@@ -1,4 +1,5 @@
 """Several processes train as one would: the same batches, gradients over all of them."""
+
 from dataclasses import replace
 
 import pytest
@@ -6,24 +7,37 @@ import torch
 from torch import nn
 
 from tests.torchrun import together
+from utils.classifier.networks import Classifier
+from utils.classifier.training import Epoch, Trainer
 from utils.config import TrainConfig, UserError
-from utils.data import DATASETS, LabeledImages
-from utils.networks import Classifier
+from utils.images.data import DATASETS, LabeledImages
 from utils.processes import rank
-from utils.training import Epoch, Trainer
 
-CONFIG = TrainConfig(device="cpu", amp=False, epochs=3, batch_size=16, lr=0.05, lr_scheduler="constant", frequency_save=1)
+CONFIG = TrainConfig(
+    device="cpu",
+    amp=False,
+    epochs=3,
+    batch_size=16,
+    lr=0.05,
+    lr_scheduler="constant",
+    frequency_save=1,
+)
 
 
 def plain():
     """A classifier without batch statistics, so that a batch can be cut into shares without a trace."""
-    body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    body = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
+    )
     return Classifier(body, 96, 4, DATASETS["digits"])
 
 
 def toy(n=53):
     draw = torch.Generator().manual_seed(0)
-    return LabeledImages(torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8), torch.randint(0, 4, (n,), generator=draw))
+    return LabeledImages(
+        torch.randint(0, 256, (n, 3, 8, 8), generator=draw, dtype=torch.uint8),
+        torch.randint(0, 4, (n,), generator=draw),
+    )
 
 
 class Breaks(nn.Module):
@@ -62,13 +76,24 @@ def test_three_processes_learn_what_one_learns_even_after_an_interruption(tmp_pa
     (tmp_path / "one").mkdir()
     train(tmp_path / "one", "good")
     stopped = together(3, train, tmp_path / "three", "stops")
-    assert stopped.returncode != 0 and "error: enough" in stopped.stderr and (tmp_path / "three" / "checkpoint.pt").exists()
+    assert stopped.returncode != 0
+    assert "error: enough" in stopped.stderr
+    assert (tmp_path / "three" / "checkpoint.pt").exists()
     done = together(3, train, tmp_path / "three")
     assert done.returncode == 0 and done.stdout.count("left") == 3, done.stderr[-2000:]
-    kept = [[line for line in run.stdout.splitlines() if line.startswith("threads of")] for run in (stopped, done)]
-    assert sorted(kept[1]) == ["threads of 0", "threads of 1", "threads of 2"]    # one of gloo's may abort a process at its end
-    assert set(kept[0]) <= set(kept[1])    # torchrun may end the others before they say it
-    (one, losses), (three, later) = (torch.load(tmp_path / name / "out.pt") for name in ("one", "three"))
+    kept = [
+        [line for line in run.stdout.splitlines() if line.startswith("threads of")]
+        for run in (stopped, done)
+    ]
+    assert sorted(kept[1]) == [
+        "threads of 0",
+        "threads of 1",
+        "threads of 2",
+    ]  # one of gloo's may abort a process at its end
+    assert set(kept[0]) <= set(kept[1])  # torchrun may end the others before they say it
+    (one, losses), (three, later) = (
+        torch.load(tmp_path / name / "out.pt") for name in ("one", "three")
+    )
     torch.manual_seed(3)
     before = dict(plain().named_parameters())
     assert all(torch.allclose(one[key], three[key], atol=1e-5) for key in one)
@@ -78,10 +103,17 @@ def test_three_processes_learn_what_one_learns_even_after_an_interruption(tmp_pa
 
 def test_process_0_that_fails_in_the_middle_of_a_step_ends_the_run_and_says_why_once(tmp_path):
     done = together(3, train, tmp_path, "breaks")
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "error: process 0 has had enough" in done.stderr, done.stderr[-2000:]
-    assert "exitcode  : 2 " in done.stderr and (tmp_path / "checkpoint.pt").exists() and "threads of 0\n" in done.stdout
+    assert (
+        done.returncode != 0
+        and done.stderr.count("error: ") == 1
+        and "error: process 0 has had enough" in done.stderr
+    ), done.stderr[-2000:]
+    assert "exitcode  : 2 " in done.stderr
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert "threads of 0\n" in done.stdout
 
 
 def test_a_batch_that_is_too_small_to_be_shared_is_refused(tmp_path):
     done = together(3, train, tmp_path, "tiny")
-    assert done.returncode != 0 and "batch_size: 2 images cannot be shared by 3 processes" in done.stderr
+    assert done.returncode != 0
+    assert "batch_size: 2 images cannot be shared by 3 processes" in done.stderr

@@ -1,4 +1,5 @@
 """The purifier: a plain loop as reference, keyed noise, layout of the states, quantisation, and denoisers that do not fit."""
+
 import json
 from dataclasses import replace
 from math import sqrt
@@ -8,11 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from defense import purifier as module
-from defense.purifier import STREAM_SHARED_BY, KeyedNoise, PurifyConfig, Purifier, open_denoiser, quantised, requantised
+from defense.elixir.purifier import (
+    STREAM_SHARED_BY,
+    KeyedNoise,
+    Purifier,
+    PurifyConfig,
+    open_denoiser,
+    quantised,
+    requantised,
+)
 from diffusion.denoiser import Denoiser
-from diffusion.sampler import Schedule, subset_steps
 from diffusion.network import DenoiserConfig, build_unet
+from diffusion.sampler import Schedule, subset_steps
 from tests.toys import CLASSES, LEVELS, FlatDenoiser, flat_images, random_images, with_corner
 from utils import config as config_module
 from utils.config import UserError
@@ -36,15 +44,22 @@ def purify(images, index=None, config=CONFIG, seed=0, network=toy_network):
 def reference(image, index, config, seed):
     """The states of one sample, step by step as the method's description has them: (1 + n m, 3, H, W) in [-1, 1]."""
     noise, schedule, T = KeyedNoise(torch.tensor([index]), seed, CPU), Schedule(), config.steps_T
-    ab = [*schedule.alphas_cumprod.tolist(), 1.0]    # ab[-1] = 1: the clean image
+    ab = [*schedule.alphas_cumprod.tolist(), 1.0]  # ab[-1] = 1: the clean image
     x = image[None].double() / 255 * 2 - 1
-    z, states, level = lambda: noise(x.float()).double(), [x], T if config.noise_index == "T" else T - 1
+    z, states, level = (
+        lambda: noise(x.float()).double(),
+        [x],
+        T if config.noise_index == "T" else T - 1,
+    )
     for _ in range(config.rounds_n):
         x = sqrt(ab[level]) * x + sqrt(1 - ab[level]) * z()
         for i in range(T - 1, -1, -1):
             e, beta = toy_network(x.float(), torch.tensor([i])).double(), schedule.betas[i].item()
             p = (sqrt(1 / ab[i]) * x - sqrt(1 / ab[i] - 1) * e).clamp(-1, 1)
-            x = beta * sqrt(ab[i - 1]) / (1 - ab[i]) * p + (1 - ab[i - 1]) * sqrt(1 - beta) / (1 - ab[i]) * x
+            x = (
+                beta * sqrt(ab[i - 1]) / (1 - ab[i]) * p
+                + (1 - ab[i - 1]) * sqrt(1 - beta) / (1 - ab[i]) * x
+            )
             x = x + sqrt(beta) * z() if i > 0 else x
             states += [x] if i < config.last_steps_m else []
         x = x.clamp(-1, 1)
@@ -61,7 +76,8 @@ def test_states_agree_with_the_plain_loop(noise_index, quantise):
         exact = (reference(image, index, config, 5).clamp(-1, 1) + 1) * 127.5
         wanted = exact.round() if quantise == "round" else exact.floor()
         off = (states.double() - wanted).abs()
-        assert off.max() <= 1 and (off[1:] > 0).double().mean() < 0.01    # float32 against float64: a few ties
+        assert off.max() <= 1
+        assert (off[1:] > 0).double().mean() < 0.01
 
 
 @pytest.mark.parametrize("network", [toy_network, lambda x, t: x, lambda x, t: 0 * x])
@@ -69,7 +85,9 @@ def test_states_agree_with_the_plain_loop(noise_index, quantise):
 def test_there_are_1_plus_nm_states_and_column_0_is_the_original(n, m, network):
     images = random_images(5, 3, 6, 6)
     found = purify(images, config=replace(CONFIG, rounds_n=n, last_steps_m=m), network=network)
-    assert found.shape == (5, 1 + n * m, 3, 6, 6) and found.dtype == torch.uint8 and torch.equal(found[:, 0], images)
+    assert found.shape == (5, 1 + n * m, 3, 6, 6)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found[:, 0], images)
 
 
 def test_an_exact_denoiser_restores_the_image_at_the_end_of_each_round():
@@ -77,14 +95,25 @@ def test_an_exact_denoiser_restores_the_image_at_the_end_of_each_round():
     found = purify(with_corner(flat_images(labels)), network=FlatDenoiser())
     n, m = CONFIG.rounds_n, CONFIG.last_steps_m
     ends = found[:, m::m]
-    assert ends.shape[1] == n and (ends.int() - LEVELS[labels].int().view(-1, 1, 1, 1, 1)).abs().max() == 0
-    error = (found[:, 1:].double() - LEVELS[labels].double().view(-1, 1, 1, 1, 1)).flatten(2).std(dim=2).mean(0).view(n, m)
-    assert (error[:, :-1] > 0.5).all() and (error.diff(dim=1) < 0).all()    # less noise in each kept state, none in the last
+    assert ends.shape[1] == n
+    assert (ends.int() - LEVELS[labels].int().view(-1, 1, 1, 1, 1)).abs().max() == 0
+    error = (
+        (found[:, 1:].double() - LEVELS[labels].double().view(-1, 1, 1, 1, 1))
+        .flatten(2)
+        .std(dim=2)
+        .mean(0)
+        .view(n, m)
+    )
+    assert (error[:, :-1] > 0.5).all()
+    assert (error.diff(dim=1) < 0).all()
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_a_samples_bytes_do_not_depend_on_its_batch(batch):
-    images, index = random_images(70, 3, 4, 4), torch.randperm(200, generator=torch.Generator().manual_seed(0))[:70]
+    images, index = (
+        random_images(70, 3, 4, 4),
+        torch.randperm(200, generator=torch.Generator().manual_seed(0))[:70],
+    )
     whole = purify(images, index)
     parts = [purify(x, i) for x, i in zip(images.split(batch), index.split(batch))]
     assert torch.equal(torch.cat(parts), whole)
@@ -95,9 +124,10 @@ def test_a_samples_bytes_do_not_depend_on_its_batch(batch):
 def test_noise_is_keyed_by_seed_and_index():
     same = random_images(1, 3, 4, 4).expand(40, -1, -1, -1)
     first = purify(same)
-    assert torch.equal(purify(same), first) and not torch.equal(purify(same, seed=1)[:, 1:], first[:, 1:])
+    assert torch.equal(purify(same), first)
+    assert not torch.equal(purify(same, seed=1)[:, 1:], first[:, 1:])
     assert len(first[:, 1:].flatten(1).unique(dim=0)) == 40
-    assert not torch.equal(first[:, 1:5], first[:, 5:9])    # rounds draw anew
+    assert not torch.equal(first[:, 1:5], first[:, 5:9])  # rounds draw anew
 
 
 @pytest.mark.parametrize("shared", [1, 8])
@@ -105,7 +135,9 @@ def test_noise_is_normal_and_independent_between_samples(shared, monkeypatch):
     monkeypatch.setitem(STREAM_SHARED_BY, "cpu", shared)
     noise, x = KeyedNoise(torch.arange(100), 3, CPU), torch.zeros(100, 3, 16, 16)
     first, second = noise(x).flatten(1), noise(x).flatten(1)
-    assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02 and not torch.equal(first, second)
+    assert abs(first.mean()) < 0.02
+    assert abs(first.std() - 1) < 0.02
+    assert not torch.equal(first, second)
     both = torch.corrcoef(torch.cat([first, second])) - torch.eye(200)
     assert both.abs().max() < 6 / (3 * 16 * 16) ** 0.5
     picked = torch.tensor([99, 31, 32, 0])
@@ -117,7 +149,11 @@ def test_noise_is_normal_and_independent_between_samples(shared, monkeypatch):
 
 def test_on_a_cpu_noise_is_drawn_for_no_sample_that_was_not_asked_for(monkeypatch):
     drawn, normal = [], torch.Tensor.normal_
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, **keys: drawn.append(self.numel()) or normal(self, **keys))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "normal_",
+        lambda self, **keys: drawn.append(self.numel()) or normal(self, **keys),
+    )
     KeyedNoise(torch.arange(0, 1000, 100), 0, CPU)(torch.zeros(10, 3, 4, 4))
     assert sum(drawn) == 10 * 3 * 4 * 4
 
@@ -128,8 +164,12 @@ def test_the_first_noise_level_is_the_published_one(noise_index, suffix):
     config = PurifyConfig(steps_T=150, rounds_n=1, reverse_steps=11, noise_index=noise_index)
     purify(images, config=config, network=lambda x, t: seen.append((x, t)) or 0 * x)
     z = KeyedNoise(torch.arange(2), 0, CPU)(torch.empty(2, 3, 4, 4))
-    expected = GOLDEN["schedule"][f"sqrt_ab_{suffix}"] * (images / 127.5 - 1) + GOLDEN["schedule"][f"sqrt_1mab_{suffix}"] * z
-    assert torch.allclose(seen[0][0], expected, atol=1e-5) and seen[0][1].tolist() == [149, 149]
+    expected = (
+        GOLDEN["schedule"][f"sqrt_ab_{suffix}"] * (images / 127.5 - 1)
+        + GOLDEN["schedule"][f"sqrt_1mab_{suffix}"] * z
+    )
+    assert torch.allclose(seen[0][0], expected, atol=1e-5)
+    assert seen[0][1].tolist() == [149, 149]
 
 
 @pytest.mark.parametrize("reverse_steps", [None, 6])
@@ -139,7 +179,8 @@ def test_the_network_is_asked_at_these_levels_and_this_often(reverse_steps, meth
     config = replace(CONFIG, reverse_steps=reverse_steps, sampler=method)
     purifier = Purifier(lambda x, t: seen.append(int(t[0])) or toy_network(x, t), config, 0, CPU)
     purifier.intermediaries(random_images(2, 3, 4, 4), torch.arange(2))
-    assert seen == subset_steps(12, reverse_steps, 4) * 3 and purifier.passes_per_image == len(seen)
+    assert seen == subset_steps(12, reverse_steps, 4) * 3
+    assert purifier.passes_per_image == len(seen)
 
 
 def test_ddim_draws_noise_once_a_round(monkeypatch):
@@ -149,18 +190,23 @@ def test_ddim_draws_noise_once_a_round(monkeypatch):
     first = purify(images, config=replace(CONFIG, sampler="ddim"))
     assert len(calls) == CONFIG.rounds_n
     purify(images)
-    assert len(calls) == CONFIG.rounds_n * (1 + 12)    # every step but the last adds some
+    assert len(calls) == CONFIG.rounds_n * (1 + 12)  # every step but the last adds some
     assert torch.equal(purify(images, config=replace(CONFIG, sampler="ddim")), first)
 
 
 def test_quantisation_is_the_published_one_or_exact():
     unit = LEVELS_8BIT.float() / 255 * 2 - 1
-    assert quantised(unit, "truncate").tolist() == requantised(LEVELS_8BIT).tolist() == GOLDEN["requantise_lut"]
+    assert (
+        quantised(unit, "truncate").tolist()
+        == requantised(LEVELS_8BIT).tolist()
+        == GOLDEN["requantise_lut"]
+    )
     assert torch.equal(quantised(unit, "round"), LEVELS_8BIT)
     for kind in ("round", "truncate"):
         assert quantised(torch.tensor([-7.0, 7.0]), kind).tolist() == [0, 255]
     half = (torch.arange(255) + 0.6) / 127.5 - 1
-    assert torch.equal(quantised(half, "round"), LEVELS_8BIT[1:]) and torch.equal(quantised(half, "truncate"), LEVELS_8BIT[:-1])
+    assert torch.equal(quantised(half, "round"), LEVELS_8BIT[1:])
+    assert torch.equal(quantised(half, "truncate"), LEVELS_8BIT[:-1])
 
 
 def test_truncation_reaches_every_column():
@@ -170,7 +216,8 @@ def test_truncation_reaches_every_column():
     assert torch.equal(found[:, 0], lut[images.long()])
     rounded = purify(images)
     down = rounded[:, 1:].int() - found[:, 1:].int()
-    assert set(down.unique().tolist()) == {0, 1} and abs(down.double().mean() - 0.5) < 0.2
+    assert set(down.unique().tolist()) == {0, 1}
+    assert abs(down.double().mean() - 0.5) < 0.2
 
 
 @pytest.fixture
@@ -186,14 +233,26 @@ def test_a_denoiser_is_found_from_both_places_and_ready(denoiser_folder, monkeyp
     for name in (str(denoiser_folder), "../ddpm"):
         found = open_denoiser(replace(CONFIG, ddpm=name, steps_T=20), 8, "toy")
         assert (found.resolution, found.t_max, found.training) == (8, 20, False)
-    assert open_denoiser(replace(CONFIG, ddpm=str(denoiser_folder), steps_T=20, noise_index="T"), 8, "toy").t_max == 20
+    assert (
+        open_denoiser(
+            replace(CONFIG, ddpm=str(denoiser_folder), steps_T=20, noise_index="T"), 8, "toy"
+        ).t_max
+        == 20
+    )
 
 
-@pytest.mark.parametrize(("changes", "side", "words"), [
-    ({"steps_T": 21}, 8, "steps_T: 21, but the denoiser .* was trained for levels below 20"), ({}, 16, "works on 8x8 images, the data are 16x16"),
-    ({"last_steps_m": 13}, 8, "last_steps_m: cannot keep the last 13 of 12"), ({"reverse_steps": 4}, 8, "choose at least 5"),
-    ({"reverse_steps": 13}, 8, "cannot visit 13 of 12"), ({"ddpm": "no/such/folder"}, 8, "ddpm: .*nothing at"), ({"ddpm": "auto"}, 8, "no card for data set 'toy'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "side", "words"),
+    [
+        ({"steps_T": 21}, 8, "steps_T: 21, but the denoiser .* was trained for levels below 20"),
+        ({}, 16, "works on 8x8 images, the data are 16x16"),
+        ({"last_steps_m": 13}, 8, "last_steps_m: cannot keep the last 13 of 12"),
+        ({"reverse_steps": 4}, 8, "choose at least 5"),
+        ({"reverse_steps": 13}, 8, "cannot visit 13 of 12"),
+        ({"ddpm": "no/such/folder"}, 8, "ddpm: .*nothing at"),
+        ({"ddpm": "auto"}, 8, "no card for data set 'toy'"),
+    ],
+)
 def test_what_does_not_fit_is_refused_in_words(denoiser_folder, changes, side, words):
     with pytest.raises(UserError, match=words):
         open_denoiser(replace(CONFIG, **{"ddpm": str(denoiser_folder)} | changes), side, "toy")

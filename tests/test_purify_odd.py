@@ -1,4 +1,5 @@
 """Cleaning sets as strangers hand them over: odd images and names, links, few classes, another victim, files in cleaned/ that are the user's."""
+
 import csv
 import os
 import shutil
@@ -8,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from defense import dataelixir, given, purify
+from defense import dataelixir, purify
+from defense.own_data import given
 from tests.test_layouts import contents, with_changes
-from tests.test_purify import CONFIG, KEYS, POISONED, TRUTH, refused, run, toy  # noqa: F401
+from tests.test_purify import CONFIG, KEYS, POISONED, TRUTH, refused, run
 from tests.toys import PatchReader, random_images
+from utils.classifier.models import build_classifier, save_classifier
 from utils.config import UserError
-from utils.decoding import open_image
-from utils.layouts import open_layout
-from utils.models import build_classifier, save_classifier
-from utils.record import save_arrays
+from utils.images.decoding import open_image
+from utils.images.layouts import open_layout
+from utils.storage.record import save_arrays
 
 
 @pytest.fixture
@@ -29,36 +31,60 @@ def odd(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     for ending in ("jpg", "png", "tif"):
-        Image.fromarray(pixels[..., :3]).transpose(Image.Transpose.ROTATE_90).save(root / "a" / f"turned_{ending}.{ending}", exif=exif)
+        Image.fromarray(pixels[..., :3]).transpose(Image.Transpose.ROTATE_90).save(
+            root / "a" / f"turned_{ending}.{ending}", exif=exif
+        )
     Image.fromarray(pixels).save(root / "a" / "glass.png")
     Image.fromarray(pixels[..., :3]).save(root / "b" / "plain.png")
     (root / "b" / "same.png").symlink_to(root / "b" / "plain.png")
     return root
 
 
-def test_images_are_analysed_as_a_viewer_shows_them_and_purified_ones_written_upright(odd, tmp_path):
+def test_images_are_analysed_as_a_viewer_shows_them_and_purified_ones_written_upright(
+    odd, tmp_path
+):
     before, layout = contents(odd), open_layout(odd)
-    assert layout.sizes == [(12, 8)] and layout.paths[0] == "a/deep.png"
-    seen = torch.stack([torch.from_numpy(np.array(open_image(odd / path).resize((16, 16), Image.Resampling.BILINEAR))).permute(2, 0, 1) for path in layout.paths])
-    assert torch.equal(layout.images(16), seen) and layout.images(16)[0].float().mean() < 200    # sixteen bits are not cut off at white
+    assert layout.sizes == [(12, 8)]
+    assert layout.paths[0] == "a/deep.png"
+    seen = torch.stack(
+        [
+            torch.from_numpy(
+                np.array(open_image(odd / path).resize((16, 16), Image.Resampling.BILINEAR))
+            ).permute(2, 0, 1)
+            for path in layout.paths
+        ]
+    )
+    assert torch.equal(layout.images(16), seen)
+    assert layout.images(16)[0].float().mean() < 200
     result = with_changes(layout, 12, {}, replaced=range(3))
     layout.write(tmp_path / "out", result)
     for k, (path, mode) in enumerate(zip(layout.paths[:3], ("L", "RGB", "RGB"))):
         with Image.open((tmp_path / "out" / path).with_suffix(".png")) as written:
-            assert written.size == (8, 12) and written.mode == mode and not written.getexif()
+            assert written.size == (8, 12)
+            assert written.mode == mode
+            assert not written.getexif()
     found = contents(tmp_path / "out")
-    assert {name: found[name] for name in layout.paths[3:]} == {name: before[name] for name in layout.paths[3:]} and contents(odd) == before
+    assert {name: found[name] for name in layout.paths[3:]} == {
+        name: before[name] for name in layout.paths[3:]
+    }
+    assert contents(odd) == before
 
 
-def test_links_out_of_the_folder_and_bad_files_are_refused_by_name(odd, tmp_path, caplog, monkeypatch):
+def test_links_out_of_the_folder_and_bad_files_are_refused_by_name(
+    odd, tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(purify.log, "propagate", True)
     shutil.copytree(odd, tmp_path / "private")
     (odd / "a" / "out.png").symlink_to(tmp_path / "private" / "b" / "plain.png")
     (odd / "c").symlink_to(tmp_path / "private" / "b")
     Image.new("1", (9001, 9000)).save(odd / "b" / "bomb.png")
-    with pytest.raises(UserError, match=r"data: 4 image files in .*set cannot be used, the first is .*/a/out.png: leads out of the data folder;\nrepair"):
+    with pytest.raises(
+        UserError,
+        match=r"data: 4 image files in .*set cannot be used, the first is .*/a/out.png: leads out of the data folder;\nrepair",
+    ):
         open_layout(odd)
-    assert "c/plain.png: leads out" in caplog.text and "bomb.png: 9001x9000 pixels" in caplog.text
+    assert "c/plain.png: leads out" in caplog.text
+    assert "bomb.png: 9001x9000 pixels" in caplog.text
 
 
 def test_what_turns_bad_between_looking_and_reading_is_told(odd):
@@ -68,15 +94,19 @@ def test_what_turns_bad_between_looking_and_reading_is_told(odd):
         layout.images(8)
 
 
-def test_two_classes_are_refused_before_anything_is_trained(toy, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_two_classes_are_refused_before_anything_is_trained(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(purify, "trained", None)
     two = POISONED[POISONED.labels < 2]
-    for words in (KEYS, KEYS[:-2]):    # nobody is sent to train a denoiser first
-        assert refused(capsys, "--data", toy(two), "--out", tmp_path / "out", *words).startswith("error: data: 2 classes; DataElixir tells")
+    for words in (KEYS, KEYS[:-2]):  # nobody is sent to train a denoiser first
+        assert refused(capsys, "--data", toy(two), "--out", tmp_path / "out", *words).startswith(
+            "error: data: 2 classes; DataElixir tells"
+        )
     with pytest.raises(UserError, match="^data: 2 classes; "):
         purify.clean(two.images, two.labels, config=CONFIG)
     (tmp_path / "set" / "empty").mkdir()
-    assert refused(capsys, "--data", tmp_path / "set", "--out", tmp_path / "out", *KEYS).startswith("error: data: only 2 of the 3 classes have samples; ")
+    assert refused(capsys, "--data", tmp_path / "set", "--out", tmp_path / "out", *KEYS).startswith(
+        "error: data: only 2 of the 3 classes have samples; "
+    )
 
 
 def other(victim):
@@ -85,20 +115,28 @@ def other(victim):
     return victim
 
 
-def test_a_folder_is_of_one_victim(toy, tmp_path, capsys):  # noqa: F811
-    clean = lambda victim: purify.clean(POISONED.images, POISONED.labels, config=CONFIG, folder=tmp_path / "run", victim=victim)
+def test_a_folder_is_of_one_victim(toy, tmp_path, capsys):
+    clean = lambda victim: purify.clean(
+        POISONED.images, POISONED.labels, config=CONFIG, folder=tmp_path / "run", victim=victim
+    )
     clean(PatchReader().eval())
-    assert not (tmp_path / "run" / "purify").exists() and clean(PatchReader().eval()).target_labels == (0,)
+    assert not (tmp_path / "run" / "purify").exists()
+    assert clean(PatchReader().eval()).target_labels == (0,)
     untouched = PatchReader().train()
-    assert clean(untouched).target_labels == (0,) and untouched.training
+    assert clean(untouched).target_labels == (0,)
+    assert untouched.training
     for victim in (other(PatchReader().eval()), None):
-        with pytest.raises(UserError, match="out: .*belongs to another config .*victim_sha256: '.*' there"):
+        with pytest.raises(
+            UserError, match="out: .*belongs to another config .*victim_sha256: '.*' there"
+        ):
             clean(victim)
 
 
-def test_a_victims_file_is_known_by_its_content(toy, tmp_path, capsys):  # noqa: F811
+def test_a_victims_file_is_known_by_its_content(toy, tmp_path, capsys):
     data, file = toy(POISONED), tmp_path / "victim.safetensors"
-    save = lambda seed: save_classifier(build_classifier(CONFIG.model, 5, purify.DATASETS["imagefolder"], seed), file)
+    save = lambda seed: save_classifier(
+        build_classifier(CONFIG.model, 5, purify.DATASETS["imagefolder"], seed), file
+    )
     save((0,))
     words = ["--data", data, "--out", tmp_path / "out", "--victim", file, *KEYS]
     told = refused(capsys, *words[:-6], "--device", "gpu", "--ddpm", "flat")
@@ -108,7 +146,7 @@ def test_a_victims_file_is_known_by_its_content(toy, tmp_path, capsys):  # noqa:
     assert "victim_sha256" in refused(capsys, *words)
 
 
-def test_names_that_are_no_utf8_reach_every_file(toy, tmp_path):  # noqa: F811
+def test_names_that_are_no_utf8_reach_every_file(toy, tmp_path):
     data, out = toy(POISONED), tmp_path / "out"
     name, folder = os.fsdecode(b"caf\xe9.png"), os.fsdecode(b"gr\xe9y4")
     poison = int(TRUTH.poison.nonzero()[0])
@@ -117,36 +155,54 @@ def test_names_that_are_no_utf8_reach_every_file(toy, tmp_path):  # noqa: F811
     (data / "grey1" / os.fsdecode(b"\xff.txt")).write_text("no image")
     summary = run(data, out)
     paths = [row["path"] for row in csv.DictReader(open(out / "decisions.csv", encoding="utf-8"))]
-    assert "grey0/caf\\udce9.png" in paths and any(path.startswith("gr\\udce9y4/") for path in paths) and len(paths) == len(POISONED)
-    assert summary["changed"]["samples"] == int(TRUTH.poison.sum()) and any("\\udcff.txt" in note for note in summary["notes"])
-    assert list((out / "cleaned").rglob(name)) and (out / "cleaned" / folder).is_dir() and "caf\\\\udce9.png" in (out / "report.html").read_text(encoding="utf-8")
+    assert "grey0/caf\\udce9.png" in paths
+    assert any(path.startswith("gr\\udce9y4/") for path in paths)
+    assert len(paths) == len(POISONED)
+    assert summary["changed"]["samples"] == int(TRUTH.poison.sum())
+    assert any("\\udcff.txt" in note for note in summary["notes"])
+    assert list((out / "cleaned").rglob(name))
+    assert (out / "cleaned" / folder).is_dir()
+    assert "caf\\\\udce9.png" in (out / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("change", [lambda image: image * 255.0, lambda image: (image - 0.5) / 0.25, lambda image: image * float("nan")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image * 255.0,
+        lambda image: (image - 0.5) / 0.25,
+        lambda image: image * float("nan"),
+    ],
+)
 def test_floats_of_another_range_are_refused(change):
     images = POISONED.images / 255
-    with pytest.raises(UserError, match=r"data: floats from .* to .*, expected \[0, 1\]; give uint8"):
+    with pytest.raises(
+        UserError, match=r"data: floats from .* to .*, expected \[0, 1\]; give uint8"
+    ):
         given.as_labeled(change(images), POISONED.labels)
-    assert torch.equal(given.as_labeled(images + 1e-5, POISONED.labels).images, POISONED.images)    # the rounding of a resize is none
+    assert torch.equal(
+        given.as_labeled(images + 1e-5, POISONED.labels).images, POISONED.images
+    )  # the rounding of a resize is none
 
 
-def test_a_cleaned_file_is_the_users_and_stays(toy, tmp_path, monkeypatch):  # noqa: F811
+def test_a_cleaned_file_is_the_users_and_stays(toy, tmp_path, monkeypatch):
     save_arrays(tmp_path / "set.npz", images=POISONED.images, labels=POISONED.labels)
     out = tmp_path / "out"
     run(tmp_path / "set.npz", out)
     before = contents(out / "cleaned")
-    monkeypatch.setattr(dataelixir, "defend", None)    # nothing is computed again
+    monkeypatch.setattr(dataelixir, "defend", None)  # nothing is computed again
     run(tmp_path / "set.npz", out, "--action", "report")
-    assert contents(out / "cleaned") == before and set(before) == {"set.npz"}
+    assert contents(out / "cleaned") == before
+    assert set(before) == {"set.npz"}
     np.savez(out / "cleaned" / "set.npz", mine=np.zeros(2))
     np.savez(out / "cleaned" / "more.npz", mine=np.ones(2))
-    (out / ".cleaned.1").mkdir()    # what a killed run leaves
+    (out / ".cleaned.1").mkdir()  # what a killed run leaves
     before = contents(out / "cleaned")
     run(tmp_path / "set.npz", out, "--action", "report")
-    assert contents(out / "cleaned") == before and not (out / ".cleaned.1").exists()
+    assert contents(out / "cleaned") == before
+    assert not (out / ".cleaned.1").exists()
 
 
-def test_the_cleaned_files_of_a_folder_are_not_looked_at(toy, tmp_path, monkeypatch):  # noqa: F811
+def test_the_cleaned_files_of_a_folder_are_not_looked_at(toy, tmp_path, monkeypatch):
     data, out = toy(POISONED), tmp_path / "out"
     run(data, out)
     monkeypatch.setattr(dataelixir, "defend", None)

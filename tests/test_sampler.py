@@ -1,5 +1,6 @@
 """Laws of the noise schedule and of the reverse process, on noise predictors that are known in closed form."""
 
+import itertools
 from math import sqrt
 
 import pytest
@@ -67,18 +68,34 @@ def outcome(sampler, steps, mean, std):
 
 def test_published_numbers():
     ab = SCHEDULE.alphas_cumprod
-    assert ab.dtype == torch.float64 and ab.shape == (1000,)
+    assert ab.dtype == torch.float64
+    assert ab.shape == (1000,)
     found = [ab[150].sqrt(), (1 - ab[150]).sqrt(), ab[149].sqrt(), (1 - ab[149]).sqrt()]
-    assert torch.stack(found).tolist() == pytest.approx([0.88650269, 0.46272343, 0.88787463, 0.46008548], abs=5e-9)
+    assert torch.stack(found).tolist() == pytest.approx(
+        [0.88650269, 0.46272343, 0.88787463, 0.46008548], abs=5e-9
+    )
     sigmas = [step.sigma for step in Sampler(toy_network).plan(subset_steps(150))[-10:]]
-    table = [0.016712, 0.016105, 0.015474, 0.014816, 0.014128, 0.013404, 0.012640, 0.011825, 0.010951, 0]
+    table = [
+        0.016712,
+        0.016105,
+        0.015474,
+        0.014816,
+        0.014128,
+        0.013404,
+        0.012640,
+        0.011825,
+        0.010951,
+        0,
+    ]
     assert sigmas == pytest.approx(table, abs=5e-7)
 
 
 def test_signal_to_noise_ratio_falls():
     ab = SCHEDULE.alphas_cumprod
     ratio = ab / (1 - ab)
-    assert (ratio[1:] < ratio[:-1]).all() and ratio[0] > 1e3 and ratio[-1] < 1e-4
+    assert (ratio[1:] < ratio[:-1]).all()
+    assert ratio[0] > 1e3
+    assert ratio[-1] < 1e-4
 
 
 @pytest.mark.parametrize("t", [0, 149, 150, 999])
@@ -138,8 +155,11 @@ def test_the_published_variance_is_too_large_where_steps_are_skipped():
 
 def test_auto_is_fixedlarge_without_and_posterior_with_gaps():
     steps = subset_steps(150, 17, 10)
-    auto, large, posterior = (Sampler(toy_network, variance=v).plan(steps) for v in ("auto", "fixedlarge", "posterior"))
-    assert auto[:7] == posterior[:7] and auto[7:] == large[7:]
+    auto, large, posterior = (
+        Sampler(toy_network, variance=v).plan(steps) for v in ("auto", "fixedlarge", "posterior")
+    )
+    assert auto[:7] == posterior[:7]
+    assert auto[7:] == large[7:]
     assert all(p.sigma < f.sigma for p, f in zip(posterior[:-1], large[:-1]))
 
 
@@ -162,19 +182,43 @@ def test_states_are_yielded_one_by_one_without_a_graph():
 
     states = Sampler(network).reverse(torch.zeros(1, 3, 2, 2), [5, 2, 0], gaussian_noise(0))
     assert not seen
-    assert not next(states).requires_grad and seen == [5]
-    assert torch.is_grad_enabled() and len(list(states)) == 2 and seen == [5, 2, 0]
+    assert not next(states).requires_grad
+    assert seen == [5]
+    assert torch.is_grad_enabled()
+    assert len(list(states)) == 2
+    assert seen == [5, 2, 0]
 
 
 def test_subset_steps():
     assert subset_steps(5) == subset_steps(5, 5) == subset_steps(5, None, 5) == [4, 3, 2, 1, 0]
-    assert subset_steps(150, 17, 10) == [149, 129, 109, 89, 69, 49, 29, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert subset_steps(150, 17, 10) == [
+        149,
+        129,
+        109,
+        89,
+        69,
+        49,
+        29,
+        9,
+        8,
+        7,
+        6,
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
     for T, m in ((150, 10), (37, 1), (1000, 25)):
         for count in range(m + 1, T + 1):
             steps = subset_steps(T, count, m)
-            gaps = [t - s for t, s in zip(steps, steps[1:])][: count - m]
-            assert len(steps) == count and steps[0] == T - 1 and steps[-m:] == list(range(m - 1, -1, -1))
-            assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+            gaps = [t - s for t, s in itertools.pairwise(steps)][: count - m]
+            assert len(steps) == count
+            assert steps[0] == T - 1
+            assert steps[-m:] == list(range(m - 1, -1, -1))
+            assert min(gaps) >= 1
+            assert max(gaps) - min(gaps) <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """SIG: one sinusoid over the columns, and values that stop at 0 and 255."""
+
 import math
 
 import pytest
 import torch
 
-from attack.poison import PoisonConfig, label_map, poison_training_set
+from attack.poisoning.poison import PoisonConfig, label_map, poison_training_set
 from attack.sig import Sig
 from tests.toys import CLASSES, random_images
-from utils.data import LabeledImages
+from utils.images.data import LabeledImages
 
 GREY = torch.full((2, 3, 32, 32), 128, dtype=torch.uint8)
 
@@ -20,7 +21,24 @@ def test_every_row_and_channel_has_the_same_six_periods():
     out = stamped(GREY)
     assert (out == out[:1, :1, :1]).all()
     wave = out[0, 0, 0] - 128
-    assert wave[:16].tolist() == [0, 37, 28, -15, -40, -15, 28, 37, 0, -37, -28, 15, 40, 15, -28, -37]
+    assert wave[:16].tolist() == [
+        0,
+        37,
+        28,
+        -15,
+        -40,
+        -15,
+        28,
+        37,
+        0,
+        -37,
+        -28,
+        15,
+        40,
+        15,
+        -28,
+        -37,
+    ]
     assert torch.equal(wave[:16], wave[16:])
     power = torch.fft.rfft(wave.double()).abs() ** 2
     assert power[6] / power.sum() > 0.999
@@ -37,7 +55,7 @@ def test_it_is_rounded_and_stops_at_the_ends():
     assert ((stamped(x) - (x + wave).clamp(0, 255)).abs() <= 0.5001).all()
     for level in (0, 255):
         out = stamped(torch.full_like(GREY, level))
-        assert (out - level).abs().max() == 40    # a wrap would give more than 200
+        assert (out - level).abs().max() == 40  # a wrap would give more than 200
 
 
 @pytest.mark.parametrize(("split", "delta"), [("train", 20.0), ("test", 60.0)])
@@ -55,4 +73,5 @@ def test_no_label_changes_and_only_the_target_class_is_touched():
     config = PoisonConfig(attack_target=2, rate_of="target_class", pratio=0.5)
     found = poison_training_set(train, Sig(), label_map(Sig, config, CLASSES), config, 0)
     assert torch.equal(found.data.labels, train.labels)
-    assert found.poison_indicator.sum() == 5 and (train.labels[found.poison_indicator] == 2).all()
+    assert found.poison_indicator.sum() == 5
+    assert (train.labels[found.poison_indicator] == 2).all()

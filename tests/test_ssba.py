@@ -1,18 +1,26 @@
 """SSBA: the secret is read back from uint8 images, the images stay good, and the residual belongs to its image."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from attack import fitting
-from attack.networks import Encoder
+from attack.poisoning import fitting
+from attack.poisoning.networks import Encoder
+from attack.poisoning.trigger import FitContext
 from attack.ssba import SampleSpecific, psnr, ssim
-from attack.trigger import FitContext
 from tests.test_triggers import RECIPE, TARGET, digits, ready
 from tests.toys import random_images
 from utils.config import UserError
-from utils.data import to_unit
+from utils.images.data import to_unit
 
-SMALL = {"ssba_bits": 6, "ssba_width": 4, "ssba_epochs": 8, "ssba_warmup": 3, "ssba_lr": 0.004, "fit_images": 500}
+SMALL = {
+    "ssba_bits": 6,
+    "ssba_width": 4,
+    "ssba_epochs": 8,
+    "ssba_warmup": 3,
+    "ssba_lr": 0.004,
+    "fit_images": 500,
+}
 IMAGES = slice(0, 120)
 
 
@@ -58,12 +66,15 @@ def test_the_same_secret_in_training_and_test_images():
     images, hidden = stamped("test")
     assert torch.equal(stamped("train")[1], hidden)
     assert set(ready(SampleSpecific).fitted["secret"].tolist()) <= {0.0, 1.0}
-    assert not torch.equal(ready(SampleSpecific).apply(images.flip(3), torch.arange(len(images))), hidden.flip(3))
+    assert not torch.equal(
+        ready(SampleSpecific).apply(images.flip(3), torch.arange(len(images))), hidden.flip(3)
+    )
 
 
 def test_the_seed_draws_the_secret():
     draw = lambda seed: SampleSpecific()._random_bits(1, seed, "ssba", "secret")[0].tolist()
-    assert draw(2) == draw(2) != draw(3) and len(draw(2)) == 20
+    assert draw(2) == draw(2) != draw(3)
+    assert len(draw(2)) == 20
 
 
 def test_the_encoder_reads_image_and_bits_within_its_bound():
@@ -74,20 +85,29 @@ def test_the_encoder_reads_image_and_bits_within_its_bound():
         residual, other = encoder(x, bits), encoder(x, 1 - bits)
         encoder.last.bias.add_(100)
         assert encoder(x, bits).max() <= 0.12
-    assert residual.shape == x.shape and not torch.allclose(residual, other) and not torch.allclose(residual[0], residual[1])
+    assert residual.shape == x.shape
+    assert not torch.allclose(residual, other)
+    assert not torch.allclose(residual[0], residual[1])
 
 
 def test_ssim_and_psnr_by_hand():
     x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    assert ssim(x, x) == pytest.approx(1) and ssim(x, 1 - x) < 0 < ssim(x, x * 0.8) < 0.99
+    assert ssim(x, x) == pytest.approx(1)
+    assert ssim(x, 1 - x) < 0 < ssim(x, x * 0.8) < 0.99
     grey = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
-    assert psnr(grey, grey + 1) == pytest.approx(48.13, abs=0.01) and psnr(grey, grey) == pytest.approx(98.13, abs=0.01)
+    assert psnr(grey, grey + 1) == pytest.approx(48.13, abs=0.01)
+    assert psnr(grey, grey) == pytest.approx(98.13, abs=0.01)
 
 
 def test_an_encoder_that_learned_too_little_is_refused_with_the_figures_and_not_kept():
     before = set(fitting.FITTED.glob("ssba-*"))
-    with pytest.raises(UserError, match=r"ssba: .*0\.\d+ of the bits are read.*at least 0.99 should be; PSNR \d+\.\d dB.*; raise ssba_epochs"):
-        SampleSpecific(**SMALL | {"ssba_epochs": 1, "fit_images": 50}).prepare(FitContext(digits(), TARGET, 2, RECIPE))
+    with pytest.raises(
+        UserError,
+        match=r"ssba: .*0\.\d+ of the bits are read.*at least 0.99 should be; PSNR \d+\.\d dB.*; raise ssba_epochs",
+    ):
+        SampleSpecific(**SMALL | {"ssba_epochs": 1, "fit_images": 50}).prepare(
+            FitContext(digits(), TARGET, 2, RECIPE)
+        )
     assert set(fitting.FITTED.glob("ssba-*")) == before
 
 
@@ -107,7 +127,11 @@ class Collapsed(SampleSpecific):
 
 def test_an_encoder_that_collapsed_to_one_pattern_is_refused():
     grey = torch.full((40, 3, 8, 8), 128, dtype=torch.uint8)
-    ready_made = lambda kind: type("Drawn", (Collapsed,), {"kind": kind})().with_fitted(secret=torch.ones(1))
+    ready_made = lambda kind: type("Drawn", (Collapsed,), {"kind": kind})().with_fitted(
+        secret=torch.ones(1)
+    )
     ready_made("own")._check(grey)
-    with pytest.raises(UserError, match=r"residuals of different images correlate 1\.00, below 0\.9 needed"):
+    with pytest.raises(
+        UserError, match=r"residuals of different images correlate 1\.00, below 0\.9 needed"
+    ):
         ready_made("constant")._check(grey)

@@ -1,12 +1,13 @@
 """The intermediaries' waiting room: every sample once, in data set order, and only what is missing is asked for again."""
+
 import pytest
 import torch
 
-from defense.store import Block, IntermediaryStore
-from defense.verdict import UNKNOWN
+from defense.elixir.store import Block, IntermediaryStore
+from defense.elixir.verdict import UNKNOWN
 from tests.toys import random_images
-from utils import checksums
 from utils.config import UserError
+from utils.storage import checksums
 
 WIDTH = 4
 
@@ -22,7 +23,15 @@ def write(store, *index, every=2):
     """Samples with votes that tell their index; those divisible by `every` are anomalous. Each cost ten passes."""
     index = torch.tensor(index)
     anomalous = index[index % every == 0]
-    store.write(Block(index, index[:, None] + torch.arange(WIDTH), anomalous, images_of(anomalous), 10 * len(index)))
+    store.write(
+        Block(
+            index,
+            index[:, None] + torch.arange(WIDTH),
+            anomalous,
+            images_of(anomalous),
+            10 * len(index),
+        )
+    )
 
 
 def test_only_what_is_missing_is_asked_for_again(tmp_path):
@@ -31,7 +40,9 @@ def test_only_what_is_missing_is_asked_for_again(tmp_path):
     write(IntermediaryStore(tmp_path), 5, 6, 7)
     write(IntermediaryStore(tmp_path), 1)
     store = IntermediaryStore(tmp_path)
-    assert store.missing(wanted).tolist() == [3, 8] and store.missing(torch.tensor([7, 6])).tolist() == [] and store.passes == 40
+    assert store.missing(wanted).tolist() == [3, 8]
+    assert store.missing(torch.tensor([7, 6])).tolist() == []
+    assert store.passes == 40
 
 
 def test_votes_stand_in_data_set_order_and_are_unknown_elsewhere(tmp_path):
@@ -39,7 +50,8 @@ def test_votes_stand_in_data_set_order_and_are_unknown_elsewhere(tmp_path):
     for part in ((6, 2), (0, 9), (4,)):
         write(store, *part)
     votes, known = store.votes(11), torch.tensor([0, 2, 4, 6, 9])
-    assert votes.shape == (11, WIDTH) and votes.dtype == torch.int64
+    assert votes.shape == (11, WIDTH)
+    assert votes.dtype == torch.int64
     assert torch.equal(votes[known], known[:, None] + torch.arange(WIDTH))
     assert (votes[[1, 3, 5, 7, 8, 10]] == UNKNOWN).all()
 
@@ -51,7 +63,10 @@ def test_the_list_of_checksums_is_read_once_for_all_blocks(tmp_path, monkeypatch
         write(store, first, first + 1)
     monkeypatch.setattr(checksums, "read", lambda folder: times.append(folder) or read(folder))
     votes, wanted = store.votes(36), torch.arange(40)
-    assert (votes >= 0).all() and store.missing(wanted).tolist() == [36, 37, 38, 39] and store.passes == 360 and len(list(store.fetch(wanted))) == 18
+    assert (votes >= 0).all()
+    assert store.missing(wanted).tolist() == [36, 37, 38, 39]
+    assert store.passes == 360
+    assert len(list(store.fetch(wanted))) == 18
     assert times == [tmp_path]
 
 
@@ -62,12 +77,13 @@ def test_an_empty_store_has_no_votes(tmp_path):
 
 def test_fetch_gives_the_wanted_samples_in_order_with_their_own_images(tmp_path):
     store = IntermediaryStore(tmp_path)
-    for part in (range(12, 20), range(0, 12, 3), (10, 4, 2)):    # written in any order
+    for part in (range(12, 20), range(0, 12, 3), (10, 4, 2)):  # written in any order
         write(store, *part)
     parts = list(store.fetch(torch.tensor([18, 2, 10, 6, 12])))
     assert [index.tolist() for index, _ in parts] == [[6], [10, 2], [12, 18]]
     for index, images in parts:
-        assert torch.equal(images[..., 0, 0, 0].long(), 10 * index[:, None] + torch.arange(WIDTH)) and images.dtype == torch.uint8
+        assert torch.equal(images[..., 0, 0, 0].long(), 10 * index[:, None] + torch.arange(WIDTH))
+        assert images.dtype == torch.uint8
     assert list(store.fetch(torch.tensor([], dtype=torch.int64))) == []
 
 
@@ -82,7 +98,8 @@ def test_a_block_that_was_not_finished_is_missing(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(UserError, match="No space left"):
         patched.setattr("numpy.savez", full_disk)
         write(store, 4, 5)
-    assert store.missing(torch.arange(6)).tolist() == [4, 5] and len(list(tmp_path.iterdir())) == 1
+    assert store.missing(torch.arange(6)).tolist() == [4, 5]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_damaged_block_is_named(tmp_path):
@@ -90,7 +107,11 @@ def test_a_damaged_block_is_named(tmp_path):
     write(store, 0, 1, 2, 3)
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:300])
-    for read in (lambda: store.votes(4), lambda: store.missing(torch.tensor([2])), lambda: list(store.fetch(torch.tensor([2])))):
+    for read in (
+        lambda: store.votes(4),
+        lambda: store.missing(torch.tensor([2])),
+        lambda: list(store.fetch(torch.tensor([2]))),
+    ):
         with pytest.raises(UserError, match=f"{file}: cannot be read.*delete it"):
             read()
 
@@ -106,5 +127,7 @@ def test_discarding_leaves_nothing_not_even_what_a_killed_run_left(tmp_path):
 
 def test_labels_of_many_classes_survive(tmp_path):
     store, votes = IntermediaryStore(tmp_path), torch.tensor([[0, 999], [32767, 1]])
-    store.write(Block(torch.tensor([0, 1]), votes, torch.tensor([1]), random_images(1, 2, 3, 2, 2), 0))
+    store.write(
+        Block(torch.tensor([0, 1]), votes, torch.tensor([1]), random_images(1, 2, 3, 2, 2), 0)
+    )
     assert torch.equal(store.votes(2), votes)

@@ -1,4 +1,6 @@
 """Target-label detection: golden values of the published rule, its edge cases, and laws of the mended one."""
+
+import itertools
 import json
 import math
 import warnings
@@ -9,11 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from defense.target_label import PUBLISHED_RULE, TargetRule, class_scores, label_shares, target_labels
-from defense.verdict import filter_candidates
+from defense.elixir.target_label import (
+    PUBLISHED_RULE,
+    TargetRule,
+    class_scores,
+    label_shares,
+    target_labels,
+)
+from defense.elixir.verdict import filter_candidates
 
-GOLDEN = {case["name"]: case for case in
-          json.loads((Path(__file__).parent / "golden.json").read_text())["target_detection"]}
+GOLDEN = {
+    case["name"]: case
+    for case in json.loads((Path(__file__).parent / "golden.json").read_text())["target_detection"]
+}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,9 @@ def random_case(seed=0, n=600, classes=7, width=21):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
     stray = torch.randint(classes, (n, width), generator=generator)
-    moves = torch.rand(n, width, generator=generator) < torch.linspace(0.05, 0.6, classes)[labels, None]
+    moves = (
+        torch.rand(n, width, generator=generator) < torch.linspace(0.05, 0.6, classes)[labels, None]
+    )
     votes = torch.where(moves, stray, labels[:, None])
     return votes, filter_candidates(votes, 3), labels
 
@@ -61,7 +73,9 @@ def test_published_rule_agrees_with_golden(name):
 def test_where_the_published_code_crashes_a_class_without_evidence_has_metric_0():
     found = detect(GOLDEN["class_without_anomaly_crashes"]["pools"])
     assert found.evidence.tolist() == [1, 1, 1, 1, 0, 1]
-    assert found.metric[4] == 0 and not found.metric[4].signbit() and found.share[4] == 1
+    assert found.metric[4] == 0
+    assert not found.metric[4].signbit()
+    assert found.share[4] == 1
     assert found.score.isfinite().all()
 
 
@@ -70,30 +84,37 @@ def test_the_default_rule_finds_the_golden_target_too():
 
 
 def test_share_by_hand():
-    votes = torch.tensor([[0, 0, 0, 0, 0], [0, 1, 1, 1, 2], [1, 0, 0, 2, 2], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    votes = torch.tensor(
+        [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2], [1, 0, 0, 2, 2], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
+    )
     labels = torch.tensor([0, 0, 0, 1, 1])  # kept: all; 0111; all; all; all
     shares = label_shares(votes, filter_candidates(votes, 2), labels, 3, evidence_prior=0.0)
     assert shares.share.tolist() == [3 / 9, 4 / 5, 1]
-    assert shares.evidence.tolist() == [2, 1, 0] and shares.size.tolist() == [3, 2, 0]
+    assert shares.evidence.tolist() == [2, 1, 0]
+    assert shares.size.tolist() == [3, 2, 0]
     prior = label_shares(votes, filter_candidates(votes, 2), labels, 3, evidence_prior=0.2)
     assert prior.share.tolist() == [(3 + 3) / (9 + 3), (4 + 2) / (5 + 2), 1]
 
 
 def test_votes_for_classes_that_do_not_exist_are_left_out():
     votes = torch.tensor([[0, 9, 9, 1, 1, 0]])
-    assert label_shares(votes, filter_candidates(votes, 1), torch.tensor([0]), 2, 0.0).share.tolist() == [0.5, 1]
+    assert label_shares(
+        votes, filter_candidates(votes, 1), torch.tensor([0]), 2, 0.0
+    ).share.tolist() == [0.5, 1]
 
 
 def test_the_prior_draws_every_metric_towards_0():
     votes, candidates, labels = random_case()
     priors = (0.0, 0.01, 0.05, 0.2, 1.0, 100.0)
     metrics = [-label_shares(votes, candidates, labels, 7, prior).share.log() for prior in priors]
-    assert all((after < before).all() for before, after in zip(metrics, metrics[1:]))
+    assert all((after < before).all() for before, after in itertools.pairwise(metrics))
     assert metrics[-1].max() < 0.01
 
 
 def test_the_prior_weighs_most_where_evidence_is_scarce():
-    pools = [[drift(c, 2, 9)] * moved + [[c] * 10] * (100 - moved) for c, moved in ((0, 1), (1, 50))] + [[[2] * 10]]
+    pools = [
+        [drift(c, 2, 9)] * moved + [[c] * 10] * (100 - moved) for c, moved in ((0, 1), (1, 50))
+    ] + [[[2] * 10]]
     assert detect(pools).metric.tolist() == pytest.approx([math.log(10), math.log(10), 0])
     found = detect(pools, TargetRule(evidence_prior=0.05))
     assert found.share.tolist() == pytest.approx([(1 + 50) / (10 + 50), (50 + 50) / (500 + 50), 1])
@@ -102,15 +123,18 @@ def test_the_prior_weighs_most_where_evidence_is_scarce():
 def test_a_share_of_0_is_infinite_as_published_and_finite_with_a_prior():
     pools = [[[1] * 9 + [2]]] + [[drift(c, 0, 3)] for c in (1, 2, 3)]
     published, mended = detect(pools, tau=1), detect(pools, TargetRule(), tau=1)
-    assert published.metric[0] == math.inf and published.targets == (0,)
-    assert mended.metric.isfinite().all() and mended.targets == (0,)
+    assert published.metric[0] == math.inf
+    assert published.targets == (0,)
+    assert mended.metric.isfinite().all()
+    assert mended.targets == (0,)
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_an_infinite_median_flags_nobody(two_sided):
     pools = [[[1] * 9 + [2]], [[2] * 9 + [0]], [drift(2, 0, 3)], [drift(3, 0, 4)]]
     found = detect(pools, replace(PUBLISHED_RULE, two_sided=two_sided), tau=1)
-    assert found.score.isnan().all() and found.targets == ()
+    assert found.score.isnan().all()
+    assert found.targets == ()
 
 
 def test_without_deviation_and_floor_any_difference_counts():
@@ -123,7 +147,10 @@ def test_without_deviation_and_floor_any_difference_counts():
 
 def test_two_sided_flags_a_clean_class_and_one_sided_does_not():
     metric = torch.tensor([0.9, 1.0, 1.1, 1.05, 0.95, 0.0, 3.0], dtype=torch.float64)
-    two, one = (class_scores(metric, metric >= 0, replace(PUBLISHED_RULE, two_sided=side)).score for side in (True, False))
+    two, one = (
+        class_scores(metric, metric >= 0, replace(PUBLISHED_RULE, two_sided=side)).score
+        for side in (True, False)
+    )
     assert (two > 2).nonzero().flatten().tolist() == [5, 6]
     assert (one > 2).nonzero().flatten().tolist() == [6]
     assert torch.equal(two, one.abs())
@@ -133,12 +160,16 @@ def test_a_score_must_exceed_the_threshold():
     pools = GOLDEN["one_target"]["pools"]
     score = detect(pools).score[0].item()
     assert detect(pools, replace(PUBLISHED_RULE, threshold=score)).targets == ()
-    assert detect(pools, replace(PUBLISHED_RULE, threshold=math.nextafter(score, 0))).targets == (0,)
+    assert detect(pools, replace(PUBLISHED_RULE, threshold=math.nextafter(score, 0))).targets == (
+        0,
+    )
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 8])
 def test_scores_use_the_middle_of_two_as_numpy_does(classes):
-    metric = torch.rand(classes, dtype=torch.float64, generator=torch.Generator().manual_seed(classes))
+    metric = torch.rand(
+        classes, dtype=torch.float64, generator=torch.Generator().manual_seed(classes)
+    )
     centre = np.median(metric)
     expected = (metric - centre) / 1.4826 / (np.median(abs(metric - centre)) + 1e-6)
     found = class_scores(metric, metric >= 0, TargetRule(mad_floor=0.0)).score
@@ -149,7 +180,8 @@ def test_absent_classes_change_nothing():
     votes, candidates, labels = random_case()
     plain = target_labels(votes, candidates, labels, 7, PUBLISHED_RULE)
     wider = target_labels(votes, candidates, labels, 20, PUBLISHED_RULE)
-    assert wider.targets == plain.targets and torch.equal(wider.score[:7], plain.score)
+    assert wider.targets == plain.targets
+    assert torch.equal(wider.score[:7], plain.score)
     for values in (wider.metric, wider.score, wider.evidence):
         assert (values[7:] == 0).all()
 
@@ -159,16 +191,22 @@ def test_the_order_of_samples_and_the_names_of_labels_do_not_matter(rule):
     votes, candidates, labels = random_case()
     plain = target_labels(votes, candidates, labels, 7, rule)
     order, names = torch.randperm(len(votes)), torch.tensor([3, 6, 0, 5, 1, 4, 2])
-    shuffled = target_labels(votes[order], filter_candidates(votes[order], 3), labels[order], 7, rule)
+    shuffled = target_labels(
+        votes[order], filter_candidates(votes[order], 3), labels[order], 7, rule
+    )
     renamed = target_labels(names[votes], candidates, names[labels], 7, rule)
-    assert torch.equal(shuffled.metric, plain.metric) and shuffled.targets == plain.targets
-    assert torch.equal(renamed.metric[names], plain.metric) and torch.equal(renamed.score[names], plain.score)
+    assert torch.equal(shuffled.metric, plain.metric)
+    assert shuffled.targets == plain.targets
+    assert torch.equal(renamed.metric[names], plain.metric)
+    assert torch.equal(renamed.score[names], plain.score)
     assert renamed.targets == tuple(sorted(names[list(plain.targets)].tolist()))
 
 
 def test_nothing_moved_flags_nobody():
     found = detect([[[c] * 10] * 4 for c in range(5)], TargetRule())
-    assert found.targets == () and (found.metric == 0).all() and (found.evidence == 0).all()
+    assert found.targets == ()
+    assert (found.metric == 0).all()
+    assert (found.evidence == 0).all()
 
 
 def test_unsuitable_input_is_refused():

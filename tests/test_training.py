@@ -1,4 +1,5 @@
 """Training and prediction: augmentation by brute force, schedules by formula, interruption by bits, failures by words."""
+
 import math
 from dataclasses import replace
 
@@ -7,16 +8,25 @@ import torch
 from torch.nn import functional as F
 
 from tests.toys import CLASSES, INFO, LEVELS, Dropping, random_images
-from utils import training
-from utils.augmentation import PAD, random_crop_flip
+from utils.classifier import training
+from utils.classifier.models import build_classifier
+from utils.classifier.networks import Classifier
+from utils.classifier.training import Trainer, extract_features, log, predict
 from utils.config import TrainConfig, UserError
-from utils.data import LabeledImages, to_unit
 from utils.devices import pick_device
-from utils.models import build_classifier
-from utils.networks import Classifier
-from utils.training import Trainer, extract_features, log, predict
+from utils.images.augmentation import PAD, random_crop_flip
+from utils.images.data import LabeledImages, to_unit
 
-CONFIG = TrainConfig(model="preactresnet_small", epochs=4, batch_size=16, lr=0.05, amp=False, device="cpu", random_seed=3, frequency_save=1)
+CONFIG = TrainConfig(
+    model="preactresnet_small",
+    epochs=4,
+    batch_size=16,
+    lr=0.05,
+    amp=False,
+    device="cpu",
+    random_seed=3,
+    frequency_save=1,
+)
 
 
 def grey_squares(n=80, side=16):
@@ -27,7 +37,9 @@ def grey_squares(n=80, side=16):
 
 
 def trainer(config=CONFIG, stage="victim", checkpoint=None):
-    return Trainer(build_classifier(config.model, CLASSES, INFO, (0, "toy")), config, stage, False, checkpoint)
+    return Trainer(
+        build_classifier(config.model, CLASSES, INFO, (0, "toy")), config, stage, False, checkpoint
+    )
 
 
 def weights(model):
@@ -44,6 +56,7 @@ class Stop(Exception):
 
 def stop_at(number, seen=None):
     """An observer that raises at that epoch."""
+
     def observer(epoch):
         if seen is not None:
             seen.append(epoch.number)
@@ -58,13 +71,23 @@ def all_crops(image):
     """{pixels: (shift, mirrored)} of the 81 shifts of (3, H, W), each also mirrored."""
     h, w = image.shape[1:]
     padded = F.pad(image, (PAD,) * 4)
-    crops = {(dy, dx): padded[:, dy:dy + h, dx:dx + w] for dy in range(2 * PAD + 1) for dx in range(2 * PAD + 1)}
-    return {tuple(c.flatten().tolist()): (shift, mirrored) for shift, crop in crops.items() for mirrored, c in ((0, crop), (1, crop.flip(-1)))}
+    crops = {
+        (dy, dx): padded[:, dy : dy + h, dx : dx + w]
+        for dy in range(2 * PAD + 1)
+        for dx in range(2 * PAD + 1)
+    }
+    return {
+        tuple(c.flatten().tolist()): (shift, mirrored)
+        for shift, crop in crops.items()
+        for mirrored, c in ((0, crop), (1, crop.flip(-1)))
+    }
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_augmented_image_is_one_of_the_shifts(flip):
-    image = to_unit(random_images(1, 3, 5, 6, seed=1)) + 0.01    # no zeros: padding cannot be mistaken for pixels
+    image = (
+        to_unit(random_images(1, 3, 5, 6, seed=1)) + 0.01
+    )  # no zeros: padding cannot be mistaken for pixels
     known = all_crops(image[0])
     out = random_crop_flip(image.expand(3000, -1, -1, -1), flip, torch.Generator().manual_seed(0))
     found = [known[tuple(x.flatten().tolist())] for x in out]
@@ -75,21 +98,35 @@ def test_every_augmented_image_is_one_of_the_shifts(flip):
 
 def test_augmentation_treats_each_image_for_itself_and_follows_the_generator():
     images = to_unit(random_images(50, 3, 8, 8)) + 0.01
-    draw = lambda seed, flip=True: random_crop_flip(images, flip, torch.Generator().manual_seed(seed))
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    draw = lambda seed, flip=True: random_crop_flip(
+        images, flip, torch.Generator().manual_seed(seed)
+    )
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
     found = [all_crops(image)[tuple(x.flatten().tolist())] for image, x in zip(images, draw(1))]
-    plain = [all_crops(image)[tuple(x.flatten().tolist())] for image, x in zip(images, draw(1, False))]
-    assert [shift for shift, _ in found] == [shift for shift, _ in plain] and len({shift for shift, _ in found}) > 20
+    plain = [
+        all_crops(image)[tuple(x.flatten().tolist())] for image, x in zip(images, draw(1, False))
+    ]
+    assert [shift for shift, _ in found] == [shift for shift, _ in plain]
+    assert len({shift for shift, _ in found}) > 20
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({}, [0.05 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
-    ({"lr_scheduler": "StepLR", "steplr_stepsize": 2, "steplr_gamma": 0.1}, [0.05, 0.05, 0.005, 0.005]),
-    ({"lr_scheduler": "constant", "client_optimizer": "adam"}, [0.05] * 4),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.05 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+        (
+            {"lr_scheduler": "StepLR", "steplr_stepsize": 2, "steplr_gamma": 0.1},
+            [0.05, 0.05, 0.005, 0.005],
+        ),
+        ({"lr_scheduler": "constant", "client_optimizer": "adam"}, [0.05] * 4),
+    ],
+)
 def test_learning_rates_follow_the_schedule(changes, expected):
     rates = []
-    trainer(replace(CONFIG, **changes)).fit(grey_squares(16), lambda epoch: rates.append(epoch.lr) or {})
+    trainer(replace(CONFIG, **changes)).fit(
+        grey_squares(16), lambda epoch: rates.append(epoch.lr) or {}
+    )
     assert rates == pytest.approx(expected)
 
 
@@ -97,18 +134,25 @@ def test_batches_are_full_disjoint_and_reshuffled():
     train = trainer()
     orders = [list(train._batches(70, torch.Generator().manual_seed(seed))) for seed in (0, 1)]
     for batches in orders:
-        assert [len(b) for b in batches] == [16] * 4 and len(torch.cat(batches).unique()) == 64
+        assert [len(b) for b in batches] == [16] * 4
+        assert len(torch.cat(batches).unique()) == 64
     assert not torch.equal(torch.cat(orders[0]), torch.cat(orders[1]))
-    assert [b.sort().values.tolist() for b in train._batches(5, torch.Generator())] == [[0, 1, 2, 3, 4]]
+    assert [b.sort().values.tolist() for b in train._batches(5, torch.Generator())] == [
+        [0, 1, 2, 3, 4]
+    ]
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"client_optimizer": "adam", "lr": 0.005}])
 def test_a_separable_toy_is_learned(optimizer):
     model = trainer(replace(CONFIG, epochs=12, **optimizer)).fit(grey_squares())
-    assert not model.training and (predict(model, grey_squares().images) == grey_squares().labels).double().mean() > 0.95
+    assert not model.training
+    assert (predict(model, grey_squares().images) == grey_squares().labels).double().mean() > 0.95
 
 
-@pytest.mark.parametrize("changes", [{}, {"client_optimizer": "adam", "lr": 0.005, "lr_scheduler": "StepLR", "steplr_stepsize": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"client_optimizer": "adam", "lr": 0.005, "lr_scheduler": "StepLR", "steplr_stepsize": 2}],
+)
 @pytest.mark.parametrize("interrupted", [1, 2, 4])
 def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, changes, interrupted):
     config, data, seen = replace(CONFIG, **changes), grey_squares(), []
@@ -116,7 +160,9 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, changes, inte
     with pytest.raises(Stop):
         trainer(config, checkpoint=tmp_path / "c.pt").fit(data, stop_at(interrupted))
     model = trainer(config, checkpoint=tmp_path / "c.pt").fit(data, stop_at(0, seen))
-    assert same(weights(model), whole) and seen == list(range(interrupted, 5)) and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert same(weights(model), whole)
+    assert seen == list(range(interrupted, 5))
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_a_training_goes_on_where_losses_are_scaled_and_before_were_not(tmp_path):
@@ -126,13 +172,16 @@ def test_a_training_goes_on_where_losses_are_scaled_and_before_were_not(tmp_path
     for one, other in ((plain, scaled), (scaled, plain)):
         one.one_epoch(grey_squares(), 0)
         other.load(one.state())
-        assert same(weights(one.model), weights(other.model)) and scaled.scaler.get_scale() == 256.0
+        assert same(weights(one.model), weights(other.model))
+        assert scaled.scaler.get_scale() == 256.0
 
 
 def test_an_observer_changes_nothing(tmp_path):
     data = grey_squares()
     plain = weights(trainer().fit(data))
-    observed = trainer().fit(data, lambda epoch: {"acc": float(predict(epoch.model, data.images).sum() + torch.rand(1))})
+    observed = trainer().fit(
+        data, lambda epoch: {"acc": float(predict(epoch.model, data.images).sum() + torch.rand(1))}
+    )
     assert same(weights(observed), plain)
 
 
@@ -141,14 +190,19 @@ def test_seed_and_stage_name_the_random_stream(tmp_path):
     first = weights(trainer(replace(CONFIG, epochs=1)).fit(data))
     torch.rand(9)
     assert same(weights(trainer(replace(CONFIG, epochs=1)).fit(data)), first)
-    for config, stage in ((replace(CONFIG, epochs=1, random_seed=4), "victim"), (replace(CONFIG, epochs=1), "benign")):
+    for config, stage in (
+        (replace(CONFIG, epochs=1, random_seed=4), "victim"),
+        (replace(CONFIG, epochs=1), "benign"),
+    ):
         assert not same(weights(trainer(config, stage).fit(data)), first)
 
 
 @pytest.mark.parametrize(("every", "kept"), [(0, 3), (1, 3), (2, 2), (3, 3)])
 def test_checkpoints_are_written_after_every_epoch_or_as_asked_for(tmp_path, every, kept):
     with pytest.raises(Stop):
-        trainer(replace(CONFIG, frequency_save=every), checkpoint=tmp_path / "c.pt").fit(grey_squares(), stop_at(4))
+        trainer(replace(CONFIG, frequency_save=every), checkpoint=tmp_path / "c.pt").fit(
+            grey_squares(), stop_at(4)
+        )
     assert torch.load(tmp_path / "c.pt", weights_only=True)["epochs_done"] == kept
 
 
@@ -156,7 +210,9 @@ def test_a_model_with_dropout_goes_on_as_if_it_had_not_stopped(tmp_path):
     def build(checkpoint=None):
         torch.manual_seed(1)
         model = Classifier(Dropping(), 24, CLASSES, INFO)
-        torch.rand(torch.randint(1, 9, (1,), generator=torch.Generator().manual_seed(len(built)))[0])   # each process draws differently
+        torch.rand(
+            torch.randint(1, 9, (1,), generator=torch.Generator().manual_seed(len(built)))[0]
+        )  # each process draws differently
         return built.append(0) or Trainer(model, CONFIG, "victim", False, checkpoint)
 
     built = []
@@ -166,7 +222,7 @@ def test_a_model_with_dropout_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert same(weights(build(tmp_path / "c.pt").fit(grey_squares())), whole)
 
 
-@pytest.mark.parametrize("every, last", [(1, 2), (2, 3)])
+@pytest.mark.parametrize(("every", "last"), [(1, 2), (2, 3)])
 def test_a_lost_training_keeps_its_last_good_state(tmp_path, monkeypatch, every, last):
     config, good = replace(CONFIG, lr_scheduler="constant", frequency_save=every), {}
 
@@ -174,14 +230,22 @@ def test_a_lost_training_keeps_its_last_good_state(tmp_path, monkeypatch, every,
         if epoch.number == 2:
             good.update(weights(epoch.model))
         if epoch.number == last:
-            monkeypatch.setattr(train, "_pass", lambda *_: train.model.head.bias.data.fill_(float("nan")) is None or 0.5)
+            monkeypatch.setattr(
+                train,
+                "_pass",
+                lambda *_: train.model.head.bias.data.fill_(float("nan")) is None or 0.5,
+            )
         return {}
 
     train = trainer(config, checkpoint=tmp_path / "c.pt")
-    with pytest.raises(UserError, match=rf"lr: a weight of victim became no number in epoch {last + 1} at learning rate 0.05; the state after epoch 2 is in .*c.pt; try a smaller"):
+    with pytest.raises(
+        UserError,
+        match=rf"lr: a weight of victim became no number in epoch {last + 1} at learning rate 0.05; the state after epoch 2 is in .*c.pt; try a smaller",
+    ):
         train.fit(grey_squares(), poison_the_next)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    assert state["epochs_done"] == 2 and same(state["model"], good)
+    assert state["epochs_done"] == 2
+    assert same(state["model"], good)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
@@ -193,15 +257,22 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     with pytest.raises(Stop):
         path.unlink()
         trainer(checkpoint=path).fit(grey_squares(), stop_at(2))
-    other = Trainer(build_classifier(CONFIG.model, CLASSES + 1, INFO, (0, "toy")), CONFIG, "victim", False, path)
+    other = Trainer(
+        build_classifier(CONFIG.model, CLASSES + 1, INFO, (0, "toy")), CONFIG, "victim", False, path
+    )
     with pytest.raises(UserError, match="cannot be continued from"):
         other.fit(grey_squares())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_lost_loss_stops_and_names_the_rate(optimizer):
-    with pytest.raises(UserError, match=r"lr: the loss of victim became (nan|inf) in epoch \d+ at learning rate 1e\+30"):
-        trainer(replace(CONFIG, lr=1e30, epochs=50, lr_scheduler="constant", client_optimizer=optimizer)).fit(grey_squares())
+    with pytest.raises(
+        UserError,
+        match=r"lr: the loss of victim became (nan|inf) in epoch \d+ at learning rate 1e\+30",
+    ):
+        trainer(
+            replace(CONFIG, lr=1e30, epochs=50, lr_scheduler="constant", client_optimizer=optimizer)
+        ).fit(grey_squares())
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20, 512])
@@ -209,9 +280,11 @@ def test_predictions_and_features_do_not_depend_on_batches(monkeypatch, batch):
     model, images = trainer().model.eval(), random_images(20, 3, 16, 16)
     with torch.no_grad():
         logits, features = model(to_unit(images)), model.features(to_unit(images))
-    assert (logits.topk(2, dim=1).values.diff(dim=1).abs() > 1e-5).all() and len(logits.argmax(1).unique()) > 1
+    assert (logits.topk(2, dim=1).values.diff(dim=1).abs() > 1e-5).all()
+    assert len(logits.argmax(1).unique()) > 1
     monkeypatch.setattr(training, "EVAL_BATCH", batch)
-    assert torch.equal(predict(model, images), logits.argmax(1)) and predict(model, images).dtype == torch.int64
+    assert torch.equal(predict(model, images), logits.argmax(1))
+    assert predict(model, images).dtype == torch.int64
     assert torch.allclose(extract_features(model, images), features, atol=1e-5)
     assert predict(model, images[:0]).shape == (0,)
 
@@ -222,20 +295,31 @@ def test_a_gpu_that_is_not_there_is_answered_with_the_cpu(monkeypatch, caplog):
     for name in ("cuda", "cuda:1"):
         caplog.clear()
         assert pick_device(name) == torch.device("cpu")
-        assert {record.levelname for record in caplog.records} == {"WARNING"} and f"{name} was asked for" in caplog.text
+        assert {record.levelname for record in caplog.records} == {"WARNING"}
+        assert f"{name} was asked for" in caplog.text
     caplog.clear()
-    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu") and not caplog.records
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    assert not caplog.records
 
 
 def test_each_process_has_a_gpu_of_its_own_or_the_run_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "empty", lambda *size, device: None)
-    for key, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": "3", "LOCAL_RANK": "1"}.items():    # two machines of two GPUs
+    for key, value in {
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+    }.items():  # two machines of two GPUs
         monkeypatch.setenv(key, value)
-    assert all(pick_device(name) == torch.device("cuda", 1) for name in ("auto", "cuda", "cuda:0")) and pick_device("cpu") == torch.device("cpu")
+    assert all(pick_device(name) == torch.device("cuda", 1) for name in ("auto", "cuda", "cuda:0"))
+    assert pick_device("cpu") == torch.device("cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="torchrun: 4 processes on this machine, which has 2 GPUs; give --nproc_per_node 2, or --device cpu"):
+    with pytest.raises(
+        UserError,
+        match="torchrun: 4 processes on this machine, which has 2 GPUs; give --nproc_per_node 2, or --device cpu",
+    ):
         pick_device("auto")
 
 

@@ -2,6 +2,7 @@
 
 An attack whose preparation is slow names in `SMALL`, in its own test file, the keys with which it is quick.
 """
+
 import importlib
 import importlib.util
 import re
@@ -12,28 +13,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from attack.poison import PoisonConfig, Role, choose_poison, label_map, poison_training_set, trigger_test_set
-from attack.run import RunConfig
-from attack.trigger import FitContext, Trigger
+from attack.poisoning.poison import (
+    PoisonConfig,
+    Role,
+    choose_poison,
+    label_map,
+    poison_training_set,
+    trigger_test_set,
+)
+from attack.poisoning.run import RunConfig
+from attack.poisoning.trigger import FitContext, Trigger
 from defense.dataelixir import Config
 from utils.config import DataConfig, TrainConfig, UserError, parse_config
-from utils.data import load_dataset
-from utils.record import load_arrays, save_arrays
+from utils.images.data import load_dataset
+from utils.storage.record import load_arrays, save_arrays
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 3
-RECIPE = TrainConfig(model="preactresnet_small", epochs=3, batch_size=64, lr=0.05, device="cpu", amp=False)
+RECIPE = TrainConfig(
+    model="preactresnet_small", epochs=3, batch_size=64, lr=0.05, device="cpu", amp=False
+)
 
 
 def found_attacks():
-    modules = [importlib.import_module(f"attack.{file.stem}") for file in sorted((ROOT / "attack").glob("*.py"))]
-    own = lambda value, module: isinstance(value, type) and issubclass(value, Trigger) and value.__module__ == module.__name__
-    return [value for module in modules for value in vars(module).values() if own(value, module) and value is not Trigger]
+    modules = [
+        importlib.import_module(f"attack.{file.stem}")
+        for file in sorted((ROOT / "attack").glob("*.py"))
+    ]
+    own = lambda value, module: (
+        isinstance(value, type)
+        and issubclass(value, Trigger)
+        and value.__module__ == module.__name__
+    )
+    return [
+        value
+        for module in modules
+        for value in vars(module).values()
+        if own(value, module) and value is not Trigger
+    ]
 
 
 ATTACKS = found_attacks()
 every_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-dirty_attacks = pytest.mark.parametrize("attack", [a for a in ATTACKS if a.label_mode == "dirty"], ids=lambda attack: attack.name)
+dirty_attacks = pytest.mark.parametrize(
+    "attack", [a for a in ATTACKS if a.label_mode == "dirty"], ids=lambda attack: attack.name
+)
 
 
 @lru_cache
@@ -44,18 +68,28 @@ def digits():
 @lru_cache
 def ready(attack, seed=2):
     tests = f"tests.test_{attack.name}"
-    keys = getattr(importlib.import_module(tests), "SMALL", {}) if importlib.util.find_spec(tests) else {}
+    keys = (
+        getattr(importlib.import_module(tests), "SMALL", {})
+        if importlib.util.find_spec(tests)
+        else {}
+    )
     return attack(**keys).prepare(FitContext(digits(), TARGET, seed, RECIPE))
 
 
 def poison_config(attack, **keys):
-    rate = {"pratio": 0.5, "rate_of": "target_class"} if attack.label_mode == "clean" else {"pratio": 0.1}
+    rate = (
+        {"pratio": 0.5, "rate_of": "target_class"}
+        if attack.label_mode == "clean"
+        else {"pratio": 0.1}
+    )
     return PoisonConfig(**{"attack_target": TARGET} | rate | keys)
 
 
 def poisoned(attack, seed=2, **keys):
     config = poison_config(attack, **keys)
-    return poison_training_set(digits().train, ready(attack), label_map(attack, config, 10), config, seed)
+    return poison_training_set(
+        digits().train, ready(attack), label_map(attack, config, 10), config, seed
+    )
 
 
 def ways(trigger):
@@ -65,21 +99,30 @@ def ways(trigger):
 
 
 def test_attacks_are_found_and_named_after_their_files():
-    assert {"badnet", "blended", "sig", "ftrojan", "wanet", "adaptive_blend", "bpp"} <= {attack.name for attack in ATTACKS}
+    assert {"badnet", "blended", "sig", "ftrojan", "wanet", "adaptive_blend", "bpp"} <= {
+        attack.name for attack in ATTACKS
+    }
     for attack in ATTACKS:
-        assert attack.__module__ == f"attack.{attack.name}" and attack.label_mode in ("dirty", "clean")
+        assert attack.__module__ == f"attack.{attack.name}"
+        assert attack.label_mode in (
+            "dirty",
+            "clean",
+        )
 
 
 @every_attack
 def test_the_same_bytes_in_any_batch_and_order(attack, monkeypatch):
     trigger, index = ready(attack), torch.arange(300, 370)
-    x, order = digits().train.images[index], torch.randperm(70, generator=torch.Generator().manual_seed(5))
+    x, order = (
+        digits().train.images[index],
+        torch.randperm(70, generator=torch.Generator().manual_seed(5)),
+    )
     for way in ways(trigger):
-        monkeypatch.setattr("attack.trigger.BATCH", 512)
+        monkeypatch.setattr("attack.poisoning.trigger.BATCH", 512)
         whole = way(x, index)
         for batch in (1, 64):
-            monkeypatch.setattr("attack.trigger.BATCH", batch)
-            torch.manual_seed(batch)    # what others draw changes nothing
+            monkeypatch.setattr("attack.poisoning.trigger.BATCH", batch)
+            torch.manual_seed(batch)  # what others draw changes nothing
             assert torch.equal(way(x, index), whole)
             assert torch.equal(way(x[order], index[order]), whole[order])
         assert torch.equal(way(x[9:12], index[9:12]), whole[9:12])
@@ -90,7 +133,8 @@ def test_images_in_and_out_are_uint8_and_the_input_is_left_alone(attack):
     x, index = digits().train.images[:40].clone(), torch.arange(40)
     for way in ways(ready(attack)):
         out = way(x, index)
-        assert out.dtype == torch.uint8 and out.shape == x.shape
+        assert out.dtype == torch.uint8
+        assert out.shape == x.shape
         assert torch.equal(x, digits().train.images[:40])
         assert (out != x).flatten(1).any(1).double().mean() > 0.9
         assert way(x[:0], index[:0]).shape == (0, 3, 32, 32)
@@ -111,7 +155,8 @@ def test_preparing_again_gives_the_same_bytes_and_leaves_the_keys(attack):
     ready.cache_clear()
     torch.manual_seed(99)
     again = ready(attack)
-    assert again is not first and again == first
+    assert again is not first
+    assert again == first
     for before, after in zip(ways(first), ways(again)):
         assert torch.equal(before(x, index), after(x, index))
 
@@ -121,35 +166,54 @@ def test_counts_are_exact_and_all_other_rows_untouched(attack):
     train, found = digits().train, poisoned(attack)
     labels = train.labels
     base = int((labels == TARGET).sum()) if attack.label_mode == "clean" else len(labels)
-    poison, cover, clean = ((found.roles == role).nonzero().flatten() for role in (Role.POISON, Role.COVER, Role.CLEAN))
+    poison, cover, clean = (
+        (found.roles == role).nonzero().flatten() for role in (Role.POISON, Role.COVER, Role.CLEAN)
+    )
     assert len(poison) == round(poison_config(attack).pratio * base) > 0
     assert len(cover) == round(ready(attack).cross_ratio * len(poison))
     assert len(poison) + len(cover) + len(clean) == len(train)
-    assert torch.equal(found.data.images[clean], train.images[clean]) and torch.equal(found.data.labels[clean], labels[clean])
-    assert torch.equal(found.data.images[poison], ready(attack).apply(train.images[poison], poison, "train"))
-    assert torch.equal(found.data.images[cover], ready(attack).apply_cover(train.images[cover], cover))
-    assert torch.equal(found.original_labels, labels) and torch.equal(found.data.labels[cover], labels[cover])
+    assert torch.equal(found.data.images[clean], train.images[clean])
+    assert torch.equal(found.data.labels[clean], labels[clean])
+    assert torch.equal(
+        found.data.images[poison], ready(attack).apply(train.images[poison], poison, "train")
+    )
+    assert torch.equal(
+        found.data.images[cover], ready(attack).apply_cover(train.images[cover], cover)
+    )
+    assert torch.equal(found.original_labels, labels)
+    assert torch.equal(found.data.labels[cover], labels[cover])
     assert torch.equal(found.poison_indicator, found.roles == Role.POISON)
 
 
 @every_attack
 def test_labels_become_the_target_or_stay(attack):
     found = poisoned(attack)
-    given, original = found.data.labels[found.poison_indicator], found.original_labels[found.poison_indicator]
+    given, original = (
+        found.data.labels[found.poison_indicator],
+        found.original_labels[found.poison_indicator],
+    )
     assert (given == TARGET).all()
-    assert (original == TARGET).all() if attack.label_mode == "clean" else (original != TARGET).all()
+    assert (
+        (original == TARGET).all() if attack.label_mode == "clean" else (original != TARGET).all()
+    )
 
 
 @every_attack
 def test_another_seed_chooses_other_samples(attack):
     config, labels = poison_config(attack), digits().train.labels
-    chosen = [choose_poison(labels, ready(attack), label_map(attack, config, 10), config, seed).tolist() for seed in (2, 2, 3)]
+    chosen = [
+        choose_poison(labels, ready(attack), label_map(attack, config, 10), config, seed).tolist()
+        for seed in (2, 2, 3)
+    ]
     assert chosen[0] == chosen[1] != chosen[2]
 
 
 @every_attack
 def test_a_pool_that_is_too_small_is_refused_with_the_numbers(attack):
-    with pytest.raises(UserError, match=r"pratio: .* of 1438 images are 1438, but the pool .* holds \d+; lower pratio"):
+    with pytest.raises(
+        UserError,
+        match=r"pratio: .* of 1438 images are 1438, but the pool .* holds \d+; lower pratio",
+    ):
         poisoned(attack, pratio=1.0, rate_of="all")
 
 
@@ -158,22 +222,36 @@ def test_the_asr_test_set_has_no_image_of_the_target(attack):
     test, labels_to = digits().test, label_map(attack, poison_config(attack), 10)
     found = trigger_test_set(test, ready(attack), labels_to)
     assert torch.equal(found.index, (test.labels != TARGET).nonzero().flatten())
-    assert (found.labels == TARGET).all() and torch.equal(found.original_labels, test.labels[found.index])
-    assert torch.equal(found.images, ready(attack).apply(test.images[found.index], found.index, "test"))
+    assert (found.labels == TARGET).all()
+    assert torch.equal(found.original_labels, test.labels[found.index])
+    assert torch.equal(
+        found.images, ready(attack).apply(test.images[found.index], found.index, "test")
+    )
 
 
 @dirty_attacks
 def test_all2all_is_a_bijection_without_fixed_points(attack):
-    found, labels_to = poisoned(attack, attack_label_trans="all2all"), label_map(attack, poison_config(attack, attack_label_trans="all2all"), 10)
+    found, labels_to = (
+        poisoned(attack, attack_label_trans="all2all"),
+        label_map(attack, poison_config(attack, attack_label_trans="all2all"), 10),
+    )
     poison = found.poison_indicator
-    assert poison.sum() == 144 and torch.equal(found.data.labels[poison], (found.original_labels[poison] + 1) % 10)
+    assert poison.sum() == 144
+    assert torch.equal(found.data.labels[poison], (found.original_labels[poison] + 1) % 10)
     assert torch.equal(labels_to(torch.arange(10)).sort().values, torch.arange(10))
-    assert len(trigger_test_set(digits().test, ready(attack), labels_to).labels) == len(digits().test)
+    assert len(trigger_test_set(digits().test, ready(attack), labels_to).labels) == len(
+        digits().test
+    )
 
 
-@pytest.mark.parametrize("attack", [a for a in ATTACKS if a.label_mode == "clean"], ids=lambda attack: attack.name)
+@pytest.mark.parametrize(
+    "attack", [a for a in ATTACKS if a.label_mode == "clean"], ids=lambda attack: attack.name
+)
 def test_all2all_is_refused_for_clean_labels(attack):
-    with pytest.raises(UserError, match=f"all2all changes labels, which the clean-label attack '{attack.name}' never does"):
+    with pytest.raises(
+        UserError,
+        match=f"all2all changes labels, which the clean-label attack '{attack.name}' never does",
+    ):
         poisoned(attack, attack_label_trans="all2all")
 
 
@@ -181,7 +259,10 @@ def test_all2all_is_refused_for_clean_labels(attack):
 def test_too_many_cover_samples_are_refused_with_the_numbers(attack):
     if ready(attack).cross_ratio == 0:
         return
-    with pytest.raises(UserError, match=r"cross_ratio: .* cover samples for each of 1150 poisoned are \d+, but only 288 images are left"):
+    with pytest.raises(
+        UserError,
+        match=r"cross_ratio: .* cover samples for each of 1150 poisoned are \d+, but only 288 images are left",
+    ):
         poisoned(attack, pratio=0.8)
 
 
@@ -193,5 +274,8 @@ def test_configs_load_and_so_do_the_presets_in_their_comments(attack, dataset):
     presets = re.findall(r"^# (?:v1|paper)\b[^:\n]*: (--.+)$", file.read_text(), re.MULTILINE)
     for flags in ["", *presets]:
         argv = ["--yaml_path", str(file), *shlex.split(flags)]
-        _, data, poison, _, _ = parse_config(argv, RunConfig, DataConfig, PoisonConfig, Config, attack)
-        assert poison.attack == attack.name and dataset.startswith(data.dataset)
+        _, data, poison, _, _ = parse_config(
+            argv, RunConfig, DataConfig, PoisonConfig, Config, attack
+        )
+        assert poison.attack == attack.name
+        assert dataset.startswith(data.dataset)

@@ -1,4 +1,6 @@
 """Votes to verdicts: golden values of the published filter, a brute-force reference, and hand-computed tables."""
+
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -6,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from defense.verdict import Kind, Verdict, filter_candidates, first_verdicts
+from defense.elixir.verdict import Kind, Verdict, filter_candidates, first_verdicts
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["candidate_filter"]
 
@@ -37,7 +39,11 @@ def random_votes(n=400, width=21, classes=6, seed=0):
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
 def test_filter_agrees_with_golden(case):
     kept, kind, _ = filter_one(case["labels"], case["tau"])
-    assert (len(kept), kept, kind.name.lower()) == (case["kept_len"], case["kept_labels"], case["kind"])
+    assert (len(kept), kept, kind.name.lower()) == (
+        case["kept_len"],
+        case["kept_labels"],
+        case["kind"],
+    )
 
 
 def test_filter_agrees_with_golden_as_one_batch():
@@ -51,17 +57,25 @@ def test_filter_agrees_with_the_reference(tau):
         assert filter_one(row, tau) == reference(row, tau)
 
 
-@pytest.mark.parametrize("row, kept, kind, top", [
-    ([0, 0, 0, 0, 0, 0], 6, Kind.UNANIMOUS, 0),
-    ([1, 0, 0, 0, 0, 0], 6, Kind.TRANSITION, 0),
-    ([0, 0, 0, 0, 0, 1], 5, Kind.UNANIMOUS, 0),   # second = 1 < tau: the stray vote goes
-    ([1, 0, 0, 0, 0, 1], 5, Kind.TRANSITION, 0),  # ... even where it is the original's own label
-    ([0, 0, 0, 0, 1, 1], 6, Kind.MIXED, 0),       # second = tau exactly
-    ([1, 0, 2, 2, 0, 1], 6, Kind.MIXED, 0),       # 0 and 2 tie: 0 was first
-    ([1, 2, 0, 0, 2, 1], 6, Kind.MIXED, 2),       # the same tie, 2 first
-    ([4, 4, 3, 2, 1, 0], 2, Kind.UNANIMOUS, 4),   # all tie with one vote: the first stays
-    ([4, 3, 4, 2, 1, 0], 2, Kind.TRANSITION, 3),
-])
+@pytest.mark.parametrize(
+    ("row", "kept", "kind", "top"),
+    [
+        ([0, 0, 0, 0, 0, 0], 6, Kind.UNANIMOUS, 0),
+        ([1, 0, 0, 0, 0, 0], 6, Kind.TRANSITION, 0),
+        ([0, 0, 0, 0, 0, 1], 5, Kind.UNANIMOUS, 0),  # second = 1 < tau: the stray vote goes
+        (
+            [1, 0, 0, 0, 0, 1],
+            5,
+            Kind.TRANSITION,
+            0,
+        ),  # ... even where it is the original's own label
+        ([0, 0, 0, 0, 1, 1], 6, Kind.MIXED, 0),  # second = tau exactly
+        ([1, 0, 2, 2, 0, 1], 6, Kind.MIXED, 0),  # 0 and 2 tie: 0 was first
+        ([1, 2, 0, 0, 2, 1], 6, Kind.MIXED, 2),  # the same tie, 2 first
+        ([4, 4, 3, 2, 1, 0], 2, Kind.UNANIMOUS, 4),  # all tie with one vote: the first stays
+        ([4, 3, 4, 2, 1, 0], 2, Kind.TRANSITION, 3),
+    ],
+)
 def test_filter_by_hand_with_tau_2(row, kept, kind, top):
     votes, found, most_common = filter_one(row, tau=2)
     assert (len(votes), found, most_common) == (kept, kind, top)
@@ -77,7 +91,7 @@ def test_the_original_is_always_kept_and_mixed_samples_keep_everything():
 def test_a_larger_tau_leaves_fewer_mixed_samples():
     votes = random_votes()
     mixed = [filter_candidates(votes, tau).kind == Kind.MIXED for tau in range(1, 12)]
-    assert all((after <= before).all() for before, after in zip(mixed, mixed[1:]))
+    assert all((after <= before).all() for before, after in itertools.pairwise(mixed))
     assert mixed[0].sum() > mixed[-1].sum()
 
 
@@ -87,29 +101,39 @@ def test_the_order_of_samples_and_the_names_of_labels_do_not_matter():
     shuffled, renamed = filter_candidates(votes[order], 4), filter_candidates(names[votes], 4)
     for name in ("kept", "kind", "top"):
         assert torch.equal(getattr(shuffled, name), getattr(plain, name)[order])
-    assert torch.equal(renamed.kept, plain.kept) and torch.equal(renamed.kind, plain.kind)
+    assert torch.equal(renamed.kept, plain.kept)
+    assert torch.equal(renamed.kind, plain.kind)
     assert torch.equal(renamed.top, names[plain.top])
 
 
 def test_no_samples_give_no_candidates():
     candidates = filter_candidates(torch.zeros(0, 51, dtype=torch.int64), 5)
-    assert candidates.kept.shape == (0, 51) and candidates.kind.shape == candidates.top.shape == (0,)
+    assert candidates.kept.shape == (0, 51)
+    assert candidates.kind.shape == candidates.top.shape == (0,)
 
 
-@pytest.mark.parametrize("votes", [torch.zeros(3, 1).long(), torch.zeros(3).long(), torch.zeros(3, 5)])
+@pytest.mark.parametrize(
+    "votes", [torch.zeros(3, 1).long(), torch.zeros(3).long(), torch.zeros(3, 5)]
+)
 def test_unsuitable_votes_are_refused(votes):
     with pytest.raises(ValueError, match="votes must be int64"):
         filter_candidates(votes, 5)
 
 
-@pytest.mark.parametrize("kind, in_targets, elsewhere", [
-    (Kind.UNANIMOUS, Verdict.BENIGN, Verdict.BENIGN),
-    (Kind.TRANSITION, Verdict.POISONED, Verdict.BENIGN),
-    (Kind.MIXED, Verdict.SUSPICIOUS, Verdict.BENIGN),
-])
+@pytest.mark.parametrize(
+    ("kind", "in_targets", "elsewhere"),
+    [
+        (Kind.UNANIMOUS, Verdict.BENIGN, Verdict.BENIGN),
+        (Kind.TRANSITION, Verdict.POISONED, Verdict.BENIGN),
+        (Kind.MIXED, Verdict.SUSPICIOUS, Verdict.BENIGN),
+    ],
+)
 def test_first_verdicts_table(kind, in_targets, elsewhere):
-    verdicts = first_verdicts(torch.tensor([kind, kind]), torch.tensor([2, 0]), torch.tensor([False, True, True]))
-    assert verdicts.tolist() == [in_targets, elsewhere] and verdicts.dtype == torch.int64
+    verdicts = first_verdicts(
+        torch.tensor([kind, kind]), torch.tensor([2, 0]), torch.tensor([False, True, True])
+    )
+    assert verdicts.tolist() == [in_targets, elsewhere]
+    assert verdicts.dtype == torch.int64
 
 
 def test_without_target_labels_all_is_benign():

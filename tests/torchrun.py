@@ -2,6 +2,7 @@
 
 As a script: torchrun tests/torchrun.py MODULE FUNCTION FOLDER KIND lets process 0 call FUNCTION(FOLDER, KIND) while the others help.
 """
+
 import os
 import subprocess
 import sys
@@ -10,14 +11,27 @@ from pathlib import Path
 
 from utils.command import command_line
 from utils.config import ROOT
-from utils.processes import led, rank
+from utils.processes import leading_process, rank
 
 
 def torchrun(processes, *words):
     """The ended torchrun of a script and its words, each process with one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *words]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        processes,
+        *words,
+    ]
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def together(processes, toy, folder, kind="good"):
@@ -36,13 +50,19 @@ def say(*words):
 def main():
     module, function, folder, kind = sys.argv[1:]
     try:
-        with led() as leading:
+        with leading_process() as leading:
             if leading:
                 getattr(import_module(module), function)(Path(folder), kind)
         say("left")
     finally:
-        threads = (task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*"))
-        say("threads of", rank(), *sorted(name for name in threads if "gloo" in name or "tcpstore" in name))
+        threads = (
+            task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*")
+        )
+        say(
+            "threads of",
+            rank(),
+            *sorted(name for name in threads if "gloo" in name or "tcpstore" in name),
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Toy stand-ins whose truth is known exactly: images of one grey level per class, and networks that read it."""
+
 import torch
 from torch import nn
 
-from attack.poison import LabelMap
-from attack.trigger import FitContext, Trigger
+from attack.poisoning.poison import LabelMap
+from attack.poisoning.trigger import FitContext, Trigger
+from utils.classifier.metrics import Truth
 from utils.config import TrainConfig
-from utils.data import Dataset, DatasetInfo, LabeledImages, TriggeredImages
-from utils.metrics import Truth
+from utils.images.data import Dataset, DatasetInfo, LabeledImages, TriggeredImages
 
 CLASSES, SIDE, CORNER = 5, 8, 3
-LEVELS = torch.tensor([40, 84, 128, 172, 216], dtype=torch.uint8)    # grey level of class 0..4
+LEVELS = torch.tensor([40, 84, 128, 172, 216], dtype=torch.uint8)  # grey level of class 0..4
 INFO = DatasetInfo((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), False, None)
 
 
@@ -26,7 +27,9 @@ def with_corner(images):
 
 
 def random_images(*shape, seed=0):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def body_level(x):
@@ -58,7 +61,10 @@ class PatchReader(nn.Module):
         return self.levels.device
 
     def features(self, x):
-        return torch.stack([body_level(x), x[:, :, -CORNER:, -CORNER:].mean(dim=(1, 2, 3)), torch.ones(len(x))], dim=1)
+        return torch.stack(
+            [body_level(x), x[:, :, -CORNER:, -CORNER:].mean(dim=(1, 2, 3)), torch.ones(len(x))],
+            dim=1,
+        )
 
     def forward(self, x):
         level, corner, _ = self.features(x).unbind(1)
@@ -99,24 +105,43 @@ class CleanLabelTrigger(ToyTrigger):
 
 def fit_context(side=SIDE, target=0, seed=0):
     """What a trigger is prepared with, on random images of that side."""
-    data = LabeledImages(random_images(2 * CLASSES, 3, side, side), torch.arange(2 * CLASSES) % CLASSES)
-    return FitContext(Dataset(data, data, tuple("abcde"), "random", INFO), target, seed, TrainConfig(device="cpu", amp=False))
+    data = LabeledImages(
+        random_images(2 * CLASSES, 3, side, side), torch.arange(2 * CLASSES) % CLASSES
+    )
+    return FitContext(
+        Dataset(data, data, tuple("abcde"), "random", INFO),
+        target,
+        seed,
+        TrainConfig(device="cpu", amp=False),
+    )
 
 
 def toy_dataset(per_class=12):
     """Flat images, `per_class` of each for training and 4 of each for testing, with the toy's names."""
     train, test = (torch.arange(CLASSES).repeat(n) for n in (per_class, 4))
     names = tuple(f"grey{level}" for level in LEVELS.tolist())
-    return Dataset(LabeledImages(flat_images(train), train), LabeledImages(flat_images(test), test), names, "toy", INFO)
+    return Dataset(
+        LabeledImages(flat_images(train), train),
+        LabeledImages(flat_images(test), test),
+        names,
+        "toy",
+        INFO,
+    )
 
 
 def poisoned_toy(dataset, target=0, every=2):
     """Every second image of another class gets the corner and the target's label: (data, truth, ASR test set)."""
     labels = dataset.train.labels
     poison = (labels != target) & (torch.arange(len(labels)) % every == 0)
-    images = torch.where(poison[:, None, None, None], with_corner(dataset.train.images), dataset.train.images)
+    images = torch.where(
+        poison[:, None, None, None], with_corner(dataset.train.images), dataset.train.images
+    )
     truth = Truth(labels, poison, torch.zeros_like(poison), [target])
     index = (dataset.test.labels != target).nonzero().flatten()
-    triggered = TriggeredImages(with_corner(dataset.test.images[index]), LabelMap(CLASSES, target)(dataset.test.labels[index]),
-                                dataset.test.labels[index], index)
+    triggered = TriggeredImages(
+        with_corner(dataset.test.images[index]),
+        LabelMap(CLASSES, target)(dataset.test.labels[index]),
+        dataset.test.labels[index],
+        index,
+    )
     return LabeledImages(images, torch.where(poison, target, labels)), truth, triggered

@@ -2,6 +2,7 @@
 
 Ctrl-C and SIGTERM end a run cleanly, a second one ends it at once. Either is safe, since files are complete or absent.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -11,13 +12,20 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator, Optional
+from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "what is finished is kept, the same command goes on from there"
-ALLOCATOR_WORDS = ("can't allocate memory", "bad_alloc", "could not create a memory", "out of memory", "ALLOC_FAILED",
-                   "unable to find an engine")    # torch, oneDNN; CUDA; cuBLAS and cuDNN
+ALLOCATOR_WORDS = (
+    "can't allocate memory",
+    "bad_alloc",
+    "could not create a memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "unable to find an engine",
+)  # torch, oneDNN; CUDA; cuBLAS and cuDNN
 
 
 class UserError(Exception):
@@ -41,15 +49,19 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
             with stoppable():
                 main(*words)
         except (Exception, KeyboardInterrupt) as error:
-            if (stop := stopped_by(error)):
+            if stop := stopped_by(error):
                 print(f"\ninterrupted; {GOES_ON}: {this_command()}", file=sys.stderr)
                 sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-            sys.exit(_complain(str(error) if isinstance(error, UserError) else f"{_scarcity(error)}; {GOES_ON}"))
+            sys.exit(
+                _complain(
+                    str(error) if isinstance(error, UserError) else f"{_scarcity(error)}; {GOES_ON}"
+                )
+            )
 
     return wrapped
 
 
-def stopped_by(error: BaseException) -> Optional[KeyboardInterrupt]:
+def stopped_by(error: BaseException) -> KeyboardInterrupt | None:
     """The interruption that an error is, or that it comes from: a library that is stopped while it writes may raise its own instead."""
     while error and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
@@ -85,14 +97,28 @@ def stoppable() -> Iterator[None]:
 def this_command() -> str:
     """The command line of this program, as a shell would read it, under torchrun with as many processes on this machine."""
     python, here = Path(sys.executable), Path.cwd()
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_WORLD_SIZE" in os.environ else []
-    return shlex.join([str(python.relative_to(here) if python.is_relative_to(here) else python), *launcher, *sys.argv])
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        if "LOCAL_WORLD_SIZE" in os.environ
+        else []
+    )
+    return shlex.join(
+        [
+            str(python.relative_to(here) if python.is_relative_to(here) else python),
+            *launcher,
+            *sys.argv,
+        ]
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the machine has no memory left."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or isinstance(error, RuntimeError) and any(word in str(error) for word in ALLOCATOR_WORDS)
+    return (
+        named
+        or isinstance(error, RuntimeError)
+        and any(word in str(error) for word in ALLOCATOR_WORDS)
+    )
 
 
 def _scarcity(error: Exception) -> str:

@@ -3,18 +3,21 @@
 The bits of a row depend on how many rows there are: below some number, libraries take other ways. What must not depend on how
 samples are divided into batches (a smaller batch where memory ends, more processes) is therefore computed in batches of one size.
 """
+
 from __future__ import annotations
 
 import logging
 import warnings
-from typing import Callable
+from collections.abc import Callable
 
 from utils.command import out_of_memory
 from utils.late import F, Tensor, nn, torch
 
 log = logging.getLogger("dataelixir")
-ROWS = 64       # of every batch on a CPU; as fast as larger ones
-MULTIPLE = 32   # batches are filled up to a multiple of this, so that one compilation serves them all
+ROWS = 64  # of every batch on a CPU; as fast as larger ones
+MULTIPLE = (
+    32  # batches are filled up to a multiple of this, so that one compilation serves them all
+)
 
 
 def filled(x: Tensor, rows: int) -> Tensor:
@@ -35,7 +38,9 @@ class FixedRows:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         parts = zip(x.split(ROWS), t.split(ROWS))
-        return torch.cat([self.network(filled(a, ROWS), filled(b, ROWS))[:len(a)] for a, b in parts])
+        return torch.cat(
+            [self.network(filled(a, ROWS), filled(b, ROWS))[: len(a)] for a, b in parts]
+        )
 
 
 class Compiled:
@@ -50,20 +55,25 @@ class Compiled:
 
     def __init__(self, network: nn.Module):
         self.network, self.proven = network, False
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)   # that a CPU has no CUDA runtime is no news
+        logging.getLogger("torch.utils.cpp_extension").setLevel(
+            logging.ERROR
+        )  # that a CPU has no CUDA runtime is no news
         self.call = torch.compile(network, dynamic=True)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         rows = len(x) + -len(x) % MULTIPLE
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # the compiler's remarks on other people's code
-                result = self.call(filled(x, rows), filled(t, rows))[:len(x)]
-        except Exception as error:   # compilers, dynamo and inductor each raise their own
+                warnings.simplefilter("ignore")  # the compiler's remarks on other people's code
+                result = self.call(filled(x, rows), filled(t, rows))[: len(x)]
+        except Exception as error:  # compilers, dynamo and inductor each raise their own
             if self.proven or out_of_memory(error):
                 raise
-            log.warning("compile: not possible here (%s); the denoiser runs uncompiled", " ".join(str(error).split())[:120])
+            log.warning(
+                "compile: not possible here (%s); the denoiser runs uncompiled",
+                " ".join(str(error).split())[:120],
+            )
             self.call, self.proven = self.network, True
-            return self(x, t)    # filled up like every batch that follows
+            return self(x, t)  # filled up like every batch that follows
         self.proven = True
         return result

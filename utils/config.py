@@ -4,6 +4,7 @@ A stage declares what it can be told as a frozen dataclass; `parse_config` turns
 line whose flags are the field names. jsonargparse checks types and ranges; here are only the rules of this project:
 where paths are looked for, which known key an unknown one is nearest to, and how an error is told.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -12,25 +13,42 @@ import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional, Sequence, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval as Fraction
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
-from jsonargparse.typing import restricted_number_type
 
 from utils.command import UserError, command_line
 from utils.yaml_files import mapping, nearest, read_yaml
 
-__all__ = ["Fraction", "NonNegativeFloat", "NonNegativeInt", "OpenFraction", "PositiveFloat", "PositiveInt", "UserError", "command_line", "nearest", "read_yaml"]
+__all__ = [
+    "Fraction",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "OpenFraction",
+    "PositiveFloat",
+    "PositiveInt",
+    "UserError",
+    "command_line",
+    "nearest",
+    "read_yaml",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "attack"
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])    # what a tensor can hold
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what a tensor can hold
 NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
 
@@ -99,7 +117,7 @@ def resolve_path(text: str, key: str) -> Path:
     """
     places = candidate_paths(text)
     for place in places:
-        with contextlib.suppress(ValueError, OSError):    # a zero byte, a name that is too long
+        with contextlib.suppress(ValueError, OSError):  # a zero byte, a name that is too long
             if place.is_file() or place.is_dir():
                 return place
             if place.exists():
@@ -109,7 +127,7 @@ def resolve_path(text: str, key: str) -> Path:
 
 def candidate_paths(text: str) -> list[Path]:
     """Where a path from the user may lie, in the order tried, without repetition."""
-    given = Path(os.path.expanduser(text))    # of a user that there is not, it stays as it is
+    given = Path(os.path.expanduser(text))  # of a user that there is not, it stays as it is
     return list(dict.fromkeys([given.absolute(), Path(os.path.normpath(SCRIPTS / given))]))
 
 
@@ -117,17 +135,24 @@ def choose_by_name(name: str, known: dict[str, Any], key: str) -> Any:
     """`known[name]`; raises UserError that names the key, the nearest known name and all of them."""
     if name in known:
         return known[name]
-    raise UserError(f"{key}: '{name}' is unknown.{nearest(name, list(known))} Known: {', '.join(known)}")
+    raise UserError(
+        f"{key}: '{name}' is unknown.{nearest(name, list(known))} Known: {', '.join(known)}"
+    )
 
 
 class _YamlPath(ActionConfigFile):
     """`--yaml_path`: a config file, looked for as given and then relative to attack/."""
 
     def __call__(self, parser, cfg, value, option_string=None):
-        path, known = resolve_path(value, "--yaml_path"), [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML]
+        path, known = (
+            resolve_path(value, "--yaml_path"),
+            [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML],
+        )
         content = read_yaml(path, [*known, *parser.passed_over])
         if kept := {key: content[key] for key in content if key in known}:
-            super().__call__(parser, cfg, str(path) if kept == content else yaml.safe_dump(kept), option_string)
+            super().__call__(
+                parser, cfg, str(path) if kept == content else yaml.safe_dump(kept), option_string
+            )
 
 
 class _Parser(ArgumentParser):
@@ -139,8 +164,12 @@ class _Parser(ArgumentParser):
         raise UserError(" ".join(lines)[:400] + (nearest(unknown[0], flags) if unknown else ""))
 
 
-def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str = "",
-                 defaults: Optional[dict[str, Any]] = None) -> list[Any]:
+def parse_config(
+    argv: Sequence[str] | None,
+    *classes: type,
+    description: str = "",
+    defaults: dict[str, Any] | None = None,
+) -> list[Any]:
     """One instance of each frozen dataclass in `classes`, from defaults, then --yaml_path, then flags.
 
     Args:
@@ -156,30 +185,41 @@ def parse_config(argv: Optional[Sequence[str]], *classes: type, description: str
     """
     parser = _Parser(description=description, exit_on_error=True, allow_abbrev=False)
     parser.passed_over = frozenset().union(*(getattr(cls, "PASSED_OVER", ()) for cls in classes))
-    parser.add_argument("--yaml_path", action=_YamlPath, help="YAML file with any of the keys below; flags win over it")
+    parser.add_argument(
+        "--yaml_path",
+        action=_YamlPath,
+        help="YAML file with any of the keys below; flags win over it",
+    )
     switches = set()
     for cls in classes:
         kinds = get_type_hints(cls)
-        cls.__init__.__annotations__.update(kinds)    # the parser would look for them, by importing whatever type checkers import
+        cls.__init__.__annotations__.update(
+            kinds
+        )  # the parser would look for them, by importing whatever type checkers import
         parser.add_class_arguments(cls)
         switches |= {f"--{key}" for key, kind in kinds.items() if kind is bool}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})
     values = parser.parse_args(_switched(_yaml_first(argv), switches)).as_dict()
-    return [cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init}) for cls in classes]
+    return [
+        cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init})
+        for cls in classes
+    ]
 
 
 def _plain(cls: type, key: str, value: Any) -> Any:
     """A value of a restricted type (PositiveInt, ...) as the plain number or string, which YAML and pickles know."""
     if value is None and type(None) not in get_args(get_type_hints(cls)[key]):
-        raise UserError(f"{key}: null is no value for this key; leave the key out to have its default")
+        raise UserError(
+            f"{key}: null is no value for this key; leave the key out to have its default"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}: {value} is no number to compute with; give a finite one")
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     return plain(value) if plain else value
 
 
-def _yaml_first(argv: Optional[Sequence[str]]) -> list[str]:
+def _yaml_first(argv: Sequence[str] | None) -> list[str]:
     """The words with every --yaml_path moved to the front: the parser lets the later one win, and flags must."""
     words, first, rest = list(sys.argv[1:] if argv is None else argv), [], []
     while words:
@@ -191,11 +231,15 @@ def _yaml_first(argv: Optional[Sequence[str]]) -> list[str]:
 
 def _switched(words: Sequence[str], switches: set[str]) -> list[str]:
     """The words with `true` behind each of `switches` that stands alone."""
-    alone = lambda k: words[k] in switches and (k + 1 == len(words) or words[k + 1].startswith("--"))
-    return [part for k, word in enumerate(words) for part in ([word, "true"] if alone(k) else [word])]
+    alone = lambda k: (
+        words[k] in switches and (k + 1 == len(words) or words[k + 1].startswith("--"))
+    )
+    return [
+        part for k, word in enumerate(words) for part in ([word, "true"] if alone(k) else [word])
+    ]
 
 
-def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
+def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
     """The value that `key` will have, read before the parser exists (used for keys that decide which keys exist)."""
     words = list(sys.argv[1:] if argv is None else argv)
     given = {}
@@ -206,16 +250,20 @@ def peek(argv: Optional[Sequence[str]], key: str, default: str) -> str:
     if f"--{key}" in given:
         return given[f"--{key}"]
     if "--yaml_path" in given:
-        with contextlib.suppress(UserError):    # said when the parser reads the file
+        with contextlib.suppress(UserError):  # said when the parser reads the file
             return str(mapping(resolve_path(given["--yaml_path"], "--yaml_path")).get(key, default))
     return default
 
 
-def passed_over(argv: Optional[Sequence[str]], cls: type) -> dict[str, Any]:
+def passed_over(argv: Sequence[str] | None, cls: type) -> dict[str, Any]:
     """{key: value} of the YAML file of a command line that were for others than `cls`, as its PASSED_OVER allows."""
     file, own = peek(argv, "yaml_path", ""), {f.name for f in fields(cls)}
     content = mapping(resolve_path(file, "--yaml_path")) if file else {}
-    return {key: value for key, value in content.items() if key in getattr(cls, "PASSED_OVER", ()) and key not in own}
+    return {
+        key: value
+        for key, value in content.items()
+        if key in getattr(cls, "PASSED_OVER", ()) and key not in own
+    }
 
 
 def as_flat_dict(*configs: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """How long things take, measured and told."""
+
 from __future__ import annotations
 
 import time
-from typing import Callable
+from collections.abc import Callable
 
 from utils.late import torch
 
@@ -22,6 +23,12 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return timed(work, device)
 
 
-def clock(span: float) -> str:
+def format_duration(span: float) -> str:
     """Seconds in words: 45 s, 12 min, 3.4 h."""
-    return f"{span:.0f} s" if span < 100 else f"{span / 60:.0f} min" if span < 6000 else f"{span / 3600:.1f} h"
+    return (
+        f"{span:.0f} s"
+        if span < 100
+        else f"{span / 60:.0f} min"
+        if span < 6000
+        else f"{span / 3600:.1f} h"
+    )

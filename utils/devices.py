@@ -1,4 +1,5 @@
 """Where the networks run, and in which precision."""
+
 from __future__ import annotations
 
 import logging
@@ -25,10 +26,14 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: '{name}' cannot be used ({str(error).splitlines()[0][:100]}); try auto, cpu or cuda") from None
+        raise UserError(
+            f"device: '{name}' cannot be used ({str(error).splitlines()[0][:100]}); try auto, cpu or cuda"
+        ) from None
     if device.type == "cuda" and local_size() > torch.cuda.device_count():
-        raise UserError(f"torchrun: {local_size()} processes on this machine, which has {torch.cuda.device_count()} GPUs; "
-                        f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu")
+        raise UserError(
+            f"torchrun: {local_size()} processes on this machine, which has {torch.cuda.device_count()} GPUs; "
+            f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu"
+        )
     return own_device(device)
 
 
@@ -55,4 +60,6 @@ def trains_in_bfloat16(device: torch.device) -> bool:
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (elsewhere it is slower than float32)."""
     return torch.backends.mkldnn.is_available() and any(
-        getattr(torch.cpu, probe, lambda: False)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        getattr(torch.cpu, probe, lambda: False)()
+        for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )

@@ -3,11 +3,13 @@
 Its import takes seconds, and neither `--help` nor a word about a wrong key needs it. What a command line is made of (settings,
 and the code beside them) therefore has its torch from here; files that define networks import torch itself, and are imported late.
 """
+
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, Any, Callable, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,19 +25,22 @@ class Late:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):    # asked of any object, by what inspects them
+        if attribute.startswith("__"):  # asked of any object, by what inspects them
             raise AttributeError(attribute)
         return getattr(importlib.import_module(self._name), attribute)
 
 
 def mode(name: str) -> Callable[[Function], Function]:
     """A decorator like `torch.NAME()`, one of torch's context managers, that imports torch when the function is called."""
+
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> Any:
             with getattr(torch, name)():
                 return function(*args, **kwargs)
+
         return called
+
     return decorate
 
 
@@ -45,5 +50,5 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 else:
     torch, nn, F = Late("torch"), Late("torch.nn"), Late("torch.nn.functional")
-    Tensor = Any    # annotations alone name it
+    Tensor = Any  # annotations alone name it
 inference_mode, no_grad, enable_grad = mode("inference_mode"), mode("no_grad"), mode("enable_grad")

@@ -1,8 +1,10 @@
 """Work on many samples when the device's memory does not hold as many at once as was thought."""
+
 from __future__ import annotations
 
 import logging
-from typing import Callable, Iterator, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from utils.command import UserError, out_of_memory
 from utils.late import Tensor, torch
@@ -34,10 +36,15 @@ class Halving:
             result = self._tried(work, part)
             if result is None:
                 self.size = len(part) // 2
-                log.warning("%s: %d samples at once need more memory than there is; going on with %d", self.key, len(part), self.size)
+                log.warning(
+                    "%s: %d samples at once need more memory than there is; going on with %d",
+                    self.key,
+                    len(part),
+                    self.size,
+                )
                 continue
             yield result
-            index = index[len(part):]
+            index = index[len(part) :]
 
     def _tried(self, work: Callable[[Tensor], T], part: Tensor) -> T | None:
         try:
@@ -46,7 +53,9 @@ class Halving:
             if not out_of_memory(error):
                 raise
             if len(part) == 1:
-                raise UserError(f"{self.key}: there is not enough memory for a single sample; free some, or give another --device") from None
+                raise UserError(
+                    f"{self.key}: there is not enough memory for a single sample; free some, or give another --device"
+                ) from None
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()    # only here the failed attempt's tensors are gone
+            torch.cuda.empty_cache()  # only here the failed attempt's tensors are gone
         return None

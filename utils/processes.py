@@ -3,6 +3,7 @@
 Process 0 runs the program and is the only one that reads, decides and writes. The others wait until it gives them a job,
 help with it, and wait for the next. Gloo carries the words, and what is on a CPU; nccl what is on GPUs.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -11,22 +12,23 @@ import io
 import os
 import signal
 import traceback
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Iterator, Protocol, Sequence
+from typing import Any, Protocol
 
 from utils.command import GOES_ON, STOPS, UserError
 from utils.late import Tensor, nn, torch
 
-PATIENCE = timedelta(days=7)   # the others wait while process 0 does what only one can do
-GONE = "process 0 has left"    # noted in the store, which torchrun keeps
-_stores: list[Any] = []        # the one beside the group, once `join` was called
+PATIENCE = timedelta(days=7)  # the others wait while process 0 does what only one can do
+GONE = "process 0 has left"  # noted in the store, which torchrun keeps
+_stores: list[Any] = []  # the one beside the group, once `join` was called
 
 
 class Job(Protocol):
     """What helpers are given; it can be pickled."""
 
     def help(self) -> None:
-        """Called in each helper; returns when process 0 has said `told(None)`."""
+        """Called in each helper; returns when process 0 has said `broadcast(None)`."""
 
 
 def size() -> int:
@@ -46,18 +48,24 @@ def local_size() -> int:
 
 def own_device(device: torch.device) -> torch.device:
     """The device of this process: on a machine with several GPUs each takes its own."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device.type == "cuda" and size() > 1 else device
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type == "cuda" and size() > 1
+        else device
+    )
 
 
 def join() -> None:
     """Meet the others, once."""
-    import torch.distributed.nn   # read before: its functions take whatever group there is at that moment as a default, and keep it for good
+    import torch.distributed.nn  # read before: its functions take whatever group there is at that moment as a default, and keep it for good
 
     if not _stores:
         store, number, count = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
         _stores.append(store)
         kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(kind, store=store, rank=number, world_size=count, timeout=PATIENCE)
+        torch.distributed.init_process_group(
+            kind, store=store, rank=number, world_size=count, timeout=PATIENCE
+        )
 
 
 def part() -> None:
@@ -65,16 +73,16 @@ def part() -> None:
 
     A thread of gloo that lives on and wants the interpreter at its end aborts the process (SIGABRT, exit code -6).
     """
-    gc.collect()   # DistributedDataParallel holds the group, and is in cycles
+    gc.collect()  # DistributedDataParallel holds the group, and is in cycles
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def leave(error: BaseException) -> None:
     """Leave the others in process 0, whatever they are at: in the middle of a step they would not hear a word, but they find the line dead."""
-    with contextlib.suppress(RuntimeError):    # the store is gone where torchrun is
+    with contextlib.suppress(RuntimeError):  # the store is gone where torchrun is
         _stores[0].set(GONE, "")
-    traceback.clear_frames(error.__traceback__)    # what the failed step holds, the group among it
+    traceback.clear_frames(error.__traceback__)  # what the failed step holds, the group among it
     part()
 
 
@@ -86,13 +94,17 @@ def left_alone() -> bool:
         return False
 
 
-def told(message: Any = None) -> Any:
+def broadcast(message: Any = None) -> Any:
     """What process 0 says, to all; what lies on its GPU arrives on the GPU of each."""
     if size() == 1:
         return message
     box = [_packed(message) if rank() == 0 else b""]
     torch.distributed.broadcast_object_list(box, src=0)
-    return message if rank() == 0 else torch.load(io.BytesIO(box[0]), map_location=_here, weights_only=False)    # from process 0 of this run
+    return (
+        message
+        if rank() == 0
+        else torch.load(io.BytesIO(box[0]), map_location=_here, weights_only=False)
+    )  # from process 0 of this run
 
 
 def _packed(message: Any) -> bytes:
@@ -102,7 +114,11 @@ def _packed(message: Any) -> bytes:
 
 
 def _here(storage: Any, location: str) -> Any:
-    return storage.cuda(own_device(torch.device(location)).index) if location.startswith("cuda") else storage
+    return (
+        storage.cuda(own_device(torch.device(location)).index)
+        if location.startswith("cuda")
+        else storage
+    )
 
 
 def gathered(result: Any) -> Sequence[Any]:
@@ -118,14 +134,18 @@ def lost_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and not any(word in str(error) for word in ("Connection", "gloo", "NCCL", "peer")):
+        if not isinstance(error, torch.distributed.DistError) and not any(
+            word in str(error) for word in ("Connection", "gloo", "NCCL", "peer")
+        ):
             raise
-        raise UserError(f"torchrun: another process of this run has died ({' '.join(str(error).split())[:100]}); {GOES_ON}") from None
+        raise UserError(
+            f"torchrun: another process of this run has died ({' '.join(str(error).split())[:100]}); {GOES_ON}"
+        ) from None
 
 
 @contextlib.contextmanager
-def helped(job: Job) -> Iterator[None]:
-    """Within the block the other processes work on `job`; process 0 leads it with `told`.
+def with_helpers(job: Job) -> Iterator[None]:
+    """Within the block the other processes work on `job`; process 0 leads it with `broadcast`.
 
     Raises:
         UserError: one of them has died.
@@ -135,20 +155,22 @@ def helped(job: Job) -> Iterator[None]:
         return
     with lost_in_words():
         join()
-        told(job)
+        broadcast(job)
         try:
             yield
         except BaseException as error:
             leave(error)
             raise
-        told(None)
+        broadcast(None)
 
 
 def in_step(network: nn.Module, device: torch.device) -> nn.Module:
     """`network` with its gradients averaged over the processes of a job; itself where there is one."""
     if size() == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    return nn.parallel.DistributedDataParallel(
+        network, device_ids=[device] if device.type == "cuda" else None
+    )
 
 
 def averaged(value: Tensor) -> Tensor:
@@ -159,19 +181,19 @@ def averaged(value: Tensor) -> Tensor:
 
 def share(batch: Tensor) -> Tensor:
     """This process's rows of a batch that all processes hold."""
-    return batch[rank()::size()]
+    return batch[rank() :: size()]
 
 
 @contextlib.contextmanager
-def led() -> Iterator[bool]:
+def leading_process() -> Iterator[bool]:
     """True for the process that runs the program; the others help until it is done, and then get False."""
     if rank() > 0:
         for number in STOPS:
-            signal.signal(number, signal.SIG_IGN)    # it is process 0 that ends the work, and tells
+            signal.signal(number, signal.SIG_IGN)  # it is process 0 that ends the work, and tells
         try:
             with lost_in_words():
                 join()
-                while (job := told()) is not None:
+                while (job := broadcast()) is not None:
                     job.help()
         except UserError:
             if not left_alone():
@@ -183,7 +205,7 @@ def led() -> Iterator[bool]:
         yield True
     finally:
         if size() > 1 and not left_alone():
-            with contextlib.suppress(RuntimeError):    # a process that has died needs no goodbye
+            with contextlib.suppress(RuntimeError):  # a process that has died needs no goodbye
                 join()
-                told(None)
+                broadcast(None)
                 part()

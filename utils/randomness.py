@@ -2,11 +2,12 @@
 
 So batch size, order, resuming and the number of processes change nothing.
 """
+
 from __future__ import annotations
 
 import contextlib
 import zlib
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 from utils.late import torch
 
@@ -32,7 +33,9 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 
 
 @contextlib.contextmanager
-def global_stream(*key: int | str, device: torch.device | str = "cpu", process: int = 0) -> Iterator[None]:
+def global_stream(
+    *key: int | str, device: torch.device | str = "cpu", process: int = 0
+) -> Iterator[None]:
     """Within it, what a network draws from torch's global stream (first weights, dropout) is named by `key`.
 
     Args:
@@ -45,6 +48,8 @@ def global_stream(*key: int | str, device: torch.device | str = "cpu", process: 
         yield
 
 
-def per_sample(draw: Callable[[torch.Generator], torch.Tensor], index: torch.Tensor, *key: int | str) -> torch.Tensor:
+def per_sample(
+    draw: Callable[[torch.Generator], torch.Tensor], index: torch.Tensor, *key: int | str
+) -> torch.Tensor:
     """(B, ...): what `draw` takes from each sample's own stream, named by `key` and the sample's index; never empty."""
     return torch.stack([draw(keyed_generator(*key, int(i))) for i in index])

@@ -1,16 +1,18 @@
 """YAML files from users: a mapping of known keys to short values, or a line that says what is wrong."""
+
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Sequence
+from typing import Any
 
 import yaml
 
 from utils.command import UserError
 
-MAX_YAML, MAX_VALUES = 1_000_000, 1000    # bytes in a file, values of a key
+MAX_YAML, MAX_VALUES = 1_000_000, 1000  # bytes in a file, values of a key
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -26,7 +28,9 @@ def mapping(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many for a config")
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
     return content
@@ -41,7 +45,9 @@ def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
     content = mapping(path)
     for key in content:
         if key not in known:
-            raise UserError(f"{path}: unknown key '{shorten(str(key), 80)}'.{nearest(str(key), known)}")
+            raise UserError(
+                f"{path}: unknown key '{shorten(str(key), 80)}'.{nearest(str(key), known)}"
+            )
         if not is_short(content[key]):
             raise UserError(f"{path}: {key}: holds more than {MAX_VALUES} values")
     return content

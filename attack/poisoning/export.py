@@ -1,0 +1,88 @@
+"""A poisoned training set as a folder of images, for other programs."""
+
+from __future__ import annotations
+
+import csv
+import filecmp
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from utils.classifier.metrics import Truth
+from utils.config import UserError
+from utils.images.data import LabeledImages
+
+TRUTH = "truth.csv"
+
+
+def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequence[str]) -> None:
+    """Write FOLDER/<given class>/<index>.png, manifest.csv (path, given label) and, apart, truth.csv; all of it or nothing.
+
+    Every class has a folder, also an empty one, so that labels can be read off the sorted names. A folder that holds this very
+    export, from a run that was interrupted later, is left as it is.
+
+    Raises:
+        UserError: the folder holds something else already.
+    """
+    refuse_occupied(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        for name in classes:
+            (temporary / name).mkdir(parents=True)
+        paths = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(data.labels.tolist())]
+        for path, image in zip(paths, data.images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary / path)
+        _write_csv(temporary / "manifest.csv", ("path", "label"), zip(paths, data.labels.tolist()))
+        _write_csv(
+            temporary / TRUTH,
+            ("path", "original_label", "poison", "cover"),
+            zip(
+                paths,
+                truth.original_labels.tolist(),
+                truth.poison.int().tolist(),
+                truth.cover.int().tolist(),
+            ),
+        )
+        if folder.is_dir() and _same_files(temporary, folder):
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise _occupied(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Fail early: raises UserError where something lies there that is no export."""
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / TRUTH).is_file() or not any(folder.iterdir()))
+    ):
+        raise _occupied(folder)
+
+
+def _occupied(folder: Path) -> UserError:
+    return UserError(f"export: {folder} holds something already; name a new or an empty folder")
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files with the same bytes."""
+    names = [
+        sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        for folder in (one, other)
+    ]
+    return names[0] == names[1] and all(
+        filecmp.cmp(one / name, other / name, shallow=False)
+        for name in names[0]
+        if (one / name).is_file()
+    )
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows(rows)

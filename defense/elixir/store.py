@@ -1,0 +1,94 @@
+"""Where intermediaries wait between the passes of a purification.
+
+Target labels are known only when enough samples have been voted on, and only samples that carry one need their images
+again. So each block of samples leaves one file: the votes of all, the images of those that are not unanimous. Memory
+holds one block, and an interrupted purification goes on with the first block that is missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from defense.elixir.verdict import UNKNOWN
+from utils.late import Tensor, torch
+from utils.storage.record import load_arrays, save_arrays
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one batch of a purification gives.
+
+    Attributes:
+        index: int64 (B,), data set indices.
+        votes: int64 (B, 1+nm), the victim's labels of originals (column 0) and intermediaries.
+        anomalous: int64 (A,), data set indices of the samples whose images are kept.
+        images: uint8 (A, 1+nm, 3, H, W), the original and the intermediaries of those.
+        passes: denoiser passes spent on the block, over all its images.
+    """
+
+    index: Tensor
+    votes: Tensor
+    anomalous: Tensor
+    images: Tensor
+    passes: int
+
+
+class IntermediaryStore:
+    """Files block-NUMBER.npz in `folder`, one for each `Block`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("block-*.npz"))
+
+    def write(self, block: Block) -> None:
+        """Keep one block; its name is that of its first sample."""
+        save_arrays(
+            self.folder / f"block-{int(block.index[0]):08d}.npz",
+            index=block.index,
+            votes=block.votes.to(torch.int16),
+            anomalous=block.anomalous,
+            images=block.images,
+            passes=block.passes,
+        )
+
+    def missing(self, wanted: Tensor) -> Tensor:
+        """Those of the data set indices `wanted` (B,), in their order, that are in no block yet."""
+        done = [load_arrays(path, "index")["index"] for path in self._files()]
+        return wanted[~torch.isin(wanted, torch.cat(done))] if done else wanted
+
+    def votes(self, total: int) -> Tensor:
+        """int64 (total, 1+nm) in data set order; rows of samples in no block are UNKNOWN.
+
+        Raises:
+            ValueError: there is no block.
+        """
+        blocks = [load_arrays(path, "index", "votes") for path in self._files()]
+        if not blocks:
+            raise ValueError(f"{self.folder} holds no block")
+        votes = torch.full((total, blocks[0]["votes"].shape[1]), UNKNOWN, dtype=torch.int64)
+        for block in blocks:
+            votes[block["index"]] = block["votes"].long()
+        return votes
+
+    @property
+    def passes(self) -> int:
+        """Denoiser passes that all blocks cost, over all images."""
+        return sum(int(load_arrays(path, "passes")["passes"]) for path in self._files())
+
+    def fetch(self, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices (B,), images uint8 (B, 1+nm, 3, H, W)) of the wanted anomalous samples, a file at a time."""
+        for path in self._files():
+            anomalous = load_arrays(path, "anomalous")["anomalous"]
+            at = torch.isin(anomalous, wanted)
+            if at.any():
+                yield anomalous[at], load_arrays(path, "images")["images"][at]
+
+    def discard(self) -> None:
+        """Delete the folder, with anything that a killed run left half-written in it."""
+        shutil.rmtree(self.folder)

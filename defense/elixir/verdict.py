@@ -1,0 +1,125 @@
+"""Votes to verdicts, after DataElixir (Zhou et al., AAAI 2024), https://arxiv.org/abs/2312.11057
+
+A sample and its nm intermediaries each get the victim's predicted label: 1+nm votes, column 0 being the original's.
+Labels that only a few intermediaries hold are purification noise and are dropped. What stays is one of three kinds:
+nothing moved, everything moved to one other label, or the intermediaries disagree. A sample whose given label is no
+target label is benign whatever its kind; the victim's mistakes look like label transitions too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from utils.late import Tensor, torch
+
+UNKNOWN = -1  # the vote of an intermediary that was never made
+
+
+class Verdict(IntEnum):
+    """What the defence decides about one sample."""
+
+    BENIGN = 0  # no label transition, or the given label is no target label: image and label stay
+    POISONED = (
+        1  # the intermediaries agree on another label: take it, and the selected intermediary
+    )
+    SUSPICIOUS = 2  # the intermediaries disagree: the benign model decides
+
+
+class Kind(IntEnum):
+    """How the kept votes of one sample relate to each other; its given label plays no part."""
+
+    UNANIMOUS = 0  # all kept votes are one label, the original's included
+    TRANSITION = 1  # the kept intermediaries agree on a label that is not the original's
+    MIXED = (
+        2  # at least two labels have tau votes or more among the intermediaries: all votes are kept
+    )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The intermediaries that may stand in for each of N samples.
+
+    Attributes:
+        kept: bool (N, 1+nm); column 0, the original, is always True.
+        kind: int64 (N,), values of `Kind`.
+        top: int64 (N,), the most common label among columns 1..nm of the votes; of equals, the first to appear.
+    """
+
+    kept: Tensor
+    kind: Tensor
+    top: Tensor
+
+
+def filter_candidates(votes: Tensor, tau: int) -> Candidates:
+    """Drop the intermediaries whose label too few others share (DataElixir, purification: threshold tau).
+
+    Where the second most common label among the intermediaries has `tau` votes or more, all are kept; so are they
+    where all agree. Otherwise the original and the intermediaries with the most common label are kept. Intermediaries
+    that were never made are not: a sample without any is unanimous.
+
+    Args:
+        votes: int64 (N, 1+nm), nm >= 1, predicted labels; column 0 is the original's; UNKNOWN where none was made.
+        tau: votes that a second label needs in order to count as disagreement.
+
+    Raises:
+        ValueError: `votes` is not int64 of shape (N, 2 or more).
+    """
+    if votes.ndim != 2 or votes.shape[1] < 2 or votes.dtype != torch.int64:
+        raise ValueError(
+            f"votes must be int64 (N, 1+nm) with nm >= 1, not {votes.dtype} {tuple(votes.shape)}"
+        )
+    original, moved = votes[:, :1], votes[:, 1:]
+    support = _support(moved)
+    top = moved.gather(1, support.argmax(dim=1, keepdim=True))  # argmax returns the first of equals
+    second = support.masked_fill(moved == top, 0).amax(dim=1, keepdim=True)
+    mixed = (second >= tau) & (second > 0)
+    kept = torch.cat([torch.ones_like(mixed), (mixed | (moved == top)) & (moved != UNKNOWN)], dim=1)
+    agreed = torch.where(top == original, int(Kind.UNANIMOUS), int(Kind.TRANSITION))
+    kind = torch.where(mixed, int(Kind.MIXED), agreed)
+    return Candidates(kept, kind.squeeze(1), top.squeeze(1))
+
+
+def first_verdicts(kind: Tensor, labels: Tensor, is_target_class: Tensor) -> Tensor:
+    """Decide each sample before a benign model exists (DataElixir, purification).
+
+    Args:
+        kind: int64 (N,), values of `Kind`.
+        labels: int64 (N,), the given labels, 0..K-1.
+        is_target_class: bool (K,), True for the detected target labels.
+
+    Returns:
+        int64 (N,), values of `Verdict`. A transition may lead to the given label itself (the victim misread the
+        original); it is POISONED all the same, as published: its image is replaced, its label stays.
+    """
+    if kind.shape != labels.shape or is_target_class.dtype != torch.bool:
+        raise ValueError("kind and labels must both be (N,) and is_target_class bool (K,)")
+    table = kind.new_tensor(
+        [Verdict.BENIGN, Verdict.POISONED, Verdict.SUSPICIOUS]
+    )  # by Kind, for target labels
+    return torch.where(is_target_class.to(labels.device)[labels], table[kind], int(Verdict.BENIGN))
+
+
+def _support(labels: Tensor) -> Tensor:
+    """int64 (N, M): how many entries of the same row hold the same label as each entry of `labels` (N, M); 0 where that is UNKNOWN."""
+    support = torch.zeros_like(labels)
+    for column in labels.split(1, dim=1):
+        support += labels == column
+    return support.masked_fill(labels == UNKNOWN, 0)
+
+
+def round_ends(votes: Tensor, last_steps_m: int) -> Tensor:
+    """int64 (S, 1+n): the victim's labels of the original and of the image after each round, from votes int64 (S, 1+nm).
+
+    For rounds that a sample was not given any more stands the last one before them.
+    """
+    ends = torch.cat([votes[:, :1], votes[:, last_steps_m::last_steps_m]], dim=1)
+    for r in range(2, ends.shape[1]):
+        ends[:, r] = torch.where(ends[:, r] == UNKNOWN, ends[:, r - 1], ends[:, r])
+    return ends
+
+
+def reads_as_before(votes: Tensor, last_steps_m: int) -> Tensor:
+    """bool (S, n): whether the victim reads the image after each round as it read the original; votes int64 (S, 1+nm)."""
+    ends = round_ends(votes, last_steps_m)
+    return ends[:, 1:] == ends[:, :1]

@@ -1,0 +1,86 @@
+"""Blocks of samples, dealt to the processes of a run (torchrun --nproc_per_node K attack/badnet.py ...).
+
+Blocks are cut before they are dealt out and noise is keyed by sample, so the result is the same for any number of
+processes, and for blocks that are halved because the memory of one process does not hold them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from defense.elixir.store import Block
+from utils.compiled import ROWS
+from utils.late import Tensor
+from utils.memory import Halving
+from utils.processes import broadcast, gathered, rank, size, with_helpers
+
+Work = Callable[[Tensor, Any], Block]  # (indices, ending) -> Block, as `Rounds`
+
+
+class WorkPlan(Protocol):
+    """What every process needs to make blocks; it can be pickled."""
+
+    def prepared(self) -> Work:
+        """Networks on this process's device."""
+
+
+def split_into_blocks(index: Tensor, most: int) -> Sequence[Tensor]:
+    """An index (B,) cut into parts of at most `most`, as equal as whole passes of ROWS can be, as many that no process waits for the others' last."""
+    unit = ROWS if most >= ROWS and len(index) >= ROWS * size() else 1
+    units, together = -(-len(index) // unit), most // unit
+    count = -(-units // together)
+    count = min(units, count + -count % size())
+    cuts = [unit * (units * part // count) for part in range(1, count)]
+    return index.tensor_split(cuts) if len(index) else ()
+
+
+class Workers:
+    """Makes blocks together with the same object in the other processes."""
+
+    def __init__(self, work: Work):
+        self.work, self.halving = work, Halving("purify_batch_size")
+
+    def blocks(self, parts: Sequence[Tensor], ends: Any) -> Iterator[Block]:
+        """The blocks of these index tensors, in their order; called in process 0."""
+        for first in range(0, len(parts), size()):
+            turn = parts[first : first + size()]
+            if size() == 1:
+                yield from self._own(turn, ends)
+                continue
+            broadcast((list(turn), ends))
+            for made in gathered(list(self._own(turn, ends))):
+                yield from made
+
+    def help(self) -> None:
+        """The other side of `blocks`, in the other processes."""
+        while (message := broadcast()) is not None:
+            gathered(list(self._own(*message)))
+
+    def _own(self, turn: Sequence[Tensor], ends: Any) -> Iterator[Block]:
+        for part in turn[rank() : rank() + 1]:
+            yield from self.halving(lambda index: self.work(index, ends), part)
+
+
+@dataclass(frozen=True)
+class PurifyJob:
+    """The job of the other processes."""
+
+    plan: WorkPlan
+
+    def help(self) -> None:
+        """Make blocks until there are none left."""
+        Workers(self.plan.prepared()).help()
+
+
+@contextlib.contextmanager
+def workers_for(plan: WorkPlan) -> Iterator[Workers]:
+    """All processes of this run, or this one, ready to make blocks.
+
+    Raises:
+        UserError: another process has died.
+    """
+    with with_helpers(PurifyJob(plan)):
+        yield Workers(plan.prepared())

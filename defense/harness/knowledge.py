@@ -1,0 +1,68 @@
+"""What a defence can be told beyond the data and the victim. Whoever takes something from here declares it in KNOWLEDGE.
+
+DataElixir's reading of the problem gives a defence a training set and no more. Other methods ask for a few images that
+are surely clean, or for the share of poison; oracles, which mark what is reachable at all, ask for everything. Every
+report and table prints what a method was told, since methods that were told different things do not compete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.config import UserError
+from utils.images.data import Dataset, LabeledImages, stratified_split
+from utils.late import Tensor, torch
+from utils.randomness import key_seed
+from utils.storage.record import Record, load_arrays
+
+TRUTH = "truth (oracle)"
+POISON_RATE = "poison rate"
+CLEAN_IMAGES = "clean images"
+DENOISER = "clean-trained denoiser"
+
+
+@dataclass(frozen=True)
+class OracleTruth:
+    """What an oracle knows: poison bool (N,), and the labels int64 (N,) before poisoning."""
+
+    poison: Tensor
+    original_labels: Tensor
+
+
+def oracle_truth(record: Record) -> OracleTruth:
+    """TRUTH: which samples of this record's training set are poisoned, and what they were.
+
+    Raises:
+        UserError: the record holds no truth.
+    """
+    file = next(
+        (
+            folder / "truth.npz"
+            for folder in (record.path, record.path.parent.parent)
+            if (folder / "truth.npz").exists()
+        ),
+        None,
+    )
+    if file is None:
+        raise UserError(
+            f"{record.path}: holds no truth.npz, and this defence is an oracle; give a record that an attack script made"
+        )
+    content = load_arrays(file)
+    return OracleTruth(content["poison"], content["original_labels"])
+
+
+def poison_rate(record: Record) -> float:
+    """POISON_RATE: the share of the training set that is poisoned, in [0, 1]."""
+    return oracle_truth(record).poison.double().mean().item()
+
+
+def clean_images(dataset: Dataset, share: float, seed: int) -> LabeledImages:
+    """CLEAN_IMAGES: `share` of every class of the clean training set, drawn by `seed`: one or more, but none of a class with a single image.
+
+    The test images stay out of it, so that accuracy is measured on images that no defence has seen. An image of which
+    the poisoned set holds a triggered copy may be among them.
+    """
+    _, drawn = stratified_split(dataset.train.labels.numpy(), share, key_seed(seed, "clean images"))
+    return dataset.train[torch.from_numpy(np.asarray(drawn))]

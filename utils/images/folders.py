@@ -1,0 +1,138 @@
+"""Image files of a data set that a person collected, or got from a stranger: every odd one is told of, in one list."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.config import DataConfig, UserError, nearest
+from utils.images.decoding import Decoded, class_folders, decode_readable
+
+log = logging.getLogger("dataelixir")
+Files = Sequence[tuple[str, int]]  # (path, label)
+SHOWN = 200
+
+
+def read_parts(
+    parts: Sequence[Files], config: DataConfig, root: Path, classes: Sequence[str] = ()
+) -> list[tuple[np.ndarray, list[int]]]:
+    """(images uint8 (M, 3, S, S), labels) of each part, of the training and of the test files.
+
+    Args:
+        root: the data folder; nothing outside it is read.
+        classes: their names, to log what is readable but hardly meant: one picture in two classes, a class with hardly any image.
+
+    Raises:
+        UserError: a file is no usable image, and `config.on_bad_image` is stop; all such files are logged.
+    """
+    found = [decode_readable(part, config.image_size, root) for part in parts]
+    bad = [
+        f"{part[place][0]}: {reason}"
+        for part, decoded in zip(parts, found)
+        for place, reason in decoded.bad.items()
+    ]
+    _tell_bad(bad, sum(map(len, parts)), root)
+    if bad and config.on_bad_image == "stop":
+        raise UserError(
+            f"dataset_path: {_first_of(bad, root)}, or leave it out with --on_bad_image skip"
+        )
+    if classes:
+        _tell_oddities(parts, found, classes)
+    return [
+        (decoded.images, [part[place][1] for place in decoded.kept])
+        for part, decoded in zip(parts, found)
+    ]
+
+
+def refuse_bad(bad: Sequence[str], total: int, root: Path) -> None:
+    """Log the files of a set of `total` that are no usable images ("path: reason"), and raise UserError where there are any."""
+    _tell_bad(bad, total, root)
+    if bad:
+        raise UserError(f"data: {_first_of(bad, root)}")
+
+
+def _tell_bad(bad: Sequence[str], total: int, root: Path) -> None:
+    _tell(f"{len(bad)} of {total} image files in {root} cannot be used", bad)
+
+
+def _first_of(bad: Sequence[str], root: Path) -> str:
+    return f"{len(bad)} image files in {root} cannot be used, the first is {bad[0]};\nrepair or remove what is listed above"
+
+
+def refuse_unknown(test: Path, classes: Sequence[str]) -> None:
+    """Raises UserError where test/ has folders that are none of the `classes` of train/: their images would be left out."""
+    unknown = [name for name in class_folders(test) if name not in classes]
+    if unknown:
+        raise UserError(
+            f"dataset_path: {test} has {len(unknown)} folders that train/ has not, the first is {unknown[0]}/.{nearest(unknown[0], list(classes))} "
+            "Rename them as in train/, or take them out"
+        )
+
+
+def _tell_oddities(
+    parts: Sequence[Files], found: Sequence[Decoded], classes: Sequence[str]
+) -> None:
+    train, test = (
+        np.bincount([part[place][1] for place in decoded.kept], minlength=len(classes))
+        for part, decoded in zip(parts, found)
+    )
+    _tell(
+        "classes with hardly any training images",
+        [f"{name}: {n}" for name, n in zip(classes, train) if n < 2],
+    )
+    _tell(
+        "classes without a test image",
+        [name for name, n, tested in zip(classes, train, test) if n > 1 and not tested],
+    )
+    _tell("pictures that are in more than one class (kept in each)", _in_two_classes(parts, found))
+
+
+def _in_two_classes(parts: Sequence[Files], found: Sequence[Decoded]) -> list[str]:
+    seen: dict[bytes, tuple[str, int]] = {}
+    twice = []
+    for part, decoded in zip(parts, found):
+        for image, place in zip(decoded.images, decoded.kept):
+            path, label = part[place]
+            first = seen.setdefault(
+                hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest(), (path, label)
+            )
+            if first[1] != label:
+                twice.append(f"{path}: the same as {first[0]}")
+    return twice
+
+
+def _tell(heading: str, lines: Sequence[str]) -> None:
+    if lines:
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        log.warning("%s:\n%s", heading, "\n".join(f"  {line}" for line in [*lines[:SHOWN], *more]))
+
+
+def gtsrb_test_files(table: Path, images: Path, classes: int) -> list[tuple[str, int]]:
+    """(path, label) of the test images that GTSRB's table lists and that are there.
+
+    Raises:
+        UserError: the table is damaged, or lists nothing that is there.
+    """
+    try:
+        rows = [
+            line.strip().split(";")
+            for line in table.read_text(encoding="utf-8").splitlines()[1:]
+            if line.strip()
+        ]
+        files = [(str(images / row[0]), int(row[-1])) for row in rows if (images / row[0]).exists()]
+    except ValueError as error:  # no number, no UTF-8, a zero byte in a name
+        raise UserError(f"{table}: damaged ({str(error)[:80]}); download it again") from None
+    if not files:
+        raise UserError(
+            f"{table}: none of the images that it lists is in {images}; download both again"
+        )
+    strange = [label for _, label in files if not 0 <= label < classes]
+    if strange:
+        raise UserError(
+            f"{table}: lists class {strange[0]}, but the training images have classes 0..{classes - 1}; download both again"
+        )
+    return files

@@ -1,0 +1,177 @@
+"""checksums.txt: what a record's files must hash to, so that a damaged or foreign one is never taken for a result.
+
+An append-only list. A file's line is written and synced before the file takes its place, so a run that is killed at any
+moment leaves no file without a line. A file is whole if its hash is any that was noted for its name: of two lines the
+older one is right when the run was killed between the second line and the file. "# stage NAME" says which stage made the
+files below it, "# done NAME" that the stage was finished with what is listed above.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.command import UserError
+from utils.late import Tensor
+
+FILE = "checksums.txt"
+LINE = re.compile(r"([0-9a-f]{64})  (\S.*)|# (stage|done) (.*)")
+
+
+@dataclass
+class Checksums:
+    """The list of one folder as it was read.
+
+    Attributes:
+        hashes: for each name, in the order noted.
+        stage: for each name, the stage that wrote it last.
+        stages: in the order in which they first began.
+        done: for each stage, what its files were each time that it was finished, {name: hash}.
+    """
+
+    hashes: dict[str, list[str]] = field(default_factory=dict)
+    stage: dict[str, str] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)
+    done: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def is_whole(self, name: str, file: Path) -> bool:
+        """Whether the file's content was noted under this name."""
+        return sha256_of(file) in self.hashes.get(name, ())
+
+    def made_by(self, stage: str) -> list[str]:
+        """Names that the stage wrote last."""
+        return [name for name, maker in self.stage.items() if maker == stage]
+
+    def changed(self, stage: str) -> bool:
+        """Whether arrays or weights came out different the last time that the stage was run."""
+        if len(times := self.done.get(stage, ())) < 2:
+            return False
+        before, now = times[-2:]
+        return any(
+            before[name] != now[name]
+            for name in before.keys() & now.keys()
+            if name.endswith((".npz", ".safetensors"))
+        )
+
+    def later(self, stage: str) -> list[str]:
+        """Names written by the stages after this one."""
+        return [
+            name
+            for after in self.stages[self.stages.index(stage) + 1 :]
+            for name in self.made_by(after)
+        ]
+
+
+def read(folder: Path) -> Checksums | None:
+    """The folder's list, the caller's own; None where there is none. Lines that are damaged count as not there."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    found, stage = Checksums(), ""
+    for digest, name, word, what in (
+        match.groups() for line in text.splitlines() if (match := LINE.fullmatch(line))
+    ):
+        if word == "stage":
+            stage = what
+            found.stages += [what] if what not in found.stages else []
+        elif word == "done":
+            found.done.setdefault(what, []).append(
+                {name: found.hashes[name][-1] for name in found.made_by(what)}
+            )
+        else:
+            found.hashes.setdefault(name, []).append(digest)
+            found.stage[name] = stage
+    return found
+
+
+def _listed(folder: Path) -> Checksums | None:
+    """The same, nobody's to change: of a list that has not changed it is read once, however many files are verified by it."""
+    try:
+        stat = (folder / FILE).stat()
+    except FileNotFoundError:
+        return None
+    return _read_once(str(folder), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(16)
+def _read_once(folder: str, *_: int) -> Checksums | None:
+    return read(Path(folder))
+
+
+def note(folder: Path, *lines: str) -> None:
+    """Append lines and sync them; a line that a power cut left unfinished is ended first."""
+    with open(folder / FILE, "a+b") as out:
+        if out.seek(0, os.SEEK_END):
+            out.seek(-1, os.SEEK_END)
+            lines = lines if out.read(1) == b"\n" else ("", *lines)
+        out.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def note_written(path: Path, temporary: Path) -> None:
+    """Note what `path` is about to hold, where its folder, or the one above, keeps a list."""
+    home = _home(path)
+    if home:
+        note(home, f"{sha256_of(temporary)}  {path.relative_to(home).as_posix()}")
+
+
+def verify(
+    path: Path, advice: str = "the command that made this record sets it aside and makes it again"
+) -> None:
+    """Refuse a file whose content was never noted, where its folder, or the one above, keeps a list.
+
+    Raises:
+        UserError: damaged, or put there by something else.
+    """
+    home = _home(path)
+    if (
+        home
+        and path.exists()
+        and not (_listed(home) or Checksums()).is_whole(path.relative_to(home).as_posix(), path)
+    ):
+        raise UserError(
+            f"{path}: damaged or foreign (its sha256 is none that {home / FILE} lists); {advice}"
+        )
+
+
+def _home(path: Path) -> Path | None:
+    return next(
+        (folder for folder in (path.parent, path.parent.parent) if (folder / FILE).exists()), None
+    )
+
+
+def of_tensors(*tensors: Tensor) -> str:
+    """The first 16 digits of the sha256 of tensors' bytes, by which a run knows its data again."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy())
+    return found.hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal; of a file that has not changed it is computed once."""
+    stat = path.stat()
+    return _sha256(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(8192)
+def _sha256(path: str, *_: int) -> str:
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(file)
+        )
+
+
+def _digest(file) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,255 @@
+"""What becomes of damaged files in a record: each is named and set aside, and the stage that made it is run again.
+
+A stage that is run again on the same machine writes what it wrote before, so the stages after it stand. Where what it
+writes is different (another machine, other data), what was made from the earlier files goes, and is made again as well.
+config.yaml cannot be made again; a record without its own is refused. metrics.csv is done without: the rows of trainings
+that are finished are missing from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.command import UserError
+from utils.storage import checksums
+from utils.storage.checksums import Checksums
+from utils.storage.files import write_json
+from utils.storage.lock import holder
+
+log = logging.getLogger("dataelixir")
+ASIDE = ".damaged"
+READ_BY_NAME = (
+    ".npz",
+    ".safetensors",
+    ".pt",
+)  # a run takes these, and the next, for its own wherever it finds them
+READ_FILES = ("config.yaml", "stages.json", "report.json", "metrics.csv")
+NO_STAGE = ("config.yaml", "stages.json", "metrics.csv")
+TEMPORARY = re.compile(r"\..+\.\d+\.\w+")  # as utils.storage.files.replacing names them
+STATES = ("whole", "damaged", "foreign", "missing")
+
+
+def mend(folder: Path, key: str) -> None:
+    """Make a record that a run has to itself fit to go on: nothing damaged, foreign or half-written stays where it would be read.
+
+    Args:
+        key: the key that names the folder, for the message.
+
+    Raises:
+        UserError: config.yaml is damaged, or a file of a stage that is not known.
+    """
+    for path in _files(folder, hidden=True):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink()
+    listed = checksums.read(folder)
+    if listed is None:
+        _adopt(folder)
+        return
+    for name, state in _states(folder, listed).items():
+        if state == "missing":
+            _stage_again(folder, listed.stage[name], f"{folder / name}: missing")
+        elif state != "whole":
+            _set_aside(folder, name, state, listed, key)
+    _drop_checkpoints(folder)
+
+
+def _adopt(folder: Path) -> None:
+    """Begin the list; files of a record older than such lists are taken as they are."""
+    present = [
+        f"{checksums.sha256_of(path)}  {path.relative_to(folder).as_posix()}"
+        for path in _files(folder)
+        if _is_read(path)
+    ]
+    if present:
+        log.warning(
+            "%s: made before checksums were kept; its %d files are taken as they are",
+            folder,
+            len(present),
+        )
+    checksums.note(folder, *present)
+
+
+def _set_aside(folder: Path, name: str, state: str, listed: Checksums, key: str) -> None:
+    path, stage = folder / name, listed.stage.get(name, "")
+    if name == "config.yaml":
+        raise UserError(f"{path}: {state}; restore it, or give another --{key}")
+    aside = path.with_name(path.name + ASIDE)
+    os.replace(path, aside)
+    told = f"{path}: {state}, not what a run wrote; set aside as {aside.name}"
+    if name in NO_STAGE or state == "foreign" or not stage or name.endswith(".pt"):
+        log.warning(
+            "%s%s",
+            told,
+            "; the epochs in it are lost"
+            if name == "metrics.csv"
+            else " and made again if it is needed",
+        )
+    else:
+        gone = {
+            listed.stage[block]
+            for block in listed.stage
+            if "/" in block and not (folder / block).exists()
+        }
+        _stage_again(folder, stage, told, gone)
+
+
+def _stage_again(folder: Path, stage: str, told: str, others: Collection[str] = ()) -> None:
+    """Strike a stage off the finished ones; with it `others` (what they left is gone, but was of use) and the report."""
+    log.warning("%s; stage '%s' is run again", told, stage)
+    again = (stage, "report", *others)
+    with contextlib.suppress(
+        UserError
+    ):  # stages.json is damaged as well: then every stage is run again
+        write_json(
+            folder / "stages.json",
+            {key: notes for key, notes in read_stages(folder).items() if key not in again},
+        )
+    (folder / "report.json").unlink(missing_ok=True)  # it stands for a record that is complete
+
+
+def read_stages(folder: Path) -> dict[str, Any]:
+    """Finished stages: {stage: {"seconds": s, ...}}.
+
+    Raises:
+        UserError: damaged.
+    """
+    file = folder / "stages.json"
+    checksums.verify(file)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if isinstance(found, dict):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{file}: damaged; delete it to have every stage made again")
+
+
+def begin(folder: Path, stage: str) -> None:
+    """Files written from now on are this stage's."""
+    if (folder / checksums.FILE).exists():
+        checksums.note(folder, f"# stage {stage}")
+
+
+def end(folder: Path, stage: str) -> None:
+    """After a stage: if it was run again and came out different, what later stages made of the earlier results goes."""
+    if not (folder / checksums.FILE).exists():
+        return
+    checksums.note(folder, f"# done {stage}")
+    listed = checksums.read(folder)
+    if listed.changed(stage):
+        stale = [
+            name
+            for name in listed.later(stage)
+            if name not in NO_STAGE and (folder / name).exists()
+        ]
+        log.warning(
+            "%s: '%s' came out different this time; made again as well: %s",
+            folder,
+            stage,
+            ", ".join(stale) or "nothing",
+        )
+        for name in stale:
+            (folder / name).unlink()
+        kept = listed.stages[: listed.stages.index(stage) + 1]
+        write_json(
+            folder / "stages.json",
+            {key: notes for key, notes in read_stages(folder).items() if key in kept},
+        )
+    _drop_checkpoints(folder)
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """A training whose model is saved needs its checkpoint no more."""
+    for path in folder.glob("*.checkpoint.pt"):
+        if (folder / path.name.replace(".checkpoint.pt", ".safetensors")).exists():
+            path.unlink()
+
+
+def _files(folder: Path, hidden: bool = False) -> Iterator[Path]:
+    """Files in the record and in the folders in it, but not of records below it."""
+    for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if (
+            path.is_file()
+            and path.name.startswith(".") == hidden
+            and not (path.parent != folder and (path.parent / "config.yaml").exists())
+        ):
+            yield path
+
+
+def _is_read(path: Path) -> bool:
+    return path.suffix in READ_BY_NAME or path.name in READ_FILES
+
+
+def _states(folder: Path, listed: Checksums) -> dict[str, str]:
+    """{name: one of STATES} of every file that is listed or that a run would read."""
+    found = {}
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name in listed.hashes:
+            found[name] = "whole" if listed.is_whole(name, path) else "damaged"
+        elif _is_read(path):
+            found[name] = "foreign"
+    with contextlib.suppress(UserError):
+        done = read_stages(folder)
+        absent = [
+            name for name, stage in listed.stage.items() if name not in found and stage in done
+        ]
+        found |= {
+            name: "missing"
+            for name in absent
+            if "/" not in name and name.endswith((".npz", ".safetensors"))
+        }
+    return found
+
+
+def inventory(folder: Path) -> str:
+    """A table of a record's files with size, stage and state, its finished stages, and who is using it."""
+    listed, user = checksums.read(folder), holder(folder)
+    states = _states(folder, listed or Checksums())
+    rows = [
+        f"{state if listed else 'unlisted':9s} {_size(folder / name):>12s}  {(listed or Checksums()).stage.get(name) or '-':10s} {name}"
+        for name, state in sorted(states.items())
+    ]
+    try:
+        done = (
+            ", ".join(
+                f"{stage} ({notes['seconds']} s)" for stage, notes in read_stages(folder).items()
+            )
+            or "none"
+        )
+    except (UserError, TypeError, KeyError):
+        done = "not known, stages.json is damaged"
+    return "\n".join(
+        [*rows, f"finished stages: {done}", f"in use by {user}" if user else "not in use"]
+    )
+
+
+def _size(path: Path) -> str:
+    return f"{path.stat().st_size:,}" if path.exists() else "-"
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse a record in which a file is damaged, foreign or missing.
+
+    Raises:
+        UserError: names them.
+    """
+    listed = checksums.read(folder)
+    if listed is None:
+        raise UserError(
+            f"{folder}: has no {checksums.FILE}, so nothing can be said about its files; the command that made it begins one"
+        )
+    bad = [
+        f"{name} ({state})" for name, state in _states(folder, listed).items() if state != "whole"
+    ]
+    if bad:
+        raise UserError(
+            f"{folder}: not whole: {', '.join(bad)}; the command that made the record mends what can be made again"
+        )

@@ -1,0 +1,277 @@
+"""A record: everything that one run produces, in `record/<save_folder_name>/`.
+
+Files are complete or absent (utils/storage/files.py) and listed with their checksums (utils/storage/checksums.py). `stages.json` names the
+stages that are finished and how long they took; a run that finds a stage there recomputes nothing of it, unless a file of
+it is damaged. One run at a time uses a record. As a script: python utils/storage/record.py check NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import logging
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.config import ROOT, UserError, command_line
+from utils.late import torch
+from utils.storage import checksums, lock, mending
+from utils.storage.files import load_arrays, replacing, save_arrays, shortened, write_json
+from utils.yaml_files import is_short
+
+__all__ = [
+    "Record",
+    "environment",
+    "load_arrays",
+    "peak_rss_bytes",
+    "replacing",
+    "save_arrays",
+    "start_logging",
+    "write_json",
+]
+
+log = logging.getLogger("dataelixir")
+RECORDS = ROOT / "record"
+# keys that may differ when a run is continued: they say how fast or where, not what
+RUNTIME_KEYS = (
+    "device",
+    "frequency_save",
+    "purify_batch_size",
+    "dataset_path",
+    "keep_intermediaries",
+    "on_bad_image",
+    "dry_run",
+    "passed_over",
+)
+DATA_KEY = "data_sha256"  # what the data set was like, wherever it lay; records that are older than this key have none
+PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
+
+
+class Record:
+    """One folder of results.
+
+    Args:
+        name: save_folder_name, letters, digits, '.', '_', '-' and '/' between parts.
+        must_exist: raise instead of creating.
+        key: the key that a person names the folder with, for messages; by default save_folder_name, result_file where it must exist.
+
+    Raises:
+        UserError: a name that would leave record/, or (must_exist) one that is not there.
+    """
+
+    def __init__(self, name: str, must_exist: bool = False, key: str = ""):
+        key = key or ("result_file" if must_exist else "save_folder_name")
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", name) or ".." in name:
+            raise UserError(
+                f"{key}: '{name}' is no name for a folder in record/; use letters, digits, '_', '-' and '.'"
+            )
+        self.name, self.path, self.lock, self.key = name, RECORDS / name, None, key
+        if not self.path.resolve().is_relative_to(RECORDS.resolve()):
+            raise UserError(f"{key}: '{name}' leads out of record/ through a link")
+        if must_exist and not self.path.is_dir():
+            known = sorted(p.parent.name for p in RECORDS.glob("*/config.yaml"))
+            raise UserError(
+                f"{key}: there is no {self.path}; records: {', '.join(known) or 'none yet'}"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def __truediv__(self, file: str) -> Path:
+        return self.path / file
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Take the folder for this config: write config.yaml, or check that it was written by the same one.
+
+        It is this run's alone from then on. Damaged files are set aside, so that their stage is run again. A folder that
+        holds nothing but a config and a log can be taken by any config.
+
+        Raises:
+            UserError: the folder belongs to another config (names the keys that differ) or is in use, or its config is damaged.
+        """
+        self.lock = lock.acquire(self.path, self.key)
+        if self._holds_results():
+            old = self.config()
+            differing = [
+                key
+                for key in config
+                if key not in RUNTIME_KEYS
+                and old.get(key) != config[key]
+                and (key in old or key != DATA_KEY)
+            ]
+            if differing:
+                shown = "; ".join(
+                    f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4]
+                )
+                shown += ": these are other images or labels" * (DATA_KEY in differing)
+                raise UserError(
+                    f"{self.key}: {self.path} belongs to another config ({shown}); "
+                    f"give another --{self.key}, or delete that folder"
+                )
+        mending.mend(self.path, self.key)
+        with replacing(self / "config.yaml") as temporary:
+            temporary.write_text(
+                yaml.safe_dump(config, sort_keys=False)
+                + "\n# made with\n"
+                + yaml.safe_dump({"environment": environment()}, sort_keys=False),
+                encoding="utf-8",
+            )
+
+    def _holds_results(self) -> bool:
+        beside = ("config.yaml", "log.txt", checksums.FILE)
+        if not any(
+            path.name not in beside and not path.name.startswith(".")
+            for path in self.path.iterdir()
+        ):
+            return False
+        if not (self / "config.yaml").exists() and (self / checksums.FILE).exists():
+            raise UserError(
+                f"{self / 'config.yaml'}: missing, so nobody knows what made the rest; restore it, or give another --{self.key}"
+            )
+        return (self / "config.yaml").exists()
+
+    def config(self) -> dict[str, Any]:
+        """The resolved keys the record was made with.
+
+        Raises:
+            UserError: config.yaml is missing or damaged.
+        """
+        file = self / "config.yaml"
+        checksums.verify(file, "restore it, or give another record")
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{file}: cannot be read ({shortened(error)}); give another record"
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: damaged, it holds no 'key: value' lines; give another record")
+        if not all(map(is_short, content.values())):
+            raise UserError(f"{file}: damaged, a key holds too many values; give another record")
+        return content
+
+    def finished(self) -> dict[str, Any]:
+        """Finished stages: {stage: {"seconds": s, ...}}."""
+        return mending.read_stages(self.path)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and note it as finished when the block ends well; what the block puts into the dict is kept too.
+
+        A stage that was finished before is neither timed nor announced again; its block then finds its files there.
+        """
+        if name in self.finished():
+            yield {}
+            return
+        before, notes, started = self.partial_seconds(name), {}, time.monotonic()
+        log.info("-- %s", name)
+        mending.begin(self.path, name)
+        try:
+            yield notes
+        except BaseException:
+            self._note_partial(name, before + time.monotonic() - started)
+            raise
+        done = self.finished() | {
+            name: {"seconds": round(before + time.monotonic() - started, 2)} | notes
+        }
+        write_json(self / "stages.json", done)
+        mending.end(self.path, name)
+        (self / f".{name}.partial").unlink(missing_ok=True)
+
+    def partial_seconds(self, name: str) -> float:
+        """Seconds that interrupted tries at a stage took before."""
+        file = self / f".{name}.partial"
+        try:
+            return float(file.read_text())
+        except (OSError, ValueError):  # none, or one that a full disk cut short
+            return 0.0
+
+    def _note_partial(self, name: str, seconds: float) -> None:
+        with contextlib.suppress(OSError):
+            (self / f".{name}.partial").write_text(f"{seconds:.2f}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git commit, to lie beside results."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit this code is at, with '+' where files differ from it; None outside a checkout."""
+    try:
+        run = lambda *words: subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return run("rev-parse", "HEAD").stdout.strip() + (
+            "+" if run("status", "--porcelain", "-uno").stdout.strip() else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written (disk full) is told of once and then done without: results matter more."""
+        log.removeHandler(self)
+        log.warning(
+            "%s: no more lines can be written (%s)", self.baseFilename, shortened(sys.exc_info()[1])
+        )
+
+
+def start_logging(file: Path | None) -> None:
+    """Log to the terminal and, with time stamps, to `file` if there is one."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a file name can hold what the terminal cannot show
+    handlers = [(logging.StreamHandler(sys.stdout), "%(message)s")]
+    if file:
+        handlers.append(
+            (
+                _File(file, encoding="utf-8", errors="backslashreplace"),
+                "%(asctime)s %(levelname)s %(message)s",
+            )
+        )
+    for handler, layout in handlers:
+        handler.setFormatter(logging.Formatter(layout))
+        log.addHandler(handler)
+
+
+def main() -> None:
+    """Say what a record holds, and whether it is whole; exit code 2 where it is not."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("name", metavar="NAME", help="of a folder below record/")
+    record = Record(parser.parse_args().name, must_exist=True)
+    print(mending.inventory(record.path))
+    mending.require_whole(record.path)
+
+
+if __name__ == "__main__":
+    command_line(main)()
