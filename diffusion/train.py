@@ -40,6 +40,7 @@ from utils.processes import (
     with_helpers,
 )
 from utils.storage.checksums import of_tensors
+from utils.storage.lock import acquire
 from utils.storage.record import (
     Record,
     environment,
