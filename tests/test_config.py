@@ -6,6 +6,7 @@ import importlib
 import itertools
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -28,6 +29,7 @@ from utils.config import (
     peek,
     resolve_path,
 )
+from utils.old_keys import Alias, RemovedKey
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -258,7 +260,8 @@ def test_help_explains_every_key_with_its_default(capsys):
             rf" --{key} (?:[A-Z_0-9]+|\{{\S+\}}) (.*?)(?= --\w+ (?:[A-Z_]|\{{)|$)",
             text.split("options:")[1],
         )
-        assert entry and len(entry[1]) > 25, key
+        assert entry, key
+        assert len(entry[1]) > 25, key
         assert key == "yaml_path" or "default: " in entry[1], key
 
 
@@ -356,3 +359,69 @@ def test_what_a_user_can_mend_ends_in_one_line(capsys, error, code, words):
 def test_a_bug_is_not_dressed_up_as_the_users_mistake():
     with pytest.raises(ZeroDivisionError):
         command_line(lambda: 1 / 0)()
+
+
+@dataclasses.dataclass(frozen=True)
+class NewConfig(TrainConfig):
+    """A config that has changed: `fast` stands for `speed`, `turbo` and `boost` are gone."""
+
+    ALIASES: ClassVar = {"fast": Alias("speed", {True: "high", False: "low"})}
+    REMOVED_KEYS: ClassVar = {
+        "turbo": RemovedKey("use speed: high", [False]),
+        "boost": RemovedKey("leave it out"),
+    }
+
+    speed: str = "medium"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("turbo", "true", "use speed: high"),
+        ("boost", "3", "leave it out"),
+        ("steplr_gamma", "0.1", "use lr_scheduler: CosineAnnealingLR or constant"),
+    ],
+)
+def test_a_removed_key_is_answered_with_what_to_use_instead(yaml_file, key, value, advice):
+    file = yaml_file(f"{key}: {value}\n")
+    for words in (["--yaml_path", file], [f"--{key}", value], [f"--{key}={value}"]):
+        with pytest.raises(UserError, match=f"^{key}: this key is gone; {advice}$"):
+            parse(*words, classes=[NewConfig])
+
+
+def test_a_record_may_have_removed_keys_whose_values_change_nothing():
+    old = {"turbo": False, "boost": 3, "steplr_stepsize": 50, "epochs": 7}
+    [config] = parse_config([], NewConfig, defaults=old)
+    assert config == NewConfig(epochs=7)
+    with pytest.raises(UserError, match="turbo: this key is gone; use speed: high"):
+        parse_config([], NewConfig, defaults={"turbo": True})
+    with pytest.raises(UserError, match="lr_scheduler.*CosineAnnealingLR.*constant.*StepLR"):
+        parse_config([], NewConfig, defaults={"lr_scheduler": "StepLR"})
+
+
+@pytest.mark.parametrize(
+    ("words", "speed"),
+    [
+        ([], "high"),
+        (["--fast"], "high"),
+        (["--fast", "--epochs", "3"], "high"),
+        (["--fast=false"], "low"),
+        (["--fast", "false"], "low"),
+        (["--fast", "--speed", "high"], "high"),
+        (["--speed", "medium"], "medium"),
+    ],
+)
+def test_an_alias_stands_for_its_key(yaml_file, words, speed):
+    file = yaml_file("fast: true\n")
+    assert parse("--yaml_path", file, *words, classes=[NewConfig])["speed"] == speed
+    [config] = parse_config(words, NewConfig, defaults={"fast": True, "speed": "high"})
+    assert config.speed == speed
+
+
+def test_an_alias_that_contradicts_its_key_is_refused(yaml_file):
+    file = yaml_file("fast: false\nspeed: high\n")
+    for words in (["--yaml_path", file], ["--fast=false", "--speed", "high"]):
+        with pytest.raises(UserError, match="fast, speed: fast false stands for speed low"):
+            parse(*words, classes=[NewConfig])
+    with pytest.raises(UserError, match="fast: 3 is none of true, false"):
+        parse("--fast", 3, classes=[NewConfig])

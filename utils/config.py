@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -31,6 +31,7 @@ from jsonargparse.typing import (
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
 from utils.command import UserError, command_line
+from utils.old_keys import OldKeys, RemovedKey, last_value
 from utils.yaml_files import mapping, nearest, read_yaml
 
 __all__ = [
@@ -82,9 +83,7 @@ class TrainConfig:
         batch_size: images per optimizer step.
         client_optimizer: sgd or adam.
         lr: learning rate at the start.
-        lr_scheduler: CosineAnnealingLR (to 0 over all epochs), StepLR or constant; stepped once an epoch.
-        steplr_stepsize: StepLR only, epochs between two decays.
-        steplr_gamma: StepLR only, factor of each decay.
+        lr_scheduler: CosineAnnealingLR (to 0 over all epochs) or constant; stepped once an epoch.
         sgd_momentum: momentum of SGD.
         wd: weight decay.
         frequency_save: a checkpoint, from which an interrupted training continues, is written after every epoch (0 or 1) or every k-th.
@@ -93,14 +92,17 @@ class TrainConfig:
         random_seed: seed of every random choice.
     """
 
+    REMOVED_KEYS: ClassVar = dict.fromkeys(
+        ("steplr_stepsize", "steplr_gamma"),
+        RemovedKey("use lr_scheduler: CosineAnnealingLR or constant"),
+    )
+
     model: str = "preactresnet18"
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 128
     client_optimizer: Literal["sgd", "adam"] = "sgd"
     lr: PositiveFloat = 0.01
-    lr_scheduler: Literal["CosineAnnealingLR", "StepLR", "constant"] = "CosineAnnealingLR"
-    steplr_stepsize: PositiveInt = 50
-    steplr_gamma: PositiveFloat = 0.1
+    lr_scheduler: Literal["CosineAnnealingLR", "constant"] = "CosineAnnealingLR"
     sgd_momentum: Fraction = 0.9
     wd: NonNegativeFloat = 5e-4
     frequency_save: NonNegativeInt = 0
@@ -144,12 +146,11 @@ class _YamlPath(ActionConfigFile):
     """`--yaml_path`: a config file, looked for as given and then relative to attack/."""
 
     def __call__(self, parser, cfg, value, option_string=None):
-        path, known = (
-            resolve_path(value, "--yaml_path"),
-            [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML],
-        )
-        content = read_yaml(path, [*known, *parser.passed_over])
-        if kept := {key: content[key] for key in content if key in known}:
+        path, old = resolve_path(value, "--yaml_path"), parser.old_keys
+        known = [action.dest for action in parser._actions if action.dest not in NOT_IN_YAML]
+        content = read_yaml(path, [*known, *parser.passed_over, *old.aliases, *old.removed])
+        today = old.in_file(content)
+        if kept := {key: today[key] for key in today if key in known}:
             super().__call__(
                 parser, cfg, str(path) if kept == content else yaml.safe_dump(kept), option_string
             )
@@ -176,6 +177,7 @@ def parse_config(
         argv: the command line without the program name; None means sys.argv[1:].
         classes: frozen dataclasses whose fields (together without repetition) are the flags. Keys in a class's
             PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for others. A flag of a bool may stand alone.
+            Earlier keys are in its ALIASES and REMOVED_KEYS (utils/old_keys.py).
         description: first lines of --help.
         defaults: values that replace the classes' own; keys that no class has are passed over.
 
@@ -185,12 +187,13 @@ def parse_config(
     """
     parser = _Parser(description=description, exit_on_error=True, allow_abbrev=False)
     parser.passed_over = frozenset().union(*(getattr(cls, "PASSED_OVER", ()) for cls in classes))
+    parser.old_keys = OldKeys(*classes)
     parser.add_argument(
         "--yaml_path",
         action=_YamlPath,
         help="YAML file with any of the keys below; flags win over it",
     )
-    switches = set()
+    switches = {f"--{alias}" for alias in parser.old_keys.aliases}
     for cls in classes:
         kinds = get_type_hints(cls)
         cls.__init__.__annotations__.update(
@@ -199,8 +202,12 @@ def parse_config(
         parser.add_class_arguments(cls)
         switches |= {f"--{key}" for key, kind in kinds.items() if kind is bool}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
-    parser.set_defaults({key: value for key, value in (defaults or {}).items() if key in known})
-    values = parser.parse_args(_switched(_yaml_first(argv), switches)).as_dict()
+    replaced = parser.old_keys.in_file(defaults or {}, of_record=True)
+    kept = {key: value for key, value in replaced.items() if key in known}
+    parser.parse_object(kept)  # a value that a key has no more is refused
+    parser.set_defaults(kept)
+    words = parser.old_keys.in_words(_switched(_yaml_first(argv), switches))
+    values = parser.parse_args(words).as_dict()
     return [
         cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init})
         for cls in classes
@@ -242,16 +249,11 @@ def _switched(words: Sequence[str], switches: set[str]) -> list[str]:
 def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
     """The value that `key` will have, read before the parser exists (used for keys that decide which keys exist)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    given = {}
-    for word, following in zip(words, words[1:] + [""]):
-        flag, equals, value = word.partition("=")
-        if flag in (f"--{key}", "--yaml_path"):
-            given[flag] = value if equals else following
-    if f"--{key}" in given:
-        return given[f"--{key}"]
-    if "--yaml_path" in given:
+    if (given := last_value(words, key)) is not None:
+        return given
+    if file := last_value(words, "yaml_path"):
         with contextlib.suppress(UserError):  # said when the parser reads the file
-            return str(mapping(resolve_path(given["--yaml_path"], "--yaml_path")).get(key, default))
+            return str(mapping(resolve_path(file, "--yaml_path")).get(key, default))
     return default
 
 

@@ -66,10 +66,6 @@ def make_schedule(
     """The learning rate over epochs."""
     if config.lr_scheduler == "CosineAnnealingLR":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    if config.lr_scheduler == "StepLR":
-        return torch.optim.lr_scheduler.StepLR(
-            optimizer, config.steplr_stepsize, config.steplr_gamma
-        )
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
