@@ -26,18 +26,17 @@ from utils.config import (
     resolve_path,
 )
 from utils.cost import format_duration
-from utils.devices import pick_device, trains_in_bfloat16
+from utils.data_parallel import data_parallel
+from utils.devices import local_device, pick_device, trains_in_bfloat16
 from utils.images.data import DATASETS, Dataset, LabeledImages, load_dataset, stratified_split
 from utils.images.layouts import open_layout
 from utils.late import Tensor, torch
 from utils.processes import (
     broadcast,
-    in_step,
     leading_process,
-    own_device,
     rank,
-    size,
-    with_helpers,
+    run_in_workers,
+    world_size,
 )
 from utils.storage.checksums import of_tensors
 from utils.storage.lock import acquire
@@ -130,13 +129,13 @@ class DenoiserJob:
         """In this process, from the start."""
         from diffusion.training import Training
 
-        device = own_device(self.device)
+        device = local_device(self.device)
         amp = self.config.amp and trains_in_bfloat16(device)
         return Training(
-            self.config, self.images, self.flip, self.identity, device, amp, rank(), size()
+            self.config, self.images, self.flip, self.identity, device, amp, rank(), world_size()
         )
 
-    def help(self) -> None:
+    def run_in_worker(self) -> None:
         """In another process: the same steps, each with its share of every batch."""
         training = self.training()
         training.load(self.state)
@@ -147,7 +146,7 @@ class DenoiserJob:
 
 def connect(training: Training) -> None:
     """Let a training call its network together with other processes, and compiled where that pays."""
-    training.network = in_step(training.denoiser, training.device)
+    training.network = data_parallel(training.denoiser, training.device)
     if worth_compiling(training.config, training.denoiser):
         training.network = Compiled(training.network)
 
@@ -159,9 +158,9 @@ def train(data: DataConfig, config: DenoiserConfig) -> None:
         pick_device(config.device),
     )
     images = training_images(dataset, config.result_file)
-    if config.batch_size < size():
+    if config.batch_size < world_size():
         raise UserError(
-            f"batch_size: {config.batch_size} images cannot be shared by {size()} processes; start fewer"
+            f"batch_size: {config.batch_size} images cannot be shared by {world_size()} processes; start fewer"
         )
     job = DenoiserJob(config, images, dataset.info.flip, device, identity(data, config, images))
     training = job.training()
@@ -175,7 +174,7 @@ def train(data: DataConfig, config: DenoiserConfig) -> None:
         return
     training.resume()
     try:
-        with with_helpers(replace(job, state=training.state())):
+        with run_in_workers(replace(job, state=training.state())):
             connect(training)
             training.run(broadcast)
     except KeyboardInterrupt:

@@ -15,7 +15,8 @@ from tests.toys import FlatDenoiser, PatchReader
 from utils import processes
 from utils.compiled import ROWS
 from utils.config import UserError
-from utils.processes import leading_process, own_device, rank, with_helpers
+from utils.devices import local_device
+from utils.processes import leading_process, rank, run_in_workers
 
 
 class Scarce:
@@ -37,7 +38,7 @@ class Recipe:
     def prepared(self):
         if self.kind == "dies" and rank() > 0:
             return sys.exit  # called with a part, it ends the process
-        purifier = Purifier(FlatDenoiser(), CONFIG, 0, own_device(torch.device("cpu")))
+        purifier = Purifier(FlatDenoiser(), CONFIG, 0, local_device(torch.device("cpu")))
         rounds = Rounds(DATA, PatchReader(), purifier, 4)
         return Scarce(rounds) if self.kind == "scarce" and rank() > 0 else rounds
 
@@ -91,14 +92,14 @@ def test_a_lost_process_is_told_in_words(monkeypatch):
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "join", lambda: None)
+    monkeypatch.setattr(processes, "init_process_group", lambda: None)
     monkeypatch.setattr(processes, "broadcast", lost)
     with (
         pytest.raises(
             UserError,
             match="another process of this run has died .*Connection closed.*goes on from there",
         ),
-        with_helpers(None),
+        run_in_workers(None),
     ):
         pass
 
@@ -136,9 +137,9 @@ def test_blocks_hold_every_sample_once_and_waste_no_pass(monkeypatch, processes,
 
 
 def test_without_torchrun_there_is_no_crew():
-    assert processes.size() == 1
+    assert processes.world_size() == 1
     assert rank() == 0
-    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
+    assert local_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
     with leading_process() as leading:
         assert leading
     [block] = Workers(Recipe().prepared()).blocks([torch.tensor([3, 60])], Ending(4, {}))
@@ -147,11 +148,11 @@ def test_without_torchrun_there_is_no_crew():
 
 def test_a_mistake_of_this_program_is_no_lost_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "join", lambda: None)
+    monkeypatch.setattr(processes, "init_process_group", lambda: None)
     said = []
     monkeypatch.setattr(processes, "broadcast", said.append)
-    monkeypatch.setattr(processes, "leave", said.append)
-    with pytest.raises(RuntimeError, match="size of tensor a") as mistake, with_helpers("job"):
+    monkeypatch.setattr(processes, "abort", said.append)
+    with pytest.raises(RuntimeError, match="size of tensor a") as mistake, run_in_workers("job"):
         raise RuntimeError("The size of tensor a (2) must match the size of tensor b (3)")
     assert said == ["job", mistake.value]  # the others are let go before the program ends
 
@@ -159,5 +160,5 @@ def test_a_mistake_of_this_program_is_no_lost_process(monkeypatch):
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device(torch.device("cuda", 0)) == torch.device("cuda", 3)
-    assert own_device(torch.device("cpu")) == torch.device("cpu")
+    assert local_device(torch.device("cuda", 0)) == torch.device("cuda", 3)
+    assert local_device(torch.device("cpu")) == torch.device("cpu")

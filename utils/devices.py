@@ -6,7 +6,7 @@ import logging
 
 from utils.config import UserError
 from utils.late import torch
-from utils.processes import local_size, own_device
+from utils.processes import local_rank, local_world_size, world_size
 
 log = logging.getLogger("dataelixir")
 
@@ -29,12 +29,19 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device: '{name}' cannot be used ({str(error).splitlines()[0][:100]}); try auto, cpu or cuda"
         ) from None
-    if device.type == "cuda" and local_size() > torch.cuda.device_count():
+    if device.type == "cuda" and local_world_size() > torch.cuda.device_count():
         raise UserError(
-            f"torchrun: {local_size()} processes on this machine, which has {torch.cuda.device_count()} GPUs; "
+            f"torchrun: {local_world_size()} processes on this machine, which has {torch.cuda.device_count()} GPUs; "
             f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu"
         )
-    return own_device(device)
+    return local_device(device)
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: on a machine with several GPUs each process takes its own."""
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    return torch.device("cuda", local_rank())
 
 
 def mixed_precision(device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from defense.elixir.store import Block
 from utils.compiled import ROWS
 from utils.late import Tensor
 from utils.memory import Halving
-from utils.processes import broadcast, gathered, rank, size, with_helpers
+from utils.processes import broadcast, gather, rank, run_in_workers, world_size
 
 Work = Callable[[Tensor, Any], Block]  # (indices, ending) -> Block, as `Rounds`
 
@@ -29,10 +29,10 @@ class WorkPlan(Protocol):
 
 def split_into_blocks(index: Tensor, most: int) -> Sequence[Tensor]:
     """An index (B,) cut into parts of at most `most`, as equal as whole passes of ROWS can be, as many that no process waits for the others' last."""
-    unit = ROWS if most >= ROWS and len(index) >= ROWS * size() else 1
+    unit = ROWS if most >= ROWS and len(index) >= ROWS * world_size() else 1
     units, together = -(-len(index) // unit), most // unit
     count = -(-units // together)
-    count = min(units, count + -count % size())
+    count = min(units, count + -count % world_size())
     cuts = [unit * (units * part // count) for part in range(1, count)]
     return index.tensor_split(cuts) if len(index) else ()
 
@@ -45,19 +45,19 @@ class Workers:
 
     def blocks(self, parts: Sequence[Tensor], ends: Any) -> Iterator[Block]:
         """The blocks of these index tensors, in their order; called in process 0."""
-        for first in range(0, len(parts), size()):
-            turn = parts[first : first + size()]
-            if size() == 1:
+        for first in range(0, len(parts), world_size()):
+            turn = parts[first : first + world_size()]
+            if world_size() == 1:
                 yield from self._own(turn, ends)
                 continue
             broadcast((list(turn), ends))
-            for made in gathered(list(self._own(turn, ends))):
+            for made in gather(list(self._own(turn, ends))):
                 yield from made
 
     def help(self) -> None:
         """The other side of `blocks`, in the other processes."""
         while (message := broadcast()) is not None:
-            gathered(list(self._own(*message)))
+            gather(list(self._own(*message)))
 
     def _own(self, turn: Sequence[Tensor], ends: Any) -> Iterator[Block]:
         for part in turn[rank() : rank() + 1]:
@@ -70,7 +70,7 @@ class PurifyJob:
 
     plan: WorkPlan
 
-    def help(self) -> None:
+    def run_in_worker(self) -> None:
         """Make blocks until there are none left."""
         Workers(self.plan.prepared()).help()
 
@@ -82,5 +82,5 @@ def workers_for(plan: WorkPlan) -> Iterator[Workers]:
     Raises:
         UserError: another process has died.
     """
-    with with_helpers(PurifyJob(plan)):
+    with run_in_workers(PurifyJob(plan)):
         yield Workers(plan.prepared())

@@ -16,7 +16,7 @@ from utils.cost import format_duration, seconds
 from utils.images.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
 from utils.memory import Halving
-from utils.processes import size
+from utils.processes import world_size
 from utils.storage.record import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def vote_pace(model: Classifier, data: LabeledImages, amp: bool) -> float:
 def announced_pace(rounds: Rounds, least: int) -> float:
     """Seconds that an image takes, with all processes at work; said, with what follows from it, before a purification of `least` images or more."""
     purifier, data = rounds.purifier, rounds.data
-    pace = purifying_pace(purifier, rounds.victim, data) / size()
+    pace = purifying_pace(purifier, rounds.victim, data) / world_size()
     log.info(
         "purifying at T = %d: %d passes an image that is purified, %d images, %s, memory about %.1f GB",
         purifier.config.steps_T,

@@ -20,11 +20,12 @@ from tqdm import tqdm
 from utils.compiled import ROWS, filled
 from utils.config import TrainConfig, UserError
 from utils.cost import format_duration
+from utils.data_parallel import all_reduce_mean, data_parallel, local_rows
 from utils.devices import autocast
 from utils.images.augmentation import random_crop_flip
 from utils.images.data import LabeledImages, to_unit
 from utils.late import F, Tensor, inference_mode, nn, torch
-from utils.processes import averaged, broadcast, in_step, rank, share, size, with_helpers
+from utils.processes import broadcast, rank, run_in_workers, world_size
 from utils.randomness import global_stream, keyed_generator
 from utils.storage import checksums
 from utils.storage.record import replacing
@@ -80,11 +81,11 @@ class TrainingJob:
     data: LabeledImages
     state: dict[str, Any]
 
-    def help(self) -> None:
+    def run_in_worker(self) -> None:
         """Train epoch by epoch until there is none left."""
         trainer, device = Trainer(self.model, self.config, self.stage, self.flip), self.model.device
         trainer.load(self.state)
-        data, trainer.network = self.data.to(device), in_step(self.model, device)
+        data, trainer.network = self.data.to(device), data_parallel(self.model, device)
         while (epoch := broadcast()) is not None:
             trainer.one_epoch(data, epoch)
 
@@ -112,7 +113,11 @@ class Trainer:
         together: bool = True,
     ):
         self.model, self.config, self.stage, self.flip = model, config, stage, flip
-        self.checkpoint, self.network, self.together = checkpoint, model, together and size() > 1
+        self.checkpoint, self.network, self.together = (
+            checkpoint,
+            model,
+            together and world_size() > 1,
+        )
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(
@@ -130,14 +135,14 @@ class Trainer:
         self._resume()
         if not self.together:
             return self._lead(data, observer)
-        if min(self.config.batch_size, len(data)) < size():
+        if min(self.config.batch_size, len(data)) < world_size():
             raise UserError(
-                f"batch_size: {min(self.config.batch_size, len(data))} images cannot be shared by {size()} processes; start fewer"
+                f"batch_size: {min(self.config.batch_size, len(data))} images cannot be shared by {world_size()} processes; start fewer"
             )
-        with with_helpers(
+        with run_in_workers(
             TrainingJob(self.model, self.config, self.stage, self.flip, data, self.state())
         ):
-            self.network = in_step(self.model, self.model.device)
+            self.network = data_parallel(self.model, self.model.device)
             try:
                 return self._lead(data, observer)
             finally:
@@ -203,7 +208,7 @@ class Trainer:
             batch = batch.to(images.device, non_blocking=True)  # else a GPU would be waited for
             x, y = random_crop_flip(to_unit(images[batch]), self.flip, generator), labels[batch]
             if self.together:
-                x, y = share(x), share(y)
+                x, y = local_rows(x), local_rows(y)
             with autocast(images.device, self.config.amp):
                 loss = F.cross_entropy(
                     self.network(x.contiguous(memory_format=torch.channels_last)).float(), y
@@ -211,14 +216,14 @@ class Trainer:
             if (
                 self.together
             ):  # gradients are averaged over processes, the loss is to be over samples
-                loss = loss * (len(y) * size() / len(batch))
+                loss = loss * (len(y) * world_size() / len(batch))
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             total, count = total + loss.detach(), count + 1
         self.schedule.step()
-        return (averaged(total / count) if self.together else total / count).item()
+        return (all_reduce_mean(total / count) if self.together else total / count).item()
 
     def _batches(self, n: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Shuffled index batches; the incomplete last one is dropped unless it is the only one."""
