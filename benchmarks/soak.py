@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--on digits] [--runs 50] [--minutes 30] [--megabytes 1500] [--seed 0]
 
-`toy` is the small run of benchmarks/kills.py, `digits` that of config/badnet/digits.yaml with fewer epochs and rounds and a rule
+`toy` is the small run of tests/world.py, `digits` that of config/badnet/digits.yaml with fewer epochs and rounds and a rule
 that flags some class even so, such that every stage is run. Each record is killed up to three times at random moments, whatever it
 is doing, and then finished. Writes benchmarks/results/soak_<on>.json and .md after every run, so that it may be stopped; exit
 code 1 where a result differs or memory grows.
@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.kills import SIGNALS, World, differences, warm_up
+from benchmarks.kills import SIGNALS
 from benchmarks.runs import ROOT, write_results
+from tests.world import World, differences, warm_up
 
 SHORTENED = {
     "epochs": 3,
@@ -43,10 +44,10 @@ class Digits(World):
     """The digits run, shortened."""
 
     def __post_init__(self):
-        config = yaml.safe_load(
-            (ROOT / "config" / "badnet" / "digits.yaml").read_text(encoding="utf-8")
-        )
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config | SHORTENED))
+        self.place = self.folder
+        digits = (ROOT / "config" / "badnet" / "digits.yaml").read_text(encoding="utf-8")
+        shortened = yaml.safe_load(digits) | SHORTENED
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(shortened))
 
 
 def soaked(world: World, name: str, draw: random.Random, seconds: float, limit) -> dict:

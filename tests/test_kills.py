@@ -1,7 +1,6 @@
 """A run that is killed in every stage ends with the bytes of one that nobody disturbed; interrupted ones say how to go on."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -10,19 +9,47 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import STAGES, differences, killed_in_every_stage, repeated
-from tests.test_imports import ROOT
+from tests.world import differences, repeated
 from utils import command
+from utils.config import ROOT
+
+# What a run was about to publish when it was killed, in the order of the stages.
+MOMENTS = (
+    "truth.npz",
+    "victim.checkpoint.pt",
+    "block-00000024.npz",
+    "benign_stage1.safetensors",
+    "purified.npz",
+    "report.json",
+)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def dying_before(file, number):
+    """What makes a forked run send itself a signal instead of putting a complete `file` in its place, at most once."""
+    replace, told = os.replace, []
+
+    def replace_or_die(source, target):
+        if Path(target).name == file and not told:
+            told.append(file)
+            os.kill(os.getpid(), number)
+        replace(source, target)
+
+    return lambda: setattr(os, "replace", replace_or_die)
 
 
 def test_killed_in_every_stage_and_still_the_same(world):
-    row = killed_in_every_stage(world, "killed", random.Random(0), world.seconds)
-    assert row["exit_code"] == 0, world.said()
-    assert {kill["exit_code"] for kill in row["kills"]} <= {-signal.SIGKILL, 130, 143, 0}
-    assert len(row["kills"]) == len(STAGES)
+    for k, file in enumerate(MOMENTS):
+        number = SIGNALS[k % len(SIGNALS)]
+        code, _ = world.run("killed", limit=dying_before(file, number))
+        expected = -number if number == signal.SIGKILL else 128 + number
+        assert code == expected, world.said()
+        assert not (world.record("killed") / file).exists()
+    assert world.run("killed")[0] == 0, world.said()
     assert differences(world.record("whole"), world.record("killed")) == []
-    assert row["repeated"]["blocks"] <= 1
-    assert row["repeated"]["epochs"] <= 3
+    repeats = repeated(world.record("killed"))
+    assert 0 <= repeats["blocks"] <= 1
+    assert 0 <= repeats["epochs"] <= 3
     assert repeated(world.record("whole")) == {"blocks": 0, "epochs": 0}
 
 
@@ -43,11 +70,9 @@ def test_a_difference_would_be_found(world, tmp_path):
 def test_an_interrupted_run_ends_with_the_command_that_goes_on(world, number, code):
     found, _ = world.killed_in(f"told-{number.name}", "victim", 0.0, number)
     last = world.said().strip().splitlines()[-1]
-    assert (
-        found == code
-        and "the same command goes on from there: " in last
-        and "Traceback" not in world.said()
-    ), world.said()
+    assert found == code
+    assert "the same command goes on from there: " in last
+    assert "Traceback" not in world.said()
 
 
 SLOW = """

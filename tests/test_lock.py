@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from benchmarks.kills import differences
+from tests.world import differences
 from utils.command import UserError
 from utils.storage import lock
 
@@ -84,7 +84,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
 
 
 def test_two_runs_on_one_record_and_on_two_that_share_caches(world):
-    for file in (world.folder / "cache").glob("*"):
+    for file in (world.place / "cache").glob("*"):
         file.unlink()
     before, children = world.record("whole"), [world.start("a"), world.start("b")]
     while not (world.record("a") / "stages.json").exists():
@@ -99,6 +99,6 @@ def test_two_runs_on_one_record_and_on_two_that_share_caches(world):
     assert differences(before, world.record("a")) == differences(before, world.record("b")) == []
     assert not [
         path
-        for path in (world.folder / "cache").iterdir()
+        for path in (world.place / "cache").iterdir()
         if path.suffix != ".npz" or path.name.startswith(".")
     ]

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.kills import differences
+from tests.world import differences
 from utils.command import UserError
 from utils.storage import checksums, mending
 from utils.storage import record as module

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.kills import CLASSES, TRAIN, World
+from tests.world import CLASSES, TRAIN, World
 
 REPORT_KEYS = {"victim", "benign", "detection", "relabel", "target_labels", "rounds", "status"}
 

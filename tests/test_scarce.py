@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.kills import World, differences
+from tests.world import World, differences
 from defense.elixir.denoising_check import denoising_check, warn_if_noise
 from tests.toys import FlatDenoiser, random_images, toy_dataset
 from utils import command

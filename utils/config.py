@@ -48,6 +48,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
+# where results and caches lie: record/, or what the environment names (another disk, a test)
+RECORDS = Path(os.environ.get("DATAELIXIR_RECORD") or ROOT / "record").absolute()
 SCRIPTS = ROOT / "attack"
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what a tensor can hold
 NOT_IN_YAML = ("help", "yaml_path", "print_config")

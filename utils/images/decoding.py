@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils.config import ROOT, UserError
+from utils.config import RECORDS, UserError
 from utils.storage.files import replacing, shortened
 
 log = logging.getLogger("dataelixir")
-CACHE = ROOT / "record" / ".cache"
+CACHE = RECORDS / ".cache"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 OUTSIDE = "leads out of the data folder"
 MAX_PIXELS = 80_000_000  # a small file can unfold to more than memory holds

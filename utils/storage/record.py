@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from utils.config import ROOT, UserError, command_line
+from utils.config import RECORDS, ROOT, UserError, command_line
 from utils.late import torch
 from utils.storage import checksums, lock, mending
 from utils.storage.files import load_arrays, replacing, save_arrays, shortened, write_json
@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("dataelixir")
-RECORDS = ROOT / "record"
 # keys that may differ when a run is continued: they say how fast or where, not what
 RUNTIME_KEYS = (
     "device",
