@@ -28,8 +28,9 @@ from utils.config import (
 from utils.cost import format_duration
 from utils.data_parallel import data_parallel
 from utils.devices import local_device, pick_device, trains_in_bfloat16
-from utils.images.data import DATASETS, Dataset, LabeledImages, load_dataset, stratified_split
+from utils.images.data import DATASETS, Dataset, LabeledImages, load_dataset
 from utils.images.layouts import open_layout
+from utils.images.loaders import stratified_split
 from utils.late import Tensor, torch
 from utils.processes import (
     broadcast,

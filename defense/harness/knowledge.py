@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.config import UserError
-from utils.images.data import Dataset, LabeledImages, stratified_split
+from utils.images.data import Dataset, LabeledImages
+from utils.images.loaders import stratified_split
 from utils.late import Tensor, torch
 from utils.randomness import key_seed
 from utils.storage.record import Record, load_arrays

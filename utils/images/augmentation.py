@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from utils.late import F, Tensor, torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 PAD = 4
 
 
 def random_crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image of (B, C, H, W) shifted by up to PAD pixels over zeros, and mirrored with p = 1/2 if `flip`."""
+    """Each image of (B, C, H, W) shifted by up to PAD pixels over zeros, and half of them mirrored.
+
+    Args:
+        flip: without it, none is mirrored.
+    """
     b, _, h, w = x.shape
-    padded = F.pad(x, (PAD,) * 4)
-    top, left = torch.randint(0, 2 * PAD + 1, (2, b), generator=generator).to(
+    draw = lambda high, *shape: torch.randint(0, high, shape, generator=generator).to(
         x.device, non_blocking=True
     )
-    mirrored = (
-        torch.randint(0, 2, (b,), generator=generator).to(x.device, non_blocking=True).bool() & flip
-    )
+    padded = F.pad(x, (PAD,) * 4).permute(0, 2, 3, 1)
+    top, left = draw(2 * PAD + 1, 2, b)
+    mirrored = draw(2, b).bool() & flip
     rows = top[:, None] + torch.arange(h, device=x.device)
     columns = left[:, None] + torch.arange(w, device=x.device)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     index = torch.arange(b, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,8 +1,8 @@
 """Image files and arrays to uint8 (N, 3, H, W), decoded once and kept in `record/.cache/`.
 
-A file is read as a viewer shows it: turned as EXIF says, transparency over white, 16 bits scaled down, the first frame of
-an animation. What cannot be read so is a bad image, with a reason. Nothing a file holds is run, and no file outside
-the data folder is read through a link in it.
+A file is read as a viewer shows it: turned as EXIF says, transparency over white, 16 bits scaled
+down, the first frame of an animation. What cannot be read so is a bad image, with a reason. Nothing
+a file holds is run, and no file outside the data folder is read through a link in it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif
 OUTSIDE = "leads out of the data folder"
 MAX_PIXELS = 80_000_000  # a small file can unfold to more than memory holds
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I")
-SPLITS = frozenset(
-    ("train", "training", "val", "valid", "validation", "test", "testing")
-)  # names of parts, in lower case
+# names of the parts of a set, in lower case
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 RULES = 2  # to be raised when images are read differently, so that no cache from before is used
 STALE = 3600  # seconds after which a half-written file in the cache is nobody's
 
@@ -62,7 +61,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def open_with_kind(path: str | Path) -> tuple[Image.Image, bool]:
-    """An image file as a person sees it, in mode RGB, and whether the file holds levels of grey and no colours.
+    """An image file as a person sees it, in mode RGB, and whether it holds grey levels alone.
 
     Raises:
         BadImage: not an image, damaged, too large, or of pixels without a known scale.
@@ -77,7 +76,7 @@ def open_with_kind(path: str | Path) -> tuple[Image.Image, bool]:
             return as_rgb(ImageOps.exif_transpose(image)), image.mode in GREY
     except (BadImage, MemoryError):
         raise
-    except Exception as error:  # each of PIL's readers raises its own on a hostile file
+    except Exception as error:  # noqa: BLE001 - each of PIL's readers raises its own
         raise BadImage(_reason(error, path)) from None
 
 
@@ -130,9 +129,8 @@ def decode_files(files: Sequence[tuple[str, int]], size: int) -> np.ndarray:
     """
     found = decode_readable(files, size)
     for place, reason in found.bad.items():
-        raise UserError(
-            f"{files[place][0]}: not an image that can be read ({reason}); repair or remove it"
-        )
+        path = files[place][0]
+        raise UserError(f"{path}: not an image that can be read ({reason}); repair or remove it")
     return found.images
 
 
@@ -142,14 +140,14 @@ def decode_readable(
     """The images among (path, label) pairs, at `size`; decoded once, then read from the cache.
 
     Args:
-        root: what leads out of this folder, by a link or by its name, is a bad image; None lets it lead anywhere.
+        root: what leads out of this folder, by a link or by its name, is a bad image; None lets it
+            lead anywhere.
     """
-    strays = [place for place, (path, _) in enumerate(files) if root and leads_out(path, root)]
-    inside = np.array(sorted(set(range(len(files))) - set(strays)), np.int64)
-    found = _decode([files[place] for place in inside], size)
-    bad = {place: OUTSIDE for place in strays} | {
-        int(inside[k]): reason for k, reason in found.bad.items()
-    }
+    strays = [root is not None and leads_out(path, root) for path, _ in files]
+    inside = np.flatnonzero(~np.array(strays, bool))
+    found = _decode([files[place] for place in inside.tolist()], size)
+    bad = {place: OUTSIDE for place, stray in enumerate(strays) if stray}
+    bad |= {int(inside[k]): reason for k, reason in found.bad.items()}
     return Decoded(found.images, inside[found.kept], dict(sorted(bad.items())))
 
 
@@ -160,11 +158,12 @@ def leads_out(path: str | Path, root: Path) -> bool:
 
 def _decode(files: Sequence[tuple[str, int]], size: int) -> Decoded:
     cached = CACHE / f"{_fingerprint(files, size)}.npz"
-    with contextlib.suppress(Exception):  # missing or damaged: what can be made again is no error
-        with np.load(cached, allow_pickle=False) as content:
-            bad = dict(zip(content["bad"].tolist(), content["reasons"].tolist()))
-            return Decoded(content["images"], content["kept"], bad)
-    images, kept, bad = np.empty((len(files), 3, size, size), np.uint8), [], {}
+    # missing or damaged: what can be made again is no error
+    with contextlib.suppress(Exception), np.load(cached, allow_pickle=False) as content:
+        bad = dict(zip(content["bad"].tolist(), content["reasons"].tolist()))
+        return Decoded(content["images"], content["kept"], bad)
+    images, bad = np.empty((len(files), 3, size, size), np.uint8), {}
+    kept: list[int] = []
     for place, (path, _) in enumerate(files):
         try:
             images[len(kept)] = _decoded(path, size)
@@ -183,16 +182,10 @@ def _keep(cached: Path, found: Decoded) -> None:
         for path in CACHE.glob(".*.npz"):
             if path.stat().st_mtime < time.time() - STALE:
                 path.unlink(missing_ok=True)
-        with replacing(
-            cached, sync=False
-        ) as temporary:  # what a power cut spoils is noticed when it is read
-            np.savez(
-                temporary,
-                images=found.images,
-                kept=found.kept,
-                bad=np.array(list(found.bad), np.int64),
-                reasons=np.array(list(found.bad.values()), str),
-            )
+        bad, reasons = np.array(list(found.bad), np.int64), np.array(list(found.bad.values()), str)
+        # without sync: what a power cut spoils is noticed when it is read
+        with replacing(cached, sync=False) as temporary:
+            np.savez(temporary, images=found.images, kept=found.kept, bad=bad, reasons=reasons)
     except (OSError, UserError) as error:
         log.warning("decoded images are not kept for the next run: %s", shortened(error))
 
@@ -217,7 +210,10 @@ def _state(path: str) -> str:
 
 
 def files_by_class(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, label) of every image below folder/<class>/, in sorted order; what is hidden, or in a hidden folder, and other endings are passed over."""
+    """(path, label) of every image below folder/<class>/, in sorted order.
+
+    What is hidden, or in a hidden folder, and other endings are passed over.
+    """
     return [
         (str(path), label)
         for label, name in enumerate(classes)
@@ -233,23 +229,18 @@ def _is_hidden(path: Path) -> bool:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in `folder`, sorted; raises FileNotFoundError where there is no such folder."""
+    """Names of the folders in `folder`, sorted; FileNotFoundError where it is none itself."""
     if not folder.is_dir():
         raise FileNotFoundError(folder)
-    return tuple(
-        sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.is_dir() and not path.name.startswith(".")
-        )
-    )
+    folders = (path.name for path in folder.iterdir() if path.is_dir())
+    return tuple(sorted(name for name in folders if not name.startswith(".")))
 
 
 def are_splits(names: Sequence[str]) -> bool:
-    """Whether folders of these names are the parts of a set, such as train and val, and not its classes."""
+    """Whether folders of these names are parts of a set, such as train and val, and no classes."""
     return bool(names) and all(name.casefold() in SPLITS for name in names)
 
 
 def training_part(names: Sequence[str]) -> str:
-    """Of the names of parts, the one that a model is trained on; the first where none is called so."""
+    """Of the names of parts, the one a model is trained on; the first where none is called so."""
     return next((name for name in names if name.casefold().startswith("train")), names[0])

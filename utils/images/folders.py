@@ -1,4 +1,4 @@
-"""Image files of a data set that a person collected, or got from a stranger: every odd one is told of, in one list."""
+"""Image files of a data set that a person collected: every odd one is told of, in one list."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ def read_parts(
 
     Args:
         root: the data folder; nothing outside it is read.
-        classes: their names, to log what is readable but hardly meant: one picture in two classes, a class with hardly any image.
+        classes: their names, to log what is readable but hardly meant: one picture in two classes,
+            a class with hardly any image.
 
     Raises:
-        UserError: a file is no usable image, and `config.on_bad_image` is stop; all such files are logged.
+        UserError: a file is no usable image, and `config.on_bad_image` is stop; all such files are
+            logged.
     """
     found = [decode_readable(part, config.image_size, root) for part in parts]
-    bad = [
-        f"{part[place][0]}: {reason}"
-        for part, decoded in zip(parts, found)
-        for place, reason in decoded.bad.items()
-    ]
+    both = list(zip(parts, found))
+    bad = [f"{part[k][0]}: {reason}" for part, read in both for k, reason in read.bad.items()]
     _tell_bad(bad, sum(map(len, parts)), root)
     if bad and config.on_bad_image == "stop":
         raise UserError(
@@ -42,14 +41,16 @@ def read_parts(
         )
     if classes:
         _tell_oddities(parts, found, classes)
-    return [
-        (decoded.images, [part[place][1] for place in decoded.kept])
-        for part, decoded in zip(parts, found)
-    ]
+    return [(read.images, [part[place][1] for place in read.kept]) for part, read in both]
 
 
 def refuse_bad(bad: Sequence[str], total: int, root: Path) -> None:
-    """Log the files of a set of `total` that are no usable images ("path: reason"), and raise UserError where there are any."""
+    """Raises UserError where files of a set are no usable images, after logging all of them.
+
+    Args:
+        bad: "path: reason" of each.
+        total: files in the set.
+    """
     _tell_bad(bad, total, root)
     if bad:
         raise UserError(f"data: {_first_of(bad, root)}")
@@ -60,34 +61,32 @@ def _tell_bad(bad: Sequence[str], total: int, root: Path) -> None:
 
 
 def _first_of(bad: Sequence[str], root: Path) -> str:
-    return f"{len(bad)} image files in {root} cannot be used, the first is {bad[0]};\nrepair or remove what is listed above"
+    return (
+        f"{len(bad)} image files in {root} cannot be used, the first is {bad[0]};\n"
+        "repair or remove what is listed above"
+    )
 
 
 def refuse_unknown(test: Path, classes: Sequence[str]) -> None:
-    """Raises UserError where test/ has folders that are none of the `classes` of train/: their images would be left out."""
+    """Raises UserError where test/ has folders that train/ has not: they would be left out."""
     unknown = [name for name in class_folders(test) if name not in classes]
     if unknown:
+        first = f"{unknown[0]}/.{nearest(unknown[0], list(classes))}"
         raise UserError(
-            f"dataset_path: {test} has {len(unknown)} folders that train/ has not, the first is {unknown[0]}/.{nearest(unknown[0], list(classes))} "
-            "Rename them as in train/, or take them out"
+            f"dataset_path: {test} has {len(unknown)} folders that train/ has not, the first is "
+            f"{first} Rename them as in train/, or take them out"
         )
 
 
 def _tell_oddities(
     parts: Sequence[Files], found: Sequence[Decoded], classes: Sequence[str]
 ) -> None:
-    train, test = (
-        np.bincount([part[place][1] for place in decoded.kept], minlength=len(classes))
-        for part, decoded in zip(parts, found)
-    )
-    _tell(
-        "classes with hardly any training images",
-        [f"{name}: {n}" for name, n in zip(classes, train) if n < 2],
-    )
-    _tell(
-        "classes without a test image",
-        [name for name, n, tested in zip(classes, train, test) if n > 1 and not tested],
-    )
+    labels = ([part[place][1] for place in read.kept] for part, read in zip(parts, found))
+    train, test = (np.bincount(column, minlength=len(classes)) for column in labels)
+    few = [f"{name}: {n}" for name, n in zip(classes, train) if n < 2]
+    untested = [name for name, n, m in zip(classes, train, test) if n > 1 and not m]
+    _tell("classes with hardly any training images", few)
+    _tell("classes without a test image", untested)
     _tell("pictures that are in more than one class (kept in each)", _in_two_classes(parts, found))
 
 
@@ -97,9 +96,8 @@ def _in_two_classes(parts: Sequence[Files], found: Sequence[Decoded]) -> list[st
     for part, decoded in zip(parts, found):
         for image, place in zip(decoded.images, decoded.kept):
             path, label = part[place]
-            first = seen.setdefault(
-                hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest(), (path, label)
-            )
+            digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+            first = seen.setdefault(digest, (path, label))
             if first[1] != label:
                 twice.append(f"{path}: the same as {first[0]}")
     return twice
@@ -118,11 +116,8 @@ def gtsrb_test_files(table: Path, images: Path, classes: int) -> list[tuple[str,
         UserError: the table is damaged, or lists nothing that is there.
     """
     try:
-        rows = [
-            line.strip().split(";")
-            for line in table.read_text(encoding="utf-8").splitlines()[1:]
-            if line.strip()
-        ]
+        lines = table.read_text(encoding="utf-8").splitlines()[1:]
+        rows = [line.strip().split(";") for line in lines if line.strip()]
         files = [(str(images / row[0]), int(row[-1])) for row in rows if (images / row[0]).exists()]
     except ValueError as error:  # no number, no UTF-8, a zero byte in a name
         raise UserError(f"{table}: damaged ({str(error)[:80]}); download it again") from None
@@ -133,6 +128,7 @@ def gtsrb_test_files(table: Path, images: Path, classes: int) -> list[tuple[str,
     strange = [label for _, label in files if not 0 <= label < classes]
     if strange:
         raise UserError(
-            f"{table}: lists class {strange[0]}, but the training images have classes 0..{classes - 1}; download both again"
+            f"{table}: lists class {strange[0]}, but the training images have classes "
+            f"0..{classes - 1}; download both again"
         )
     return files

@@ -1,0 +1,127 @@
+"""The data sets this program knows, each read from its own files, with images resized."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.config import DataConfig, UserError
+from utils.images.decoding import are_splits, class_folders, files_by_class, resize_all
+from utils.images.folders import gtsrb_test_files, read_parts, refuse_unknown
+
+log = logging.getLogger("dataelixir")
+Part = tuple[np.ndarray, Sequence[int]]  # images uint8 (N, 3, S, S) and labels
+Splits = tuple[Part, Part, tuple[str, ...]]  # training set, test set, names of the classes
+
+
+def stratified_split(
+    labels: Sequence[int] | np.ndarray, fraction: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the kept and of the split-off part, `fraction` of every class, fixed by `seed`.
+
+    Either part has one sample of a class at least; a class's only sample is kept.
+    """
+    labels, parts = np.asarray(labels), []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = np.random.default_rng([seed, int(label)]).permutation(members)
+        parts.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    test = np.sort(np.concatenate(parts))
+    return np.setdiff1d(np.arange(len(labels)), test), test
+
+
+def load_digits(_: Path, config: DataConfig) -> Splits:
+    """The 1,797 digits of scikit-learn, a fifth of each class for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = resize_all(np.repeat(grey[..., None], 3, axis=-1), config.image_size)
+    train, test = stratified_split(digits.target, 0.2)
+    parts = [(images[part], digits.target[part]) for part in (train, test)]
+    return parts[0], parts[1], tuple("0123456789")
+
+
+def load_cifar(folder: Path, config: DataConfig) -> Splits:
+    """CIFAR-10 or CIFAR-100, as `config.dataset` says, in torchvision's layout."""
+    from torchvision import datasets
+
+    name = config.dataset
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    roots = [root for root in (folder, folder / name) if (root / cls.base_folder).is_dir()]
+    if not roots:
+        raise FileNotFoundError(folder)
+    try:
+        parts = [cls(str(roots[0]), train=train) for train in (True, False)]
+    except RuntimeError:
+        raise UserError(
+            f"{roots[0] / cls.base_folder}: files are missing or damaged (checksum); "
+            "delete the folder and run again to download it"
+        ) from None
+    train, test = ((resize_all(part.data, config.image_size), part.targets) for part in parts)
+    return train, test, tuple(parts[0].classes)
+
+
+def load_gtsrb(folder: Path, config: DataConfig) -> Splits:
+    """torchvision's layout with either archive of training images.
+
+    Training holds 26,640 of them, Final_Training/Images 39,209.
+    """
+    roots = [root for root in (folder, folder / "gtsrb") if (root / "GTSRB").is_dir()]
+    base = roots[0] / "GTSRB" if roots else folder / "GTSRB"
+    both = base / "Final_Training" / "Images", base / "Training"
+    archives = [path for path in both if path.is_dir()]
+    table = base.parent / "GT-final_test.csv"
+    if not archives or not table.exists():
+        raise FileNotFoundError(base)
+    classes = class_folders(archives[0])
+    files = (
+        files_by_class(archives[0], classes),
+        gtsrb_test_files(table, base / "Final_Test" / "Images", len(classes)),
+    )
+    train, test = read_parts(files, config, base)
+    log.info(
+        "gtsrb: %d training images from %s (full archives: Training 26,640, Final_Training 39,209)",
+        len(train[1]),
+        archives[0],
+    )
+    return train, test, classes
+
+
+def load_imagefolder(folder: Path, config: DataConfig) -> Splits:
+    """folder/train/<class>/* and folder/test/<class>/*, or folder/<class>/* to be split."""
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        classes = class_folders(folder / "train")
+        refuse_unknown(folder / "test", classes)
+        parts = [files_by_class(folder / part, classes) for part in ("train", "test")]
+    else:
+        classes = class_folders(folder)
+        if are_splits(classes):
+            raise UserError(
+                f"dataset_path: {folder} holds {'/, '.join(classes)}/, which are no classes; "
+                "name the two to be used train/ and test/, or give one of them"
+            )
+        files = files_by_class(folder, classes)
+        if not files:
+            raise FileNotFoundError(folder)
+        split = stratified_split([label for _, label in files], config.test_fraction)
+        parts = [[files[i] for i in part] for part in split]
+    if not parts[0] or not parts[1]:
+        raise FileNotFoundError(folder)
+    train, test = read_parts(parts, config, folder, classes)
+    return train, test, classes
+
+
+def download(name: str, folder: Path) -> None:
+    """Download the data set of that name into a folder, as torchvision does."""
+    from torchvision import datasets
+
+    if name == "gtsrb":
+        for split in ("train", "test"):
+            datasets.GTSRB(str(folder), split=split, download=True)
+    else:
+        cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        cls(str(folder), download=True)
