@@ -24,11 +24,11 @@ import numpy as np
 
 from defense import dataelixir
 from defense.elixir.config import DataElixirConfig
-from defense.elixir.power import COMPARABLE
 from defense.harness.evidence import write_evidence
 from defense.harness.forecast import classifier_lines, defense_lines
 from defense.harness.result import Result
-from defense.own_data.given import Given, as_labeled, class_names, fitting_denoiser, open_given
+from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
+from defense.own_data.in_memory import as_labeled, class_names
 from defense.own_data.output_folder import (
     CLEANED,
     SUMMARY,
@@ -99,7 +99,7 @@ class Cleaned:
 
 
 def clean(
-    data: Tensor | np.ndarray | torch.utils.images.data.Dataset,
+    data: Tensor | np.ndarray | torch.utils.data.Dataset,
     labels: Tensor | np.ndarray | Sequence[int] | None = None,
     *,
     config: DataElixirConfig,
@@ -148,17 +148,6 @@ def clean(
         result.purified.labels != given.labels
     )
     return Cleaned(result.purified, changed, result.discrepancy.targets, table, result)
-
-
-def refuse_few(labels: Tensor, count: int) -> None:
-    """Raises UserError where fewer than three of `count` classes have samples: an empty one says nothing of what is usual."""
-    present = len(labels.unique())
-    if present < COMPARABLE <= count:
-        raise UserError(
-            f"data: only {present} of the {count} classes have samples; DataElixir tells a target label by how far it lies from the "
-            "median class, which takes three or more that have some"
-        )
-    dataelixir.refuse_few_classes(present, "data")
 
 
 @contextlib.contextmanager
@@ -248,7 +237,6 @@ def lead(argv: Sequence[str] | None) -> None:
         )
     start_logging(None)
     given = open_given(order.data)
-    refuse_few(given.layout.labels, len(given.layout.classes))
     if order.out:
         refuse_overlap(given.path, Path(os.path.expanduser(order.out)))
     denoiser = fitting_denoiser(given, config.resolved(), order.resize)

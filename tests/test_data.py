@@ -17,10 +17,10 @@ from utils.images.data import (
     DATASETS,
     LabeledImages,
     load_dataset,
-    stratified_split,
     to_uint8,
     to_unit,
 )
+from utils.images.loaders import stratified_split
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +241,7 @@ def test_a_missing_set_lists_every_place_and_how_to_get_it(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "gtsrb"])
 def test_a_failed_download_tells_where_to_get_the_set(tmp_path, monkeypatch, name):
-    def unreachable(folder):
+    def unreachable(name, folder):
         raise OSError("network unreachable")
 
     monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], download=unreachable))

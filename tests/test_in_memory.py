@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.images.data import IterableDataset
+from torch.utils.data import IterableDataset
 
 from defense import purify
-from defense.own_data import given
+from defense.own_data import in_memory
 from tests.test_purify import CONFIG, POISONED
 from tests.toys import random_images
 from utils.config import UserError
@@ -37,7 +37,7 @@ def test_pictures_are_read_as_from_a_file(mode, tmp_path):
     )
     file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     picture.save(file)
-    first = given.as_labeled(pairs(picture), None).images[0].permute(1, 2, 0).numpy()
+    first = in_memory.as_labeled(pairs(picture), None).images[0].permute(1, 2, 0).numpy()
     assert np.array_equal(first, np.asarray(open_image(file)))
     assert mode != "RGBA" or (first[:4] == 255).all()
     assert mode != "I;16" or first.max() < 255 and len(np.unique(first)) > 20
@@ -51,8 +51,10 @@ def test_labels_are_integers_of_any_width(kind):
         tuple(LABELS.tolist()),
         list(LABELS),
     ):
-        assert torch.equal(given.as_labeled(IMAGES, labels).labels, LABELS)
-    drawn = given.as_labeled([(x, y) for x, y in zip(ARRAYS, LABELS.numpy().astype(kind))], None)
+        assert torch.equal(in_memory.as_labeled(IMAGES, labels).labels, LABELS)
+    drawn = in_memory.as_labeled(
+        [(x, y) for x, y in zip(ARRAYS, LABELS.numpy().astype(kind))], None
+    )
     assert torch.equal(drawn.labels, LABELS)
     assert torch.equal(drawn.images, IMAGES)
 
@@ -60,16 +62,16 @@ def test_labels_are_integers_of_any_width(kind):
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_floats_of_any_width_are_levels(kind):
     levels = (IMAGES.double() / 255).to(kind)
-    found = given.as_labeled(levels, LABELS).images
+    found = in_memory.as_labeled(levels, LABELS).images
     assert torch.equal(found, levels.double().mul(255).round().to(torch.uint8))
     assert kind in (torch.float16, torch.bfloat16) or torch.equal(found, IMAGES)
 
 
 def test_arrays_of_another_byte_order_and_of_more_digits_are_read():
     for kind in (">f4", np.longdouble):
-        assert torch.equal(given.as_labeled((ARRAYS / 255).astype(kind), LABELS).images, IMAGES)
+        assert torch.equal(in_memory.as_labeled((ARRAYS / 255).astype(kind), LABELS).images, IMAGES)
     for images in (list(IMAGES), list(ARRAYS), [Image.fromarray(x) for x in ARRAYS]):
-        assert torch.equal(given.as_labeled(images, LABELS).images, IMAGES)
+        assert torch.equal(in_memory.as_labeled(images, LABELS).images, IMAGES)
 
 
 class Endless(IterableDataset):
@@ -125,7 +127,7 @@ class Endless(IterableDataset):
 )
 def test_what_cannot_be_a_set_is_refused_in_words(data, labels, told):
     with pytest.raises(UserError, match=told):
-        given.as_labeled(data, labels)
+        in_memory.as_labeled(data, labels)
 
 
 def test_a_dataset_raises_its_own_errors():
@@ -134,7 +136,7 @@ def test_a_dataset_raises_its_own_errors():
             raise KeyError("its own")
 
     with pytest.raises(KeyError, match="its own"):
-        given.as_labeled(Broken([1]), None)
+        in_memory.as_labeled(Broken([1]), None)
 
 
 def test_the_classes_have_names(toy):

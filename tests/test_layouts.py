@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from defense.own_data.in_memory import as_labeled
 from tests.toys import random_images
-from utils.config import UserError
-from utils.images.cifar import ArrayPickler, load_arrays
-from utils.images.layouts import Outcome, free_name, open_layout
+from utils.config import DataConfig, UserError
+from utils.images import decoding
+from utils.images.cifar import read_pickle
+from utils.images.data import LabeledImages, load_dataset
+from utils.images.layout import Outcome
+from utils.images.layouts import free_name, open_layout
+from utils.storage.files import load_arrays, save_arrays
 
 N, SIDE = 6, 32
 
@@ -140,50 +146,57 @@ def test_arrays_keep_axes_label_values_and_everything_else(tmp_path, shape, valu
         assert not np.array_equal(found["images"][1], pixels[1])
 
 
-@pytest.fixture
-def cifar(tmp_path):
-    """Two small batches, in python 2's form, a test batch and the names."""
-    root, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+def cifar_folder(root, labels="labels", names="label_names"):
+    """Two small batches, a test batch and the names of the classes."""
+    rng = np.random.default_rng(0)
     root.mkdir()
     for k in (1, 2):
-        batch = {
-            b"batch_label": b"part",
-            b"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
-            b"labels": [0, 1, 2, 1],
-            b"filenames": [b"%d.png" % i for i in range(4)],
-        }
-        with open(root / f"data_batch_{k}", "wb") as file:
-            ArrayPickler(file, 2).dump(batch)
+        pixels = rng.integers(0, 256, (4, 3 * SIDE * SIDE), dtype=np.uint8)
+        batch = {b"batch_label": b"part", b"data": pixels, labels.encode(): [0, 1, 2, 1]}
+        (root / f"data_batch_{k}").write_bytes(pickle.dumps(batch, protocol=2))
     (root / "test_batch").write_bytes(b"left alone")
-    (root / "batches.meta").write_bytes(
-        pickle.dumps({"label_names": ["plane", "car", "bird"]}, protocol=2)
-    )
+    meta = {names: ["plane", "car", "bird"]} if names else {}
+    (root / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
     return root
 
 
-def test_cifar_is_read_and_only_the_changed_batch_is_written_anew(cifar, tmp_path):
+@pytest.fixture
+def cifar(tmp_path):
+    return cifar_folder(tmp_path / "cifar-10-batches-py")
+
+
+def test_cifar_is_read_and_written_as_one_file_of_arrays(cifar, tmp_path):
     before, layout, out = contents(cifar), open_layout(cifar), tmp_path / "out"
     assert layout.classes == ("plane", "car", "bird")
     assert layout.labels.tolist() == [0, 1, 2, 1] * 2
     assert layout.paths[5] == "data_batch_2#1"
+    pixels = [pickle.loads(before[f"data_batch_{k}"])[b"data"] for k in (1, 2)]
+    pixels = np.concatenate(pixels).reshape(-1, 3, SIDE, SIDE)
+    assert np.array_equal(layout.images(SIDE), pixels)
     out.mkdir()
     result = with_changes(layout, SIDE, {5: 2}, replaced=[5], dropped=[7])
     layout.write(out, result)
-    found = contents(out)
-    assert {name for name in before if found[name] != before[name]} == {"data_batch_2"}
     assert contents(cifar) == before
-    for encoding, key in (
-        ("bytes", str.encode),
-        ("latin1", str),
-    ):  # as CIFAR's page reads it, and as torchvision does
-        old, new = (
-            pickle.loads(files["data_batch_2"], encoding=encoding) for files in (before, found)
-        )
-        assert new[key("labels")] == [0, 2, 2]
-        assert new[key("filenames")] == old[key("filenames")][:3]
-        assert new[key("batch_label")] == key("part")
-        assert np.array_equal(new[key("data")][[0, 2]], old[key("data")][[0, 2]])
-        assert np.array_equal(new[key("data")][1].reshape(3, SIDE, SIDE), result.images[5])
+    assert list(contents(out)) == ["cifar-10-batches-py.npz"]
+    with np.load(out / "cifar-10-batches-py.npz", allow_pickle=False) as found:
+        assert found["names"].tolist() == ["plane", "car", "bird"]
+        assert found["labels"].tolist() == [0, 1, 2, 1, 0, 2, 2]
+        assert found["images"].shape == (7, SIDE, SIDE, 3)
+    again = open_layout(out / "cifar-10-batches-py.npz")
+    expected = torch.from_numpy(pixels.copy())
+    expected[5] = result.images[5]
+    assert torch.equal(again.images(SIDE), expected[:7])
+    assert again.labels.tolist() == [0, 1, 2, 1, 0, 2, 2]
+
+
+def test_cifar_100_has_fine_labels_and_names_are_numbers_where_there_are_none(tmp_path):
+    fine = open_layout(cifar_folder(tmp_path / "fine", "fine_labels", "fine_label_names"))
+    assert (fine.labels.tolist(), fine.classes) == ([0, 1, 2, 1] * 2, ("plane", "car", "bird"))
+    bare = open_layout(cifar_folder(tmp_path / "bare", names=None))
+    assert bare.classes == ("0", "1", "2")
+    bare.write(tmp_path, unchanged(bare, SIDE))
+    with np.load(tmp_path / "bare.npz") as found:
+        assert sorted(found.files) == ["images", "labels"]
 
 
 def test_links_out_of_a_cifar_folder_are_refused(cifar, tmp_path):
@@ -195,14 +208,32 @@ def test_links_out_of_a_cifar_folder_are_refused(cifar, tmp_path):
         open_layout(cifar)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+# As python 2 with the numpy of its time wrote CIFAR's files.
+OF_PYTHON_2 = (
+    b"\x80\x02}q\x00(U\x04dataq\x01cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\n"
+    b"q\x03K\x00\x85q\x04U\x01bq\x05\x87q\x06Rq\x07(K\x01K\x02K\x03\x86q\x08cnumpy\ndtype\n"
+    b"q\tX\x02\x00\x00\x00u1q\n\x89\x88\x87q\x0bRq\x0c(K\x03X\x01\x00\x00\x00|q\rNNNJ"
+    b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tq\x0eb\x89U\x06\x00\x01\x02\x03\x04\x05q\x0ftq"
+    b"\x10bU\x06labelsq\x11]q\x12(K\x01K\x02eU\x0bbatch_labelq\x13U\x04partq\x14u."
+)
+
+
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_files_of_python_2_are_read(tmp_path, core):
+    """numpy 2 calls its inner module _core; it may stand in a file that numpy 1 reads."""
+    (tmp_path / "batch").write_bytes(OF_PYTHON_2.replace(b"numpy.core.", b"numpy.%s." % core))
+    found = read_pickle(tmp_path / "batch")
+    assert found[b"data"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert found[b"labels"] == [1, 2]
+    assert found[b"batch_label"] == b"part"
+
+
+@pytest.mark.parametrize("protocol", range(6))
 def test_arrays_pickled_by_any_python_are_read(tmp_path, protocol):
-    (tmp_path / "batch").write_bytes(
-        pickle.dumps(
-            {b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}, protocol
-        )
-    )
-    assert load_arrays(tmp_path / "batch")[b"data"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    batch = {b"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, 2]}
+    (tmp_path / "batch").write_bytes(pickle.dumps(batch, protocol))
+    found = read_pickle(tmp_path / "batch")
+    assert found[b"data"].tolist() == batch[b"data"].tolist()
 
 
 class Evil:
@@ -227,8 +258,39 @@ class Evil:
 def test_a_pickle_that_names_anything_else_is_refused_and_not_run(tmp_path, make):
     (tmp_path / "batch").write_bytes(make(tmp_path / "mark"))
     with pytest.raises(UserError, match="batch is not read"):
-        load_arrays(tmp_path / "batch")
+        read_pickle(tmp_path / "batch")
     assert not (tmp_path / "mark").exists()
+
+
+def test_images_are_contiguous_and_the_same_bytes_wherever_they_come_from(
+    folder, tmp_path, monkeypatch
+):
+    """Fresh, resized, from the cache of decoded images, or read back from a .npz file."""
+    monkeypatch.setattr(decoding, "CACHE", tmp_path / "cache")
+    shutil.rmtree(folder / "eel")
+    for size in (12, 8):
+        keys = DataConfig("imagefolder", str(folder), image_size=size, test_fraction=0.4)
+        fresh, cached = (load_dataset(keys).train for _ in range(2))
+        layout = open_layout(folder).read(size)
+        save_arrays(tmp_path / "set.npz", images=fresh.images, labels=fresh.labels)
+        loaded = LabeledImages(**load_arrays(tmp_path / "set.npz"))
+        channels_last = fresh.images.to(memory_format=torch.channels_last)
+        save_arrays(tmp_path / "last.npz", images=channels_last, labels=fresh.labels)
+        others = [
+            cached,
+            loaded,
+            LabeledImages(channels_last, fresh.labels),
+            LabeledImages(**load_arrays(tmp_path / "last.npz")),
+            open_layout(tmp_path / "set.npz").read(size),
+            as_labeled(fresh.images.permute(0, 2, 3, 1), fresh.labels),
+            as_labeled(np.asfortranarray(fresh.images.numpy()), fresh.labels),
+        ]
+        for part in (fresh, layout, *others):
+            assert part.images.stride() == (3 * size * size, size * size, size, 1)
+        rows = [int((layout.images == image).flatten(1).all(1).nonzero()) for image in fresh.images]
+        assert layout.labels[rows].tolist() == fresh.labels.tolist()
+        for part in others:
+            assert part.images.numpy().tobytes() == fresh.images.numpy().tobytes()
 
 
 def test_what_is_no_set_is_told(tmp_path):

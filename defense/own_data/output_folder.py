@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.config import UserError
 from utils.images.data import LabeledImages
-from utils.images.layouts import Layout, Outcome
+from utils.images.layout import Layout, Outcome
 from utils.late import Tensor, torch
 from utils.page.source import Source
 from utils.storage import checksums, lock

@@ -110,7 +110,8 @@ def notes(
             f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled back to the size of "
             "their originals and are coarser than these; all others are untouched."
         )
-    left = getattr(given.layout, "left_out", [])
+    said += [given.layout.remark] if given.layout.remark and action != "report" else []
+    left = given.layout.left_out
     if left and action != "report":
         said.append(
             f"{len(left):,} files that are no images of a class were not taken over: {_some(left)}."
