@@ -45,7 +45,7 @@ from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages
 from utils.late import Tensor, torch
 from utils.processes import leading_process
-from utils.report import write_page
+from utils.page.record_page import write_page
 from utils.storage.checksums import of_tensors
 from utils.storage.files import printable, write_table
 from utils.storage.record import DATA_KEY, save_arrays, start_logging, write_json

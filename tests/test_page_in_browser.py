@@ -6,7 +6,7 @@ import pytest
 
 from tests.browser import Browser, find_browser
 from tests.test_report import NAMES, REPORT, K, write_record
-from utils import report
+from utils.page.record_page import write_page
 from utils.page.source import dig, number
 from utils.storage.record import write_json
 
@@ -26,7 +26,7 @@ def pages(tmp_path_factory):
     )
     write_record(base / "common", changed=100, n=200)
     write_record(base / "large", changed=10_500, n=11_000)
-    return {name: report.write_page(base / name) for name in ("common", "empty", "large")}
+    return {name: write_page(base / name) for name in ("common", "empty", "large")}
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from utils.config import (
 from utils.devices import pick_device
 from utils.images.data import Dataset, LabeledImages, TriggeredImages, load_dataset
 from utils.processes import leading_process
-from utils.report import write_page
+from utils.page.record_page import write_page
 from utils.storage.record import (
     DATA_KEY,
     RUNTIME_KEYS,

@@ -1,43 +1,65 @@
-"""The pictures of a record, drawn with matplotlib."""
+"""Charts and sheets of images, drawn with matplotlib: saved in a record, or embedded in its page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from utils.late import Tensor
-from utils.storage.record import replacing
+from utils.storage.files import replacing
 
-ACCENT, MUTED = "#c0392b", "#7f8c8d"
-
-
-def _save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+ACCENT, MUTED, BLUE = "#c0392b", "#7f8c8d", "#2c6fbb"
+PAGE_DPI = 150  # of an embedded picture, which is shown at half of that
+BINS = 24
+Target = Path | io.BytesIO  # where a picture goes, as PNG
 
 
-def _subplots(rows: int, columns: int, size: tuple[float, float]):
+def embedded(words: str, draw: Callable[..., None], *args: Any) -> Markup:
+    """An <img> that holds the picture which `draw` makes of `args`; `words` stand for it where it is not seen."""
+    buffer = io.BytesIO()
+    draw(buffer, *args)
+    png = buffer.getvalue()
+    width = int.from_bytes(png[16:20], "big") // 2
+    text = base64.b64encode(png).decode()
+    return Markup(
+        f'<img class="chart" width="{width}" alt="{escape(words)}" src="data:image/png;base64,{text}">'
+    )
+
+
+def _save(figure: Any, target: Target) -> None:
+    if isinstance(target, Path):
+        with replacing(target) as temporary:
+            figure.savefig(temporary, dpi=130, bbox_inches="tight")
+    else:
+        figure.savefig(target, format="png", dpi=PAGE_DPI, bbox_inches="tight")
+
+
+def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
+    """A figure of `rows` x `columns` plots, in inches, and its axes (rows, columns)."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a class may be called $\\frac{
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, squeeze=False)
+    names_as_they_are = {"text.parse_math": False}  # a class may be called $\\frac{
+    matplotlib.rcParams.update(names_as_they_are)
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def image_grid(
-    path: Path, rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str]
+    target: Target, rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str]
 ) -> None:
     """A sheet of uint8 images (3, H, W): one named row per entry, one captioned column per image."""
-    figure, axes = _subplots(
-        len(rows), len(columns), (1.1 * len(columns) + 1.2, 1.25 * len(rows) + 0.4)
-    )
+    width, height = 1.1 * len(columns) + 1.2, 1.25 * len(rows) + 0.4
+    figure, axes = _subplots(len(rows), len(columns), width, height)
     for line, (name, images) in zip(axes, rows):
         for cell, image in zip(line, images):
             cell.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -47,98 +69,98 @@ def image_grid(
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for cell, caption in zip(axes[0], columns):
         cell.set_title(caption, fontsize=7)
-    _save(figure, path)
+    _save(figure, target)
 
 
-def trigger_sheet(path: Path, clean: Tensor, triggered: Tensor, captions: Sequence[str]) -> None:
-    """Clean and triggered images uint8 (B, 3, H, W), and what differs around mid-grey, amplified by the printed factor.
+def trigger_sheet(
+    target: Target, clean: Tensor, triggered: Tensor, captions: Sequence[str]
+) -> None:
+    """Clean and triggered images uint8 (B, 3, H, W), and their difference around mid-grey, amplified.
 
-    The factor brings the changed pixels' 95th percentile to full contrast, so that a few strong pixels (a patch) do not
-    hide a faint pattern on the others; stronger ones are cut off.
+    The printed factor brings the changed pixels' 95th percentile to full contrast, so that a few strong pixels (a patch)
+    do not hide a faint pattern on the others; stronger ones are cut off.
     """
     difference = triggered.int() - clean.int()
     changed = difference.abs()[difference != 0].double()
     factor = max(1, round(127 / changed.quantile(0.95).item())) if len(changed) else 1
     residual = (difference * factor + 128).clamp(0, 255).byte()
-    image_grid(
-        path,
-        [("clean", clean), ("triggered", triggered), (f"residual x{factor}", residual)],
-        captions,
-    )
+    rows = [("clean", clean), ("triggered", triggered), (f"residual x{factor}", residual)]
+    image_grid(target, rows, captions)
 
 
 def target_label_chart(
-    path: Path,
+    target: Target,
     measures: dict[str, tuple[np.ndarray, float]],
     flagged: Sequence[int],
     classes: Sequence[str],
 ) -> None:
-    """What target labels were found by, {name: (values of every class, threshold)}, as bars, flagged ones coloured, thresholds as lines."""
-    figure, axes = _subplots(
-        len(measures), 1, (max(5, 0.28 * len(classes) + 2), 2.8 * len(measures) + 0.4)
-    )
+    """What target labels were found by: bars for each class, flagged ones coloured, thresholds as lines.
+
+    Args:
+        measures: {name: (values of every class, threshold)}; an infinite value is drawn as high as the plot.
+    """
+    width, height = max(5, 0.28 * len(classes) + 2), 2.8 * len(measures) + 0.4
+    figure, axes = _subplots(len(measures), 1, width, height)
+    colours = [ACCENT if k in flagged else MUTED for k in range(len(classes))]
     for axis, (name, (values, threshold)) in zip(axes[:, 0], measures.items()):
         finite = values[np.isfinite(values)]
         top = (finite.max() if len(finite) else 1.0) * 1.1 + 1e-3
-        axis.bar(
-            range(len(values)),
-            np.where(np.isfinite(values), values, top),
-            color=[ACCENT if k in flagged else MUTED for k in range(len(values))],
-        )
+        heights = np.where(np.isfinite(values), values, top)
+        axis.bar(range(len(values)), heights, color=colours[: len(values)])
         if np.isfinite(threshold):
-            axis.axhline(
-                threshold,
-                color="black",
-                linewidth=1,
-                linestyle="--",
-                label=f"threshold {threshold:.3g}",
-            )
+            label = f"threshold {threshold:.3g}"
+            axis.axhline(threshold, color="black", linewidth=1, linestyle="--", label=label)
             axis.legend(frameon=False, fontsize=8)
-        axis.set_xticks(
-            range(len(values)), classes, rotation=90 if len(values) > 12 else 0, fontsize=7
-        )
+        turn = 90 if len(values) > 12 else 0
+        axis.set_xticks(range(len(values)), classes, rotation=turn, fontsize=7)
         axis.set(ylabel=name)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set(
-        title="Target labels: " + (", ".join(classes[k] for k in flagged) or "none found")
-    )
+    found = ", ".join(classes[k] for k in flagged)
+    axes[0, 0].set(title=f"Target labels: {found or 'none found'}")
     axes[-1, 0].set(xlabel="class")
-    _save(figure, path)
+    figure.tight_layout()
+    _save(figure, target)
 
 
-def suspicion_chart(path: Path, score: np.ndarray, poison: np.ndarray, flagged: np.ndarray) -> None:
+def suspicion_chart(
+    target: Target, score: np.ndarray, poison: np.ndarray, flagged: np.ndarray
+) -> None:
     """How the suspicion (N,) of poisoned and of other samples is distributed, by rank, and how many of each were flagged."""
-    figure, axes = _subplots(1, 1, (5, 3.2))
-    axis, rank = (
-        axes[0, 0],
-        score.argsort(kind="stable").argsort(kind="stable") / max(1, len(score) - 1),
-    )
+    figure, axes = _subplots(1, 1, 5, 3.2)
+    axis = axes[0, 0]
+    rank = score.argsort(kind="stable").argsort(kind="stable") / max(1, len(score) - 1)
     for mask, colour, name in ((~poison, MUTED, "other"), (poison, ACCENT, "poisoned")):
         label = f"{name}: {int((flagged & mask).sum())} of {int(mask.sum())} flagged"
-        axis.hist(
-            rank[mask], np.linspace(0, 1, 41), color=colour, alpha=0.7, density=True, label=label
-        )
+        bins = np.linspace(0, 1, 41)
+        axis.hist(rank[mask], bins, color=colour, alpha=0.7, density=True, label=label)
     axis.set(xlabel="rank by suspicion (1 = most suspicious)", ylabel="density")
     axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    _save(figure, target)
 
 
-def training_curves(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """C-Acc and ASR over the epochs of every training stage, side by side."""
+def histograms(target: Target, measures: dict[str, np.ndarray]) -> None:
+    """How often values of each size occur, {name: values in [0, 1]}, side by side; nan is left out."""
+    figure, axes = _subplots(1, len(measures), 4.2 * len(measures), 2.6)
+    for axis, (name, values) in zip(axes[0], measures.items()):
+        known = values[np.isfinite(values)]
+        top = max(float(known.max(initial=0)), 1e-3)
+        axis.hist(known, BINS, range=(0, top), color=BLUE)
+        axis.set(xlabel=name, ylabel="samples")
+    figure.tight_layout()
+    _save(figure, target)
+
+
+def training_curves(target: Target, rows: Sequence[dict[str, str]]) -> None:
+    """C-Acc and ASR over the epochs of every training stage, side by side, from the rows of metrics.csv."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    figure, axes = _subplots(1, max(1, len(stages)), (3.2 * max(1, len(stages)), 2.8))
+    figure, axes = _subplots(1, max(1, len(stages)), 3.2 * max(1, len(stages)), 2.8)
     for axis, stage in zip(axes[0], stages):
         own = [row for row in rows if row["stage"] == stage]
-        for key, colour, name in (("c_acc", "#2c6fbb", "C-Acc"), ("asr", ACCENT, "ASR")):
-            points = [(int(row["epoch"]), float(row[key])) for row in own if row[key]]
+        for key, colour, name in (("c_acc", BLUE, "C-Acc"), ("asr", ACCENT, "ASR")):
+            points = [(int(row["epoch"]), float(row[key])) for row in own if row.get(key)]
+            marker = "." if len(points) < 3 else None
             axis.plot(
-                *zip(*points) if points else ([], []),
-                color=colour,
-                label=name,
-                marker="." if len(points) < 3 else None,
+                *zip(*points) if points else ([], []), color=colour, label=name, marker=marker
             )
         axis.set(title=stage, xlabel="epoch", ylim=(-0.02, 1.02))
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    _save(figure, target)

@@ -14,15 +14,11 @@ import numpy as np
 import yaml
 
 from utils.config import UserError
+from utils.storage.files import shortened
 
 INHERITED = ("poisoned.npz", "truth.npz")
-WORDS = (
-    "verdict",
-    "reason",
-    "path",
-    "given_class",
-    "new_class",
-)  # columns of decisions.csv that hold no numbers
+# columns of decisions.csv that hold no numbers
+WORDS = ("verdict", "reason", "path", "given_class", "new_class")
 
 
 @dataclass(frozen=True)
@@ -51,15 +47,20 @@ class Source:
         return content if isinstance(content, dict) else {}
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        """A .npz file's arrays, read without unpickling; None where there is none."""
+        """A .npz file's arrays, read without unpickling; None where there is none.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self.find(name)
+        if path is None:
+            return None
         try:
-            with np.load(path, allow_pickle=False) if path else _Nothing() as content:
+            with np.load(path, allow_pickle=False) as content:
                 return {key: content[key] for key in content.files} or None
-        except Exception as error:  # zipfile, numpy and the file system each raise their own
-            raise UserError(
-                f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); run again what made it"
-            ) from None
+        except Exception as error:  # noqa: BLE001  zipfile, numpy and the system each raise their own
+            reason = shortened(error)
+            raise UserError(f"{path}: cannot be read ({reason}); run again what made it") from None
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """A .csv file's rows, none where there is no such file."""
@@ -68,6 +69,12 @@ class Source:
             return []
         with open(path, newline="", encoding="utf-8") as source:
             return list(csv.DictReader(source))
+
+    @property
+    def victim_rows(self) -> list[dict[str, str]]:
+        """Rows of metrics.csv of the victim's training, where that lies in the record above."""
+        rows = Source(self.above).rows("metrics.csv") if self.above else []
+        return [row for row in rows if row["stage"] == "victim"]
 
     @cached_property
     def report(self) -> dict[str, Any]:
@@ -78,9 +85,8 @@ class Source:
         """
         content = self.json("report.json") or self.json("summary.json")
         if not content:
-            raise UserError(
-                f"{self.folder}: holds no report.json; give the folder of a finished run"
-            )
+            wanted = "give the folder of a finished run"
+            raise UserError(f"{self.folder}: holds no report.json; {wanted}")
         return content
 
     @cached_property
@@ -89,12 +95,10 @@ class Source:
 
         What a defence does not tell is filled in: labels that stay, no round, and KEPT, FLAGGED or REMOVED for a verdict.
         """
-        rows = self.rows("decisions.csv")
-        column = lambda key: [row[key] for row in rows]
-        table = {
-            key: np.array(column(key)) if key in WORDS else _numbers(column(key))
-            for key in (rows[0] if rows else ())
-        }
+        rows, table = self.rows("decisions.csv"), {}
+        for key in rows[0] if rows else ():
+            cells = [row[key] for row in rows]
+            table[key] = np.array(cells) if key in WORDS else _numbers(cells)
         return _completed(table) if "given_label" in table else table
 
     @cached_property
@@ -108,43 +112,22 @@ class Source:
     def classes(self) -> dict[str, Any]:
         """names, and where they were kept discrepancy, inflow, their scores, evidence (per class) and thresholds."""
         kept = self.json("classes.json")
-        labels = [
-            self.decisions[key].max(initial=0)
-            for key in ("given_label", "new_label")
-            if key in self.decisions
-        ]
-        return (
-            kept
-            if kept.get("names")
-            else {"names": [str(k) for k in range(int(max(labels, default=-1)) + 1)]}
-        )
+        if kept.get("names"):
+            return kept
+        columns = [self.decisions.get(key, np.zeros(0)) for key in ("given_label", "new_label")]
+        most = max(column.max(initial=-1) for column in columns)
+        return {"names": [str(k) for k in range(int(most) + 1)]}
 
 
 def _completed(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     given = table["given_label"]
     kept, flagged = (
-        table.get(key, np.full_like(given, default))
-        for key, default in (("kept", 1), ("flagged", 0))
+        table.get("kept", np.ones_like(given)),
+        table.get("flagged", np.zeros_like(given)),
     )
     verdict = np.where(kept == 0, "REMOVED", np.where(flagged == 1, "FLAGGED", "KEPT"))
-    return {
-        "new_label": given,
-        "round": np.full_like(given, -1),
-        "kept": kept,
-        "verdict": verdict,
-    } | table
-
-
-class _Nothing:
-    """Stands for a .npz file that is not there."""
-
-    files: tuple = ()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
+    told = {"new_label": given, "round": np.full_like(given, -1), "kept": kept, "verdict": verdict}
+    return told | table
 
 
 def _numbers(cells: Sequence[str]) -> np.ndarray:
