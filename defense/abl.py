@@ -16,31 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from jsonargparse.typing import OpenUnitInterval as OpenFraction
-from jsonargparse.typing import PositiveFloat, PositiveInt
-
-from defense.harness.baseline import BaselineConfig, Recipe
-from defense.harness.result import Result
-from utils.classifier.models import build_classifier, save_classifier
-from utils.classifier.training import Epoch, Observer, batched, make_optimizer
-from utils.config import UserError
-from utils.devices import autocast
-from utils.images.data import Dataset, LabeledImages, to_unit
-from utils.late import F, Tensor, torch
-from utils.randomness import global_stream, keyed_generator
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = ()
-BatchLoss = Callable[[Tensor], Tensor]  # cross-entropies (B,) -> the number to minimise
+from defense.harness.command import main
+from defense.harness.defense import Defense
+from utils.config import OpenFraction, PositiveFloat, PositiveInt, UserError
 
 
 @dataclass(frozen=True)
-class Config(BaselineConfig):
+class AntiBackdoorLearning(Defense):
     """Anti-backdoor learning.
 
     Args:
@@ -59,121 +43,129 @@ class Config(BaselineConfig):
     unlearn_epochs: PositiveInt = 20
     unlearn_lr: PositiveFloat | None = None
 
-    def shares(self) -> tuple[int, int]:
+    def epoch_counts(self) -> tuple[int, int]:
         """Epochs of isolation and of tuning."""
         part = lambda given, share: given or max(1, round(share * self.epochs))
         return part(self.isolation_epochs, 0.2), part(self.tuning_epochs, 0.6)
 
+    def defend(self, data, victim, run):
+        """Isolate what is learned first, train on the rest, unlearn what was isolated; the victim is not used."""
+        import torch
 
-def flooding(gamma: float) -> BatchLoss:
-    """The batch's mean loss, mirrored at gamma."""
+        from defense.harness.result import Result
+
+        with run.record.stage("isolation"):
+            model, losses = isolate(data, run)
+        count = max(2, round(self.isolated_share * len(data)))
+        isolated = torch.zeros(len(data), dtype=torch.bool)
+        isolated[losses.argsort(stable=True)[:count]] = True
+        tuned = run.train("tuning", data[~isolated], model, epochs=self.epoch_counts()[1])
+        with run.record.stage("unlearning"):
+            phase = Phase(
+                "unlearning", self.unlearn_epochs, self.unlearn_lr or self.lr / 100, ascent
+            )
+            phase.train(tuned, data[isolated], run)
+            run.keep(tuned)
+        return Result(tuned, flagged=isolated, score=-losses)
+
+
+def flooding(gamma: float):
+    """A loss: the mean of a batch's cross-entropies (B,), mirrored at gamma."""
     return lambda losses: (losses.mean() - gamma).abs() + gamma
 
 
-def ascent(losses: Tensor) -> Tensor:
-    """The loss to be increased."""
+def ascent(losses):
+    """A loss that is the less the higher a batch's cross-entropies (B,) are."""
     return -losses.mean()
 
 
-def train_plainly(
-    model: Classifier,
-    data: LabeledImages,
-    recipe: Recipe,
-    stage: str,
-    epochs: int,
-    lr: float,
-    loss: BatchLoss,
-) -> None:
-    """Train `model` in place with another loss, at a constant rate and without augmentation."""
-    config, observer, device = recipe.config, recipe.observer, model.device
-    optimizer = make_optimizer(model, config)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    images, labels, size = (
-        data.images.to(device),
-        data.labels.to(device),
-        min(config.batch_size, len(data)),
-    )
-    for epoch in range(epochs):
+@dataclass(frozen=True)
+class Phase:
+    """A training with another loss, at a constant rate and without augmentation.
+
+    Attributes:
+        stage: names its random stream.
+        loss: a batch's cross-entropies (B,) -> the number to minimise.
+    """
+
+    stage: str
+    epochs: int
+    lr: float
+    loss: Callable[[Any], Any]
+
+    def train(self, model, data, run) -> None:
+        """Train `model` in place.
+
+        Raises:
+            UserError: the loss is no number any more.
+        """
+        from utils.classifier.training import Epoch, make_optimizer
+
+        config, data = run.config, data.to(model.device)
+        optimizer = make_optimizer(model, config)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        for epoch in range(self.epochs):
+            loss = self.one_epoch(model, data, optimizer, config, epoch)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{self.stage}: the loss became {loss} in epoch {epoch + 1} at learning rate "
+                    f"{self.lr:g}; try a smaller one"
+                )
+            if run.observer:
+                run.observer(Epoch(self.stage, epoch + 1, self.lr, loss, model.eval()))
+        model.eval()
+
+    def one_epoch(self, model, data, optimizer, config, epoch: int) -> float:
+        """One pass over the data, in batches of equal size; returns the mean cross-entropy."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        from utils.devices import autocast
+        from utils.images.data import to_unit
+        from utils.randomness import global_stream, keyed_generator
+
+        device, size = model.device, min(config.batch_size, len(data))
+        key = (config.random_seed, self.stage, epoch)
         model.train()
-        order = torch.randperm(
-            len(data), generator=keyed_generator(config.random_seed, stage, epoch)
-        ).to(device)
-        total, batches = (
-            torch.zeros((), device=device),
-            order[: len(data) - len(data) % size].split(size),
-        )
-        with global_stream(
-            config.random_seed, stage, epoch, "model", device=device
-        ):  # as in Trainer
+        order = torch.randperm(len(data), generator=keyed_generator(*key)).to(device)
+        batches = order[: len(data) - len(data) % size].split(size)
+        total = torch.zeros((), device=device)
+        half = config.amp and device.type == "cpu"  # float16 would need loss scaling
+        with global_stream(*key, "model", device=device):  # as in Trainer
             for batch in batches:
-                with autocast(
-                    device, config.amp and device.type == "cpu"
-                ):  # float16 would need loss scaling
-                    losses = F.cross_entropy(
-                        model(to_unit(images[batch])).float(), labels[batch], reduction="none"
-                    )
+                with autocast(device, half):
+                    logits = model(to_unit(data.images[batch])).float()
+                    losses = cross_entropy(logits, data.labels[batch], reduction="none")
                 optimizer.zero_grad(set_to_none=True)
-                loss(losses).backward()
+                self.loss(losses).backward()
                 optimizer.step()
                 total += losses.detach().mean()
-        if not math.isfinite(total := total.item()):
-            raise UserError(
-                f"{stage}: the loss became {total} in epoch {epoch + 1} at learning rate {lr:g}; try a smaller one"
-            )
-        if observer:
-            observer(Epoch(stage, epoch + 1, lr, total / len(batches), model.eval()))
-    model.eval()
+        return total.item() / len(batches)
 
 
-def cross_entropies(model: Classifier, data: LabeledImages) -> Tensor:
+def cross_entropies(model, data):
     """The loss of each sample under its given label, float64 (N,)."""
+    from torch.nn.functional import cross_entropy
+
+    from utils.classifier.training import batched
+
     logits = batched(model, data.images, model.device).double()
-    return F.cross_entropy(logits, data.labels, reduction="none")
+    return cross_entropy(logits, data.labels, reduction="none")
 
 
-def isolate(data: LabeledImages, recipe: Recipe) -> tuple[Classifier, Tensor]:
+def isolate(data, run):
     """A model trained with a bounded loss, and every sample's cross-entropy (N,) under it."""
-    config, dataset = recipe.config, recipe.dataset
-    model = build_classifier(
-        config.model, dataset.num_classes, dataset.info, (config.random_seed, "isolation")
-    ).to(recipe.device)
-    train_plainly(
-        model, data, recipe, "isolation", config.shares()[0], config.lr, flooding(config.gamma)
+    from utils.classifier.models import build_classifier
+
+    config, dataset = run.config, run.dataset
+    key = (config.random_seed, "isolation")
+    model = build_classifier(config.model, dataset.num_classes, dataset.info, key).to(run.device)
+    Phase("isolation", config.epoch_counts()[0], config.lr, flooding(config.gamma)).train(
+        model, data, run
     )
     return model, cross_entropies(model, data)
 
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Isolate what is learned first, train on the rest, unlearn what was isolated; the victim is not used."""
-    recipe = Recipe(config, dataset, victim.device, record, observer)
-    with record.stage("isolation"):
-        model, losses = isolate(data, recipe)
-    isolated = torch.zeros(len(data), dtype=torch.bool)
-    isolated[losses.argsort(stable=True)[: max(2, round(config.isolated_share * len(data)))]] = True
-    tuned = recipe.train("tuning", data[~isolated], model, epochs=config.shares()[1])
-    with record.stage("unlearning"):
-        train_plainly(
-            tuned,
-            data[isolated],
-            recipe,
-            "unlearning",
-            config.unlearn_epochs,
-            config.unlearn_lr or config.lr / 100,
-            ascent,
-        )
-        save_classifier(tuned, record / "benign.safetensors")
-    return Result(tuned, flagged=isolated, score=-losses)
-
-
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("abl")

@@ -16,35 +16,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from jsonargparse.typing import OpenUnitInterval as OpenFraction
-from jsonargparse.typing import PositiveInt
 
-from defense.harness.baseline import (
-    BaselineConfig,
-    Findings,
-    Recipe,
-    drop_and_retrain,
-    numpy_seed,
-    victim_features,
-)
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.late import torch
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
+from defense.harness.command import main
+from defense.harness.defense import Detector, Findings
+from utils.config import OpenFraction, PositiveInt
 
 log = logging.getLogger("dataelixir")
-KNOWLEDGE = ()
 
 
 @dataclass(frozen=True)
-class Config(BaselineConfig):
+class ActivationClustering(Detector):
     """Activation clustering.
 
     Args:
@@ -54,6 +37,31 @@ class Config(BaselineConfig):
 
     components: PositiveInt = 10
     size_threshold: OpenFraction = 0.35
+
+    def inspect(self, data, victim, run):
+        return self.find_poison(run.features(victim, data), data.labels.numpy())
+
+    def find_poison(self, features: np.ndarray, labels: np.ndarray) -> Findings:
+        """Cluster each class and flag the small clusters; the score is the share of the class in the other cluster.
+
+        Args:
+            features: float (N, D).
+            labels: int (N,), given labels.
+        """
+        score, targets = np.zeros(len(labels)), []
+        for label in np.unique(labels):
+            own = np.flatnonzero(labels == label)
+            if len(own) < 2 or np.ptp(features[own], axis=0).max() == 0:
+                continue
+            seed = self.numpy_seed("activation_clustering", int(label))
+            cluster = split(features[own], self.components, seed)
+            share = cluster.mean()
+            score[own] = np.where(cluster == 1, 1 - share, share)
+            small = score[own].max() > 1 - self.size_threshold
+            targets += [int(label)] if small else []
+            sizes, mark = np.bincount(cluster, minlength=2), "  <- flagged" if small else ""
+            log.info("class %d: clusters of %d and %d%s", label, *sizes, mark)
+        return Findings(score > 1 - self.size_threshold, score, tuple(targets))
 
 
 def split(features: np.ndarray, components: int, seed: int) -> np.ndarray:
@@ -65,55 +73,5 @@ def split(features: np.ndarray, components: int, seed: int) -> np.ndarray:
     return KMeans(2, n_init=10, random_state=seed).fit_predict(reduced)
 
 
-def inspect(features: np.ndarray, labels: np.ndarray, config: Config) -> Findings:
-    """Cluster each class and flag the small clusters; the score is the share of the class that lies in the other cluster.
-
-    Args:
-        features: float (N, D).
-        labels: int (N,), given labels.
-    """
-    score, targets = np.zeros(len(labels)), []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        if len(own) < 2 or np.ptp(features[own], axis=0).max() == 0:
-            continue
-        cluster = split(
-            features[own],
-            config.components,
-            numpy_seed(config.random_seed, "activation_clustering", int(label)),
-        )
-        share = cluster.mean()
-        score[own] = np.where(cluster == 1, 1 - share, share)
-        small = score[own].max() > 1 - config.size_threshold
-        targets += [int(label)] if small else []
-        log.info(
-            "class %d: clusters of %d and %d%s",
-            label,
-            len(own) - cluster.sum(),
-            cluster.sum(),
-            "  <- flagged" if small else "",
-        )
-    flagged = torch.from_numpy(score > 1 - config.size_threshold)
-    return Findings(flagged, torch.from_numpy(score), tuple(targets))
-
-
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove small clusters, and train on the rest."""
-    with record.stage("inspect"):
-        found = inspect(victim_features(victim, data), data.labels.numpy(), config)
-    return drop_and_retrain(
-        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
-    )
-
-
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("activation_clustering")

@@ -11,7 +11,7 @@ As a script: defend an existing record again, with other keys (python defense/da
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from defense.elixir.target_label import Discrepancy
 from defense.elixir.verdict import UNKNOWN, Candidates, Verdict, filter_candidates, first_verdicts
 from defense.elixir.verdict_notes import verdict_notes
 from defense.elixir.workers import workers_for
+from defense.harness.defense import Defense
 from defense.harness.forecast import announced_pace, smallest
 from defense.harness.knowledge import DENOISER
 from defense.harness.result import Result
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dataelixir")
 KNOWLEDGE = (DENOISER,)
-Config = DataElixirConfig
 
 
 def check(config: DataElixirConfig, dataset: Dataset) -> None:
@@ -273,7 +273,23 @@ def clean_up(config: DataElixirConfig, record: Record) -> None:
         IntermediaryStore(record / "purify").discard()
 
 
+@dataclass(frozen=True)
+class DataElixir(DataElixirConfig, Defense):
+    """DataElixir: purification, decisions, benign model."""
+
+    KNOWLEDGE = KNOWLEDGE
+
+    def check(self, dataset):
+        check(self, dataset)
+
+    def defend(self, data, victim, run):
+        return defend(data, victim, self, run.dataset, run.record, run.observer)
+
+    def clean_up(self, record):
+        clean_up(self, record)
+
+
 if __name__ == "__main__":
-    from defense.harness.run import main
+    from defense.harness.command import main
 
     main("dataelixir")

@@ -8,38 +8,23 @@ Epochs, rate, schedule and augmentation are those that the victim was trained wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from defense.harness.baseline import CleanImagesConfig as Config
-from defense.harness.baseline import Recipe
-from defense.harness.knowledge import CLEAN_IMAGES, clean_images
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = (CLEAN_IMAGES,)
+from defense.harness.command import main
+from defense.harness.defense import ToldCleanImages
+from defense.harness.knowledge import clean_images
 
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Train a copy of the victim on clean images; `data` is not used again."""
-    clean = clean_images(dataset, config.clean_share, config.random_seed)
-    return Result(
-        Recipe(config, dataset, victim.device, record, observer).train("benign", clean, victim)
-    )
+@dataclass(frozen=True)
+class FineTuning(ToldCleanImages):
+    """Fine-tuning on clean images."""
+
+    def defend(self, data, victim, run):
+        from defense.harness.result import Result
+
+        clean = clean_images(run.dataset, self.clean_share, self.random_seed)
+        return Result(run.train("benign", clean, victim))
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("ft")

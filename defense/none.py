@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from defense.harness.baseline import BaselineConfig as Config
-from defense.harness.result import Result
-from utils.classifier.models import save_classifier
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = ()
+from defense.harness.command import main
+from defense.harness.defense import Defense
 
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Give back what came in."""
-    save_classifier(victim, record / "benign.safetensors")
-    return Result(victim, data)
+@dataclass(frozen=True)
+class NoDefense(Defense):
+    """The control without a defence."""
+
+    def defend(self, data, victim, run):
+        from defense.harness.result import Result
+
+        run.keep(victim)
+        return Result(victim, data)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("none")

@@ -5,41 +5,27 @@ What perfect relabelling reaches without purification; the trigger then stands f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from defense.harness.baseline import BaselineConfig as Config
-from defense.harness.baseline import Recipe
+from defense.harness.command import main
+from defense.harness.defense import Defense
 from defense.harness.knowledge import TRUTH, oracle_truth
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = (TRUTH,)
 
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Put back the labels that the record's truth names, and train on the result.
+@dataclass(frozen=True)
+class OracleRelabel(Defense):
+    """Relabelling by the truth of the record, which must hold one."""
 
-    Raises:
-        UserError: the record holds no truth.
-    """
-    relabelled = LabeledImages(data.images, oracle_truth(record).original_labels)
-    model = Recipe(config, dataset, victim.device, record, observer).train("benign", relabelled)
-    return Result(model, relabelled, flagged=relabelled.labels != data.labels)
+    KNOWLEDGE = (TRUTH,)
+
+    def defend(self, data, victim, run):
+        from defense.harness.result import Result
+        from utils.images.data import LabeledImages
+
+        relabelled = LabeledImages(data.images, oracle_truth(run.record).original_labels)
+        flagged = relabelled.labels != data.labels
+        return Result(run.train("benign", relabelled), relabelled, flagged=flagged)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("oracle_relabel")

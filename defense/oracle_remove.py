@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from defense.harness.baseline import BaselineConfig as Config
-from defense.harness.baseline import Findings, Recipe, drop_and_retrain
+from defense.harness.command import main
+from defense.harness.defense import Defense, Findings
 from defense.harness.knowledge import TRUTH, oracle_truth
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = (TRUTH,)
 
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove the poison that the record's truth names, and train on the rest.
+@dataclass(frozen=True)
+class OracleRemove(Defense):
+    """Removal of what the truth of the record, which must hold one, names."""
 
-    Raises:
-        UserError: the record holds no truth.
-    """
-    recipe = Recipe(config, dataset, victim.device, record, observer)
-    return drop_and_retrain(Findings(oracle_truth(record).poison), data, victim, recipe)
+    KNOWLEDGE = (TRUTH,)
+
+    def defend(self, data, victim, run):
+        return run.drop_and_retrain(Findings(oracle_truth(run.record).poison), data, victim)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("oracle_remove")

@@ -6,28 +6,14 @@ What this reaches, the other method owes to a smaller training set and not to wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from jsonargparse.typing import NonNegativeInt
-from jsonargparse.typing import OpenUnitInterval as OpenFraction
-
-from defense.harness.baseline import BaselineConfig, Findings, Recipe, drop_and_retrain
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.config import UserError
-from utils.images.data import Dataset, LabeledImages
-from utils.late import torch
-from utils.randomness import keyed_generator
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = ()
+from defense.harness.command import main
+from defense.harness.defense import Defense, Findings
+from utils.config import NonNegativeInt, OpenFraction, UserError
 
 
 @dataclass(frozen=True)
-class Config(BaselineConfig):
+class RandomRemove(Defense):
     """Removal of samples at random.
 
     Args:
@@ -38,34 +24,20 @@ class Config(BaselineConfig):
     remove_count: NonNegativeInt | None = None
     remove_share: OpenFraction = 0.1
 
+    def defend(self, data, victim, run):
+        import torch
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove that many samples at random, and train on the rest.
+        from utils.randomness import keyed_generator
 
-    Raises:
-        UserError: more are to be removed than there are.
-    """
-    n, count = len(data), config.remove_count
-    count = round(config.remove_share * n) if count is None else count
-    if count > n:
-        raise UserError(f"remove_count: {count}, but there are {n} training samples")
-    flagged = torch.zeros(n, dtype=torch.bool)
-    flagged[
-        torch.randperm(n, generator=keyed_generator(config.random_seed, "random_remove"))[:count]
-    ] = True
-    return drop_and_retrain(
-        Findings(flagged), data, victim, Recipe(config, dataset, victim.device, record, observer)
-    )
+        n, count = len(data), self.remove_count
+        count = round(self.remove_share * n) if count is None else count
+        if count > n:
+            raise UserError(f"remove_count: {count}, but there are {n} training samples")
+        order = torch.randperm(n, generator=keyed_generator(self.random_seed, "random_remove"))
+        flagged = torch.zeros(n, dtype=torch.bool)
+        flagged[order[:count]] = True
+        return run.drop_and_retrain(Findings(flagged), data, victim)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("random_remove")

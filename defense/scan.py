@@ -15,38 +15,35 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from jsonargparse.typing import PositiveFloat
 
-from defense.harness.baseline import (
-    CleanImagesConfig,
-    Findings,
-    Recipe,
-    drop_and_retrain,
-    numpy_seed,
-    victim_features,
-)
-from defense.harness.knowledge import CLEAN_IMAGES, clean_images
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.late import torch
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
+from defense.harness.command import main
+from defense.harness.defense import Detector, Findings, ToldCleanImages
+from defense.harness.knowledge import clean_images
+from utils.config import PositiveFloat
 
 log = logging.getLogger("dataelixir")
-KNOWLEDGE = (CLEAN_IMAGES,)
 ITERATIONS, TOLERANCE = 100, 1e-5
-FLOOR = 1e-6  # of the features' mean variance: what does not vary within classes of clean images has no scale of its own
+# of the features' mean variance: what does not vary within classes of clean images has no scale of its own
+FLOOR = 1e-6
 MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True)
-class Config(CleanImagesConfig):
+class Labeled:
+    """Features float (N, D) and labels int (N,) of some samples."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+    def of(self, label: int) -> np.ndarray:
+        """Features (n, D) of one class."""
+        return self.features[self.labels == label]
+
+
+@dataclass(frozen=True)
+class Scan(ToldCleanImages, Detector):
     """SCAn.
 
     Args:
@@ -54,6 +51,36 @@ class Config(CleanImagesConfig):
     """
 
     scan_threshold: PositiveFloat = 7.389
+
+    def inspect(self, data, victim, run):
+        clean = clean_images(run.dataset, self.clean_share, self.random_seed)
+        received, clean = (
+            Labeled(run.features(victim, part), part.labels.numpy()) for part in (data, clean)
+        )
+        return self.find_poison(received, clean)
+
+    def find_poison(self, received: Labeled, clean: Labeled) -> Findings:
+        """Split every class, and flag the suspect group of those that stand out."""
+        from scipy.linalg import eigh
+
+        centre, labels = clean.features.mean(0), received.labels
+        values, vectors = eigh(shared_variation(clean.features - centre, clean.labels))
+        whiten = lambda x: (x - centre) @ vectors / np.sqrt(values)
+        points = Labeled(whiten(received.features), labels)
+        clean_points = Labeled(whiten(clean.features), clean.labels)
+        classes = [int(label) for label in np.unique(labels) if (labels == label).sum() > 1]
+        seed = lambda label: self.numpy_seed("scan", label)
+        splits = [split_class(points.of(c), clean_points.of(c), seed(c)) for c in classes]
+        index = outlier_index(np.array([split.gain for split in splits]))
+        score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
+        targets = []
+        for label, split, outlier in zip(classes, splits, index):
+            out = outlier > self.scan_threshold
+            score[labels == label], flagged[labels == label] = split.score, split.fewer & out
+            targets += [label] if out else []
+            mark = "  <- flagged" if out else ""
+            log.info("class %d: J %.3f, outlier index %.2f%s", label, split.gain, outlier, mark)
+        return Findings(flagged, score, tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -129,77 +156,5 @@ def outlier_index(gains: np.ndarray) -> np.ndarray:
     return deviation / (MAD_TO_SIGMA * np.median(np.abs(deviation)) + 1e-12)
 
 
-def inspect(
-    received: LabeledImages,
-    clean: LabeledImages,
-    features: np.ndarray,
-    clean_features: np.ndarray,
-    config: Config,
-) -> Findings:
-    """Split every class, and flag the suspect group of those that stand out.
-
-    Args:
-        received, clean: N and M samples, of which labels are used.
-        features: float (N, D).
-        clean_features: float (M, D).
-    """
-    from scipy.linalg import eigh
-
-    centre, labels, clean_labels = (
-        clean_features.mean(0),
-        received.labels.numpy(),
-        clean.labels.numpy(),
-    )
-    values, vectors = eigh(shared_variation(clean_features - centre, clean_labels))
-    whiten = lambda x: (x - centre) @ vectors / np.sqrt(values)
-    points, clean_points = whiten(features), whiten(clean_features)
-    classes = [label for label in np.unique(labels) if (labels == label).sum() > 1]
-    splits = [
-        split_class(
-            points[labels == label],
-            clean_points[clean_labels == label],
-            numpy_seed(config.random_seed, "scan", int(label)),
-        )
-        for label in classes
-    ]
-    index = outlier_index(np.array([split.gain for split in splits]))
-    score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
-    for label, split, outlier in zip(classes, splits, index):
-        score[labels == label] = split.score
-        flagged[labels == label] = split.fewer & (outlier > config.scan_threshold)
-        log.info(
-            "class %d: J %.3f, outlier index %.2f%s",
-            label,
-            split.gain,
-            outlier,
-            "  <- flagged" if outlier > config.scan_threshold else "",
-        )
-    targets = tuple(
-        int(label) for label, outlier in zip(classes, index) if outlier > config.scan_threshold
-    )
-    return Findings(torch.from_numpy(flagged), torch.from_numpy(score), targets)
-
-
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove the group without clean images from contaminated classes, and train on the rest."""
-    with record.stage("inspect"):
-        clean = clean_images(dataset, config.clean_share, config.random_seed)
-        found = inspect(
-            data, clean, victim_features(victim, data), victim_features(victim, clean), config
-        )
-    return drop_and_retrain(
-        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
-    )
-
-
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("scan")

@@ -13,47 +13,40 @@ and at 10 % of all samples the budget is half of every class: the method was mad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
-from defense.harness.baseline import (
-    BaselineConfig,
-    Findings,
-    Recipe,
-    drop_and_retrain,
-    victim_features,
-)
+from defense.harness.command import main
+from defense.harness.defense import Detector, Findings
 from defense.harness.knowledge import POISON_RATE, poison_rate
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.late import torch
-from utils.storage.record import Record
+from utils.config import OpenFraction
 
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = (POISON_RATE,)
 MARGIN = 1.5  # of the poison, as published
 
 
 @dataclass(frozen=True)
-class Config(BaselineConfig):
+class Spectral(Detector):
     """Spectral signatures.
 
     Args:
-        budget: what is removed from each class: 1.5 times the number of poisoned samples in all, at most half of the class (rate; is told the poison rate), or class_share of it (share; is told nothing).
+        budget: what is removed from each class: 1.5 times the number of poisoned samples in all, at most half of the class
+            (rate; is told the poison rate), or class_share of it (share; is told nothing).
         class_share: share of every class that is removed under budget share.
     """
 
+    KNOWLEDGE = (POISON_RATE,)
     budget: Literal["rate", "share"] = "rate"
     class_share: OpenFraction = 0.15
 
     @property
     def knowledge(self) -> tuple[str, ...]:
-        return KNOWLEDGE if self.budget == "rate" else ()
+        return self.KNOWLEDGE if self.budget == "rate" else ()
+
+    def inspect(self, data, victim, run):
+        rate = poison_rate(run.record) if self.budget == "rate" else None
+        features = run.features(victim, data)
+        return find_poison(features, data.labels.numpy(), rate, self.class_share)
 
 
 def spectral_scores(features: np.ndarray) -> np.ndarray:
@@ -62,7 +55,7 @@ def spectral_scores(features: np.ndarray) -> np.ndarray:
     return (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
 
 
-def inspect(
+def find_poison(
     features: np.ndarray, labels: np.ndarray, poison_rate: float | None, class_share: float
 ) -> Findings:
     """Score every sample within its class and flag the highest scores of each class.
@@ -74,41 +67,17 @@ def inspect(
         class_share: in (0, 1).
     """
     score, flagged = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
-    told = round(
-        (poison_rate or 0) * len(labels)
-    )  # the whole number again: in floating point the product can fall short of it
+    # the whole number again: in floating point the product can fall short of it
+    told = round((poison_rate or 0) * len(labels))
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
         score[own] = spectral_scores(features[own])
-        budget = (
-            int(class_share * len(own))
-            if poison_rate is None
-            else min(int(MARGIN * told), len(own) // 2)
-        )
+        budget = min(int(MARGIN * told), len(own) // 2)
+        if poison_rate is None:
+            budget = int(class_share * len(own))
         flagged[own[np.argsort(-score[own], kind="stable")[:budget]]] = True
-    return Findings(torch.from_numpy(flagged), torch.from_numpy(score))
-
-
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove what stands out along each class's top direction, and train on the rest."""
-    rate = poison_rate(record) if config.budget == "rate" else None
-    with record.stage("inspect"):
-        found = inspect(
-            victim_features(victim, data), data.labels.numpy(), rate, config.class_share
-        )
-    return drop_and_retrain(
-        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
-    )
+    return Findings(flagged, score)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("spectral")

@@ -22,43 +22,30 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from defense.harness.baseline import (
-    BaselineConfig,
-    Findings,
-    Recipe,
-    drop_and_retrain,
-    numpy_seed,
-    victim_features,
-)
+from defense.harness.command import main
+from defense.harness.defense import Detector, Findings
 from defense.harness.knowledge import POISON_RATE, poison_rate
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.late import torch
-from utils.storage.record import Record
 
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = (POISON_RATE,)
 ALPHA, MARGIN = 4.0, 1.5  # as published
 DIMENSIONS = np.unique(np.round(np.linspace(1, 8, 8) ** 2)).astype(int)  # 1, 4, 9, ..., 64
-SMALL, MOST, MOST_OF_SMALL = (
-    500,
-    0.33,
-    0.1,
-)  # of a class can be taken for poison; less where it is small
+# the share of a class that can be taken for poison; less where the class is small
+SMALL, MOST, MOST_OF_SMALL = 500, 0.33, 0.1
 LEAST = 20  # samples of a class that is looked at
 FLOOR = 1e-6  # variance that every direction has at least, of the class's largest
 
 
 @dataclass(frozen=True)
-class Config(BaselineConfig):
+class Spectre(Detector):
     """SPECTRE; is told the poison rate."""
+
+    KNOWLEDGE = (POISON_RATE,)
+
+    def inspect(self, data, victim, run):
+        rate, seed = poison_rate(run.record), self.numpy_seed("spectre")
+        return find_poison(run.features(victim, data), data.labels.numpy(), rate, seed)
 
 
 @dataclass(frozen=True)
@@ -140,7 +127,9 @@ def filter_class(features: np.ndarray, expected: int, seed: int) -> Filtered:
     return best
 
 
-def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: float, seed: int) -> Findings:
+def find_poison(
+    features: np.ndarray, labels: np.ndarray, poison_rate: float, seed: int
+) -> Findings:
     """Filter every class, and flag in the one in which the removed samples stand out most.
 
     Args:
@@ -162,31 +151,8 @@ def inspect(features: np.ndarray, labels: np.ndarray, poison_rate: float, seed: 
     target = max(filtered, key=lambda label: filtered[label].stands_out, default=None)
     if target is not None:
         flagged[np.flatnonzero(labels == target)[filtered[target].removed]] = True
-    return Findings(
-        torch.from_numpy(flagged), torch.from_numpy(score), () if target is None else (target,)
-    )
-
-
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove what stands out in the most suspicious class, and train on the rest."""
-    with record.stage("inspect"):
-        seed = numpy_seed(config.random_seed, "spectre")
-        found = inspect(
-            victim_features(victim, data), data.labels.numpy(), poison_rate(record), seed
-        )
-    return drop_and_retrain(
-        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
-    )
+    return Findings(flagged, score, () if target is None else (target,))
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("spectre")

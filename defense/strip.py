@@ -13,32 +13,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from jsonargparse.typing import OpenUnitInterval as OpenFraction
-from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from defense.harness.baseline import CleanImagesConfig, Findings, Recipe, drop_and_retrain
-from defense.harness.knowledge import CLEAN_IMAGES, clean_images
-from defense.harness.result import Result
-from utils.classifier.training import EVAL_BATCH, Observer
-from utils.config import UserError
-from utils.devices import autocast
-from utils.images.data import Dataset, LabeledImages, to_unit
-from utils.late import Tensor, inference_mode, torch
-from utils.randomness import keyed_generator
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
+from defense.harness.command import main
+from defense.harness.defense import Detector, Findings, ToldCleanImages
+from defense.harness.knowledge import clean_images
+from utils.config import OpenFraction, PositiveInt, UserError
 
 log = logging.getLogger("dataelixir")
-KNOWLEDGE = (CLEAN_IMAGES,)
 
 
 @dataclass(frozen=True)
-class Config(CleanImagesConfig):
+class Strip(ToldCleanImages, Detector):
     """STRIP.
 
     Args:
@@ -51,85 +39,68 @@ class Config(CleanImagesConfig):
     overlay_mode: Literal["add", "mix"] = "add"
     false_alarms: OpenFraction = 0.1
 
+    def inspect(self, data, victim, run):
+        import torch
 
-@inference_mode
-def mean_entropies(
-    victim: Classifier, images: Tensor, overlays: Tensor, mean: Tensor, config: Config
-) -> Tensor:
-    """Mean entropy in nats, float64 (N,), of the victim's predictions on each image under each overlay.
+        clean = clean_images(run.dataset, self.clean_share, self.random_seed)
+        mean = torch.tensor(run.dataset.info.mean)
+        return self.find_poison(data.images, clean.images, victim, mean)
 
-    Args:
-        images: uint8 (N, 3, H, W).
-        overlays: uint8 (M, 3, H, W).
-        mean: (3,), which normalisation subtracts: adding normalised images is adding images less one mean.
-    """
-    over = to_unit(overlays.to(victim.device))
-    means = []
-    for part in tqdm(
-        images.split(max(1, EVAL_BATCH // len(overlays))), "strip", leave=False, disable=None
-    ):
-        x = to_unit(part.to(victim.device))[:, None]
-        both = (
-            (x + over) / 2
-            if config.overlay_mode == "mix"
-            else x + over - mean.to(over).view(3, 1, 1)
-        )
-        with autocast(victim.device, config.amp):
-            logits = victim(both.flatten(0, 1)).float()
-        entropy = torch.special.entr(logits.double().softmax(1)).sum(1)
-        means.append(entropy.view(len(part), -1).mean(1).cpu())
-    return torch.cat(means)
+    def find_poison(self, images, clean, victim, mean) -> Findings:
+        """Flag the images uint8 (N, 3, H, W) whose predictions vary less than most clean images' (M, 3, H, W) do.
 
+        Raises:
+            UserError: fewer than two clean images.
+        """
+        import torch
 
-def overlay_count(clean: int, config: Config) -> int:
-    """How many of so many clean images overlay; the others, half of them or more, calibrate."""
-    return min(config.overlays, clean // 2)
+        from utils.randomness import keyed_generator
 
+        n = len(clean)
+        if n < 2:
+            raise UserError(f"clean_share: {n} clean image is given; STRIP needs two or more")
+        clean = clean[torch.randperm(n, generator=keyed_generator(self.random_seed, "strip"))]
+        count = self.overlay_count(n)
+        calibration = self.mean_entropies(victim, clean[count:], clean[:count], mean)
+        threshold = calibration.quantile(self.false_alarms)
+        entropy = self.mean_entropies(victim, images, clean[:count], mean)
+        told = "%d overlays, entropy threshold %.4f nats from %d clean images"
+        log.info(told, count, threshold, len(calibration))
+        return Findings(entropy < threshold, -entropy)
 
-def inspect(
-    images: Tensor, clean: Tensor, victim: Classifier, mean: Tensor, config: Config
-) -> Findings:
-    """Flag the images uint8 (N, 3, H, W) whose predictions vary less than most clean images' (M, 3, H, W) do.
+    def overlay_count(self, clean: int) -> int:
+        """How many of so many clean images overlay; the others, half of them or more, calibrate."""
+        return min(self.overlays, clean // 2)
 
-    Raises:
-        UserError: fewer than two clean images.
-    """
-    if len(clean) < 2:
-        raise UserError(f"clean_share: {len(clean)} clean image is given; STRIP needs two or more")
-    clean = clean[
-        torch.randperm(len(clean), generator=keyed_generator(config.random_seed, "strip"))
-    ]
-    count = overlay_count(len(clean), config)
-    calibration = mean_entropies(victim, clean[count:], clean[:count], mean, config)
-    threshold = calibration.quantile(config.false_alarms)
-    entropy = mean_entropies(victim, images, clean[:count], mean, config)
-    log.info(
-        "%d overlays, entropy threshold %.4f nats from %d clean images",
-        count,
-        threshold,
-        len(calibration),
-    )
-    return Findings(entropy < threshold, -entropy)
+    def mean_entropies(self, victim, images, overlays, mean):
+        """Mean entropy in nats, float64 (N,), of the victim's predictions on each image under each overlay.
 
+        Args:
+            images: uint8 (N, 3, H, W).
+            overlays: uint8 (M, 3, H, W).
+            mean: (3,), which normalisation subtracts: adding normalised images is adding images less one mean.
+        """
+        import torch
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Remove images whose prediction survives overlays, and train on the rest."""
-    with record.stage("inspect"):
-        clean = clean_images(dataset, config.clean_share, config.random_seed)
-        found = inspect(data.images, clean.images, victim, torch.tensor(dataset.info.mean), config)
-    return drop_and_retrain(
-        found, data, victim, Recipe(config, dataset, victim.device, record, observer)
-    )
+        from utils.classifier.training import EVAL_BATCH
+        from utils.devices import autocast
+        from utils.images.data import to_unit
+
+        over, means = to_unit(overlays.to(victim.device)), []
+        parts = images.split(max(1, EVAL_BATCH // len(overlays)))
+        with torch.inference_mode():
+            for part in tqdm(parts, "strip", leave=False, disable=None):
+                x = to_unit(part.to(victim.device))[:, None]
+                if self.overlay_mode == "mix":
+                    both = (x + over) / 2
+                else:
+                    both = x + over - mean.to(over).view(3, 1, 1)
+                with autocast(victim.device, self.amp):
+                    logits = victim(both.flatten(0, 1)).float()
+                entropy = torch.special.entr(logits.double().softmax(1)).sum(1)
+                means.append(entropy.view(len(part), -1).mean(1).cpu())
+        return torch.cat(means)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("strip")

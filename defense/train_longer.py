@@ -6,25 +6,15 @@ What this reaches, DataElixir owes to the epochs that it spends and not to what 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from defense.elixir.config import DataElixirConfig
-from defense.harness.baseline import BaselineConfig, Recipe
-from defense.harness.result import Result
-from utils.classifier.training import Observer
-from utils.images.data import Dataset, LabeledImages
-from utils.storage.record import Record
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-KNOWLEDGE = ()
+from defense.harness.command import main
+from defense.harness.defense import Defense
+from utils.config import PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
-class Config(BaselineConfig):
+class TrainLonger(Defense):
     """DataElixir's two trainings, without its purification.
 
     Args:
@@ -35,25 +25,13 @@ class Config(BaselineConfig):
     ft_lr: PositiveFloat = DataElixirConfig.ft_lr
     ft_epochs: PositiveInt | None = None
 
+    def defend(self, data, victim, run):
+        from defense.harness.result import Result
 
-def defend(
-    data: LabeledImages,
-    victim: Classifier,
-    config: Config,
-    dataset: Dataset,
-    record: Record,
-    observer: Observer | None = None,
-) -> Result:
-    """Train twice on the set as it is."""
-    recipe = Recipe(config, dataset, victim.device, record, observer)
-    stage1 = recipe.train("benign_stage1", data)
-    model = recipe.train(
-        "benign", data, stage1, lr=config.ft_lr, epochs=config.ft_epochs or config.epochs
-    )
-    return Result(model, data, stage1=stage1)
+        stage1, epochs = run.train("benign_stage1", data), self.ft_epochs or self.epochs
+        model = run.train("benign", data, stage1, lr=self.ft_lr, epochs=epochs)
+        return Result(model, data, stage1=stage1)
 
 
 if __name__ == "__main__":
-    from defense.harness.run import main
-
     main("train_longer")

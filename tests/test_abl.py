@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from defense import abl
-from defense.abl import Config, ascent, cross_entropies, flooding, isolate, train_plainly
-from defense.harness.baseline import Recipe
+from defense.abl import AntiBackdoorLearning as Config
+from defense.abl import Phase, ascent, cross_entropies, flooding, isolate
+from defense.harness.defense_run import DefenseRun
 from tests.test_baselines import falling, weights_are
 from tests.toys import CLASSES, INFO, Dropping, random_images, toy_dataset, with_corner
 from utils.classifier.networks import Classifier
@@ -46,7 +46,11 @@ def hard_set_with_easy_poison(poison=24, others=136):
 
 
 def recipe(observer=None, **keys):
-    return Recipe(Config(**KEYS | keys), DATASET, torch.device("cpu"), Record("toy"), observer)
+    return run_of(Config(**KEYS | keys), observer)
+
+
+def run_of(config, observer=None):
+    return DefenseRun(config, DATASET, Record("toy"), torch.device("cpu"), observer)
 
 
 def test_the_losses_by_hand():
@@ -68,7 +72,7 @@ def test_what_is_learned_first_is_isolated():
 def test_ascent_unlearns():
     data, poisoned = hard_set_with_easy_poison()
     model, before = isolate(data, recipe(isolation_epochs=8, lr=0.01))
-    train_plainly(model, data[poisoned], recipe(), "unlearning", 10, 0.01, ascent)
+    Phase("unlearning", 10, 0.01, ascent).train(model, data[poisoned], recipe())
     assert before[poisoned].mean() < 0.5
     assert cross_entropies(model, data)[poisoned].mean() > before[poisoned].mean() + 1
 
@@ -80,21 +84,16 @@ def test_the_three_phases_and_what_they_see(monkeypatch):
         [],
         [],
     )
-    plainly = abl.train_plainly
+    plainly = Phase.train
     monkeypatch.setattr(
-        abl,
-        "train_plainly",
-        lambda model, data, *words: (
-            sizes.append((words[1], len(data), words[3])) or plainly(model, data, *words)
+        Phase,
+        "train",
+        lambda phase, model, data, run: (
+            sizes.append((phase.stage, len(data), phase.lr)) or plainly(phase, model, data, run)
         ),
     )
-    result = abl.defend(
-        data,
-        _Victim(),
-        config,
-        DATASET,
-        Record("toy"),
-        lambda epoch: stages.append(epoch.stage) or {},
+    result = config.defend(
+        data, _Victim(), run_of(config, lambda epoch: stages.append(epoch.stage) or {})
     )
     assert stages == ["isolation"] * 6 + ["tuning"] * 2 + ["unlearning"] * 3
     assert result.purified is None
@@ -111,16 +110,16 @@ class _Victim:
 def test_the_last_epoch_is_the_model_in_each_phase(monkeypatch):
     """Whatever the test set says, which is read best after the first epoch here."""
     data, _ = hard_set_with_easy_poison()
-    epochs, begun, plainly = {}, {}, abl.train_plainly
+    epochs, begun, plainly = {}, {}, Phase.train
 
-    def begin(model, data, recipe, stage, *words):
-        begun[stage] = copy.deepcopy(model)
-        plainly(model, data, recipe, stage, *words)
-        begun[f"after {stage}"] = copy.deepcopy(model)
+    def begin(phase, model, data, run):
+        begun[phase.stage] = copy.deepcopy(model)
+        plainly(phase, model, data, run)
+        begun[f"after {phase.stage}"] = copy.deepcopy(model)
 
-    monkeypatch.setattr(abl, "train_plainly", begin)
+    monkeypatch.setattr(Phase, "train", begin)
     config = Config(**KEYS, isolation_epochs=2, tuning_epochs=3, unlearn_epochs=2)
-    model = abl.defend(data, _Victim(), config, DATASET, Record("toy"), falling(epochs)).model
+    model = config.defend(data, _Victim(), run_of(config, falling(epochs))).model
     is_it = lambda model, stage: [weights_are(model, kept) for kept in epochs[stage]]
     assert (
         is_it(begun["after isolation"], "isolation") == is_it(model, "unlearning") == [False, True]
@@ -134,10 +133,8 @@ def test_a_backdoor_that_tuning_still_learns_is_gone_in_the_end():
     config = Config(
         **KEYS, isolation_epochs=6, isolated_share=0.1, tuning_epochs=8, unlearn_lr=0.001
     )
-    benign = abl.defend(data, _Victim(), config, DATASET, Record("toy")).model
-    tuned = Recipe(config, DATASET, torch.device("cpu"), Record("toy")).train(
-        "tuning", data
-    )  # from the record
+    benign = config.defend(data, _Victim(), run_of(config)).model
+    tuned = run_of(config).train("tuning", data)  # from the record
     asr = lambda model: (predict(model, fresh) == 0).double().mean()
     assert asr(tuned) > 0.9
     assert asr(benign) < 0.1
@@ -150,7 +147,7 @@ def test_a_model_with_dropout_is_the_same_again_and_the_global_stream_is_left_al
         torch.manual_seed(5)
         model = Classifier(Dropping(), 24, CLASSES, INFO)
         torch.manual_seed(before)  # a process that has drawn something else before
-        train_plainly(model, data, recipe(), "isolation", 2, 0.1, flooding(0.5))
+        Phase("isolation", 2, 0.1, flooding(0.5)).train(model, data, recipe())
         trained.append(model.state_dict())
         streams.append(torch.rand(3))
         torch.manual_seed(before)
@@ -165,9 +162,9 @@ def test_a_model_with_dropout_is_the_same_again_and_the_global_stream_is_left_al
 
 
 def test_a_fifth_and_three_fifths_of_the_victims_epochs():
-    assert Config(epochs=100).shares() == (20, 60)
-    assert Config(epochs=2).shares() == (1, 1)
-    assert Config(epochs=10, tuning_epochs=1).shares() == (2, 1)
+    assert Config(epochs=100).epoch_counts() == (20, 60)
+    assert Config(epochs=2).epoch_counts() == (1, 1)
+    assert Config(epochs=10, tuning_epochs=1).epoch_counts() == (2, 1)
 
 
 def test_the_plain_training_neither_crops_nor_mirrors(monkeypatch):
@@ -185,7 +182,7 @@ def test_the_plain_training_neither_crops_nor_mirrors(monkeypatch):
             seen.extend((x * 255).round().byte())
             return self.w.expand(len(x), -1)
 
-    train_plainly(Spy(), data, recipe(batch_size=4), "isolation", 1, 0.1, ascent)
+    Phase("isolation", 1, 0.1, ascent).train(Spy(), data, recipe(batch_size=4))
     assert sorted(x.numpy().tobytes() for x in seen) == sorted(
         x.numpy().tobytes() for x in data.images
     )

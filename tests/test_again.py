@@ -6,6 +6,7 @@ import pytest
 
 from attack.badnet import BadNet
 from attack.poisoning.run import main
+from defense.harness.command import read_order
 from defense.harness.run import defend_again
 from utils.config import UserError
 from utils.images.data import Dataset
@@ -35,7 +36,7 @@ def again(tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match="result_file: x has no victim yet; run the command that made it"
         ):
-            defend_again(name)
+            defend_again(read_order(name))
         return [
             record.Record(f"x/defense/{path.name}").config()
             for path in sorted((tmp_path / "x" / "defense").iterdir())
@@ -90,7 +91,7 @@ def test_other_images_than_the_record_was_made_from_are_refused(again, monkeypat
         UserError,
         match="dataset_path: the images or labels there are others than those that record x was made from",
     ):
-        defend_again("dataelixir")
+        defend_again(read_order("dataelixir"))
 
 
 def test_a_folder_of_other_keys_is_blamed_on_the_flag_that_names_it(again, tmp_path, monkeypatch):
@@ -107,5 +108,5 @@ def test_a_folder_of_other_keys_is_blamed_on_the_flag_that_names_it(again, tmp_p
     ):
         monkeypatch.setattr(sys, "argv", ["again", "--result_file", "x", "--run_name", *words])
         with pytest.raises(UserError, match=told) as refused:
-            defend_again("dataelixir")
+            defend_again(read_order("dataelixir"))
         assert "save_folder_name" not in str(refused.value)

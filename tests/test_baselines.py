@@ -1,6 +1,5 @@
 """Controls, repairs and what all baseline defences share, on toys whose truth is known."""
 
-import inspect
 from dataclasses import fields
 
 import pytest
@@ -9,18 +8,15 @@ import torch
 from attack.badnet import BadNet
 from attack.poisoning.poison import PoisonConfig
 from attack.poisoning.run import RunConfig
-from defense import dataelixir, purify_only
+from defense import dataelixir
+from defense.elixir import purifier
 from defense.elixir.purifier import Purifier
-from defense.harness.baseline import (
-    BaselineConfig,
-    Findings,
-    Recipe,
-    drop_and_retrain,
-    victim_features,
-)
-from defense.harness.run import find_defense, save_case
+from defense.harness.defense import Defense, Findings, find_defense
+from defense.harness.defense_run import DefenseRun
+from defense.harness.run import save_case
 from tests.test_knowledge import DEFENSES
 from tests.toys import CORNER, FlatDenoiser, PatchReader, poisoned_toy, random_images, toy_dataset
+from utils.classifier import training
 from utils.config import ROOT, DataConfig, TrainConfig, UserError, parse_config
 from utils.images.data import LabeledImages
 from utils.storage import record as record_module
@@ -58,7 +54,7 @@ class SpyTrainer:
 def world(tmp_path, monkeypatch):
     monkeypatch.setattr(record_module, "RECORDS", tmp_path)
     monkeypatch.setattr(
-        purify_only, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser()
+        purifier, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser()
     )
     SpyTrainer.seen = []
 
@@ -69,7 +65,7 @@ def spy(monkeypatch):
 
 
 def config_of(name, **changes):
-    config = find_defense(name).Config
+    config = find_defense(name)
     known = {f.name for f in fields(config)}
     return config(
         **{
@@ -88,13 +84,16 @@ def victim():
 def run(name, victim=victim, folder="toy", data=POISONED, **changes):
     """The result of a defence on the toy, whose truth lies in the record."""
     save_case(Record(folder), POISONED, TRUTH, TRIGGERED)
-    return find_defense(name).defend(
-        data, victim(), config_of(name, **changes), DATASET, Record(folder)
-    )
+    defense = config_of(name, **changes)
+    return defense.defend(data, victim(), run_of(defense, folder))
+
+
+def run_of(defense, folder="toy", observer=None):
+    return DefenseRun(defense, DATASET, Record(folder), torch.device("cpu"), observer)
 
 
 def small_net():
-    recipe = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("victim"))
+    recipe = run_of(Defense(**KEYS), "victim")
     return recipe.train("victim", POISONED)
 
 
@@ -112,35 +111,24 @@ def same(a, b):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_defence_has_one_shape_and_takes_the_shipped_config(name):
-    module = find_defense(name)
-    assert list(inspect.signature(module.defend).parameters) == [
-        "data",
-        "victim",
-        "config",
-        "dataset",
-        "record",
-        "observer",
-    ]
+    defense = find_defense(name)
     yaml_path = str(ROOT / "config" / "badnet" / "digits.yaml")
     *_, config, _ = parse_config(
-        ["--yaml_path", yaml_path], RunConfig, DataConfig, PoisonConfig, module.Config, BadNet
+        ["--yaml_path", yaml_path], RunConfig, DataConfig, PoisonConfig, defense, BadNet
     )
     assert (config.epochs, config.lr, config.batch_size) == (25, 0.05, 64)
-    assert module.clean_up(config, Record("empty")) is None
+    assert config.clean_up(Record("empty")) is None
 
 
 def test_keys_of_others_are_passed_over_in_a_file_and_nowhere_else(tmp_path):
     (tmp_path / "a.yaml").write_text("steps_T: 7\nepochs: 3\n")
     (tmp_path / "b.yaml").write_text("steps_T: 7\n")
     (tmp_path / "c.yaml").write_text("stepsT: 7\n")
-    assert parse_config(["--yaml_path", str(tmp_path / "a.yaml")], BaselineConfig)[0].epochs == 3
-    assert (
-        parse_config(["--yaml_path", str(tmp_path / "b.yaml")], BaselineConfig)[0]
-        == BaselineConfig()
-    )
+    assert parse_config(["--yaml_path", str(tmp_path / "a.yaml")], Defense)[0].epochs == 3
+    assert parse_config(["--yaml_path", str(tmp_path / "b.yaml")], Defense)[0] == Defense()
     for words, classes in (
-        (["--yaml_path", str(tmp_path / "c.yaml")], [BaselineConfig]),
-        (["--steps_T", "7"], [BaselineConfig]),
+        (["--yaml_path", str(tmp_path / "c.yaml")], [Defense]),
+        (["--steps_T", "7"], [Defense]),
         (["--yaml_path", str(tmp_path / "b.yaml")], [TrainConfig]),
     ):
         with pytest.raises(UserError, match="steps"):
@@ -148,7 +136,7 @@ def test_keys_of_others_are_passed_over_in_a_file_and_nowhere_else(tmp_path):
 
 
 def test_the_recipe_is_the_victims_and_a_model_is_made_once(spy):
-    recipe = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"))
+    recipe = run_of(Defense(**KEYS))
     start = small_net()
     first, second = recipe.train("benign", POISONED), recipe.train("benign", POISONED)
     assert [(stage, config) for stage, config, *_ in SpyTrainer.seen] == [
@@ -188,9 +176,7 @@ def weights_are(model, kept):
 def test_the_last_epoch_is_the_model():
     """Ports keep the epoch with the best accuracy on the test set."""
     epochs = {}
-    model = Recipe(
-        BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"), falling(epochs)
-    ).train("benign", POISONED)
+    model = run_of(Defense(**KEYS), observer=falling(epochs)).train("benign", POISONED)
     assert [weights_are(model, kept) for kept in epochs["benign"]] == [False, True]
 
 
@@ -203,7 +189,7 @@ def test_features_are_pooled_not_augmented_and_in_the_sets_order():
     state = {key: value.clone() for key, value in net.state_dict().items()}
     with torch.no_grad():
         expected = torch.cat([net.features(image[None] / 255) for image in data.images]).double()
-    found = victim_features(net, data)
+    found = DefenseRun.features(net, data)
     assert found.shape == (150, 128)
     assert found.dtype == "float64"
     assert torch.from_numpy(found).allclose(expected, rtol=1e-3, atol=1e-4)
@@ -212,12 +198,12 @@ def test_features_are_pooled_not_augmented_and_in_the_sets_order():
 
 
 def test_flagged_samples_are_dropped_and_the_rest_is_trained_on(spy):
-    recipe = Recipe(BaselineConfig(**KEYS), DATASET, torch.device("cpu"), Record("toy"))
-    result = drop_and_retrain(Findings(TRUTH.poison), POISONED, victim(), recipe)
+    recipe = run_of(Defense(**KEYS))
+    result = recipe.drop_and_retrain(Findings(TRUTH.poison), POISONED, victim())
     assert same(trained()["benign"][1], POISONED[~TRUTH.poison])
     assert torch.equal(result.keep, ~TRUTH.poison)
     nobody, reader = torch.zeros(N, dtype=torch.bool), victim()
-    assert drop_and_retrain(Findings(nobody), POISONED, reader, recipe).model is reader
+    assert recipe.drop_and_retrain(Findings(nobody), POISONED, reader).model is reader
     assert len(SpyTrainer.seen) == 1
 
 
@@ -279,14 +265,8 @@ def test_training_longer_has_as_many_epochs_as_dataelixir_at_the_same_rates(monk
     seen = {}
     for name in ("dataelixir", "train_longer"):
         observer = lambda epoch: seen.setdefault(name, []).append((epoch.number, epoch.lr)) or {}
-        find_defense(name).defend(
-            POISONED,
-            victim(),
-            config_of(name, ft_epochs=3, ft_lr=0.004),
-            DATASET,
-            Record(name),
-            observer,
-        )
+        defense = config_of(name, ft_epochs=3, ft_lr=0.004)
+        defense.defend(POISONED, victim(), run_of(defense, name, observer))
     assert seen["train_longer"] == seen["dataelixir"]
     assert len(seen["dataelixir"]) > 0
 
@@ -301,7 +281,7 @@ def test_purification_alone_cleans_images_and_leaves_labels(spy):
     assert result.unet_passes == N * 2 * 20
     assert result.flagged is None
     assert same(trained()["benign"][1], result.purified)
-    purify_only.clean_up(None, Record("toy"))
+    config_of("purify_only").clean_up(Record("toy"))
     assert not (Record("toy") / "purify").exists()
 
 
@@ -314,7 +294,7 @@ def test_purification_alone_is_the_last_state_of_dataelixirs(spy):
 
 
 def test_an_interrupted_purification_goes_on(spy, monkeypatch):
-    whole, calls, original = run("purify_only", folder="whole"), [], purify_only.predict
+    whole, calls, original = run("purify_only", folder="whole"), [], training.predict
 
     def stopped(*words):
         calls.append(1)
@@ -322,7 +302,7 @@ def test_an_interrupted_purification_goes_on(spy, monkeypatch):
             raise KeyboardInterrupt
         return original(*words)
 
-    monkeypatch.setattr(purify_only, "predict", stopped)
+    monkeypatch.setattr(training, "predict", stopped)
     with pytest.raises(KeyboardInterrupt):
         run("purify_only", folder="parts")
     assert same(run("purify_only", folder="parts").purified, whole.purified)
@@ -345,4 +325,4 @@ def test_fine_tuning_sees_clean_images_and_starts_from_the_victim(spy):
     assert model is result.model is not start
     assert all(torch.equal(before[key], value) for key, value in start.state_dict().items())
     assert result.purified is None
-    assert config.lr == BaselineConfig(**KEYS).lr
+    assert config.lr == Defense(**KEYS).lr

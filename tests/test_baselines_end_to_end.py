@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from defense.harness.baseline import BaselineConfig, Recipe
+from defense.harness.defense import Defense, find_defense
+from defense.harness.defense_run import DefenseRun
 from defense.harness.result import Result
-from defense.harness.run import find_defense, save_case
+from defense.harness.run import save_case
 from tests.toys import CLASSES, INFO, SIDE, flat_images
 from utils.classifier.metrics import Truth
 from utils.classifier.networks import Classifier
@@ -55,10 +56,9 @@ class World:
 
     def defend(self, name, **keys) -> Result:
         save_case(record := Record(name), self.data, self.truth, self.triggered)
-        module = find_defense(name)
-        return module.defend(
-            self.data, self.victim, module.Config(**KEYS | keys), self.dataset, record
-        )
+        defense = find_defense(name)(**KEYS | keys)
+        run = DefenseRun(defense, self.dataset, record, torch.device("cpu"))
+        return defense.defend(self.data, self.victim, run)
 
     def rates(self, flagged):
         """(TPR, FPR)."""
@@ -102,9 +102,8 @@ def world(tmp_path_factory):
         test_labels[index],
         index,
     )
-    victim = Recipe(BaselineConfig(**KEYS), dataset, torch.device("cpu"), Record("victim")).train(
-        "victim", data
-    )
+    run = DefenseRun(Defense(**KEYS), dataset, Record("victim"), torch.device("cpu"))
+    victim = run.train("victim", data)
     yield World(
         dataset, data, Truth(labels, poison, torch.zeros_like(poison), [0]), triggered, victim
     )

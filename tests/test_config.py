@@ -16,7 +16,7 @@ from attack.poisoning.poison import PoisonConfig
 from attack.poisoning.run import RunConfig
 from attack.poisoning.trigger import Trigger
 from defense.elixir.config import DataElixirConfig, PurifyConfig
-from defense.harness.run import AgainConfig
+from defense.harness.command import AgainConfig
 from diffusion.network import DenoiserConfig
 from utils import config as module
 from utils.config import (

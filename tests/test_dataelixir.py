@@ -331,7 +331,7 @@ def test_the_truth_changes_the_report_and_nothing_else(tmp_path, monkeypatch):
     )
     for name, truth in (("true", TRUTH), ("false", false)):
         use_denoiser(monkeypatch, FlatDenoiser())
-        run_defense(dataelixir, case(truth), CONFIG, Record(name))
+        run_defense(dataelixir.DataElixir(**vars(CONFIG)), case(truth), Record(name))
     for file in ("purified.npz", "votes.npz"):
         true, other = (np.load(tmp_path / name / file) for name in ("true", "false"))
         assert true.files == other.files

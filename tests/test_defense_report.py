@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defense.harness.run import Case, find_defense, run_defense, save_case
+from defense.harness.run import Case, run_defense, save_case
 from tests.test_baselines import (
     BASELINES,
     DATASET,
@@ -51,9 +51,8 @@ def report_of(name, truth=TRUTH, folder=None, victim=small_net, **changes):
     folder = folder or f"record-{name}"
     save_case(Record(folder), POISONED, truth, TRIGGERED)
     return run_defense(
-        find_defense(name),
-        Case("toy", POISONED, truth, TRIGGERED, DATASET, victim()),
         config_of(name, **changes),
+        Case("toy", POISONED, truth, TRIGGERED, DATASET, victim()),
         Record(folder),
     )
 
@@ -72,9 +71,7 @@ def test_every_report_has_the_same_keys_and_names_what_was_told(name):
     }
     assert set(report["suspicion"]) == {"auroc", "auprc", "tpr_at_fpr1"}
     assert set(report["relabel"]) == {"accuracy_on_poison", "label_accuracy", "collateral"}
-    assert report["knowledge"] == list(
-        getattr(config_of(name), "knowledge", find_defense(name).KNOWLEDGE)
-    )
+    assert report["knowledge"] == list(config_of(name).knowledge)
     assert report["benign"]["n_clean"] == 20
     rows = (
         list(csv.DictReader(open(Record(f"record-{name}") / "metrics.csv")))

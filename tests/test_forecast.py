@@ -9,7 +9,7 @@ from defense import strip
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.purifier import Purifier
 from defense.harness import forecast
-from defense.harness.run import find_defense
+from defense.harness.defense import find_defense
 from tests.toys import FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
 from utils.compiled import ROWS
 from utils.cost import format_duration
@@ -40,7 +40,7 @@ def a_second_for_each(monkeypatch):
 
 
 def lines(name, **keys):
-    config = find_defense(name).Config(**KEYS, **keys)
+    config = find_defense(name)(**KEYS, **keys)
     return forecast.defense_lines(name, DATA, None, config, DATASET, CPU)
 
 
@@ -96,7 +96,7 @@ def test_strip_is_told_with_its_inspection():
         )
         assert len(found) == 2
         assert found[1].startswith("strip: at most: preactresnet_small, 3 epochs")
-        assert strip.overlay_count(clean, strip.Config(overlays=overlays)) == count
+        assert strip.Strip(overlays=overlays).overlay_count(clean) == count
 
 
 def test_the_inspection_of_spectre_is_told_to_take_longer_than_is_counted():

@@ -1,12 +1,14 @@
 """What defences are told: each declares what it takes, and nobody else has a way to the truth."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
 from defense.harness import knowledge
+from defense.harness.defense import NO_DEFENSE, find_defense
 from defense.harness.knowledge import (
     CLEAN_IMAGES,
     DENOISER,
@@ -16,14 +18,16 @@ from defense.harness.knowledge import (
     oracle_truth,
     poison_rate,
 )
-from defense.harness.run import find_defense, save_case
+from defense.harness.run import save_case
 from tests.toys import poisoned_toy, toy_dataset
 from utils.config import UserError
 from utils.storage import record as record_module
 from utils.storage.record import Record
 
-FILES = sorted(Path(knowledge.__file__).parent.glob("*.py"))
-DEFENSES = [file.stem for file in FILES if "\ndef defend(" in file.read_text(encoding="utf-8")]
+FILES = sorted(Path(knowledge.__file__).parent.parent.rglob("*.py"))
+DEFENSES = sorted(
+    file.stem for file in FILES if file.parent.name == "defense" and file.stem not in NO_DEFENSE
+)
 ASKING = {
     "oracle_truth": TRUTH,
     "poison_rate": POISON_RATE,
@@ -52,13 +56,10 @@ def names_in(file):
 
 @pytest.mark.parametrize("name", DEFENSES)
 def test_a_defence_declares_exactly_what_it_asks_for(name):
-    module = find_defense(name)
-    asked = {
-        word for function, word in ASKING.items() if function in names_in(Path(module.__file__))
-    }
-    assert asked == set(module.KNOWLEDGE)
-    told = getattr(module.Config(), "knowledge", module.KNOWLEDGE)
-    assert [word.split(" (0")[0] for word in told] == list(module.KNOWLEDGE)
+    defense, file = find_defense(name), Path(inspect.getfile(find_defense(name)))
+    asked = {word for function, word in ASKING.items() if function in names_in(file)}
+    assert asked == set(defense.KNOWLEDGE)
+    assert [word.split(" (0")[0] for word in defense().knowledge] == list(defense.KNOWLEDGE)
 
 
 def test_only_oracles_can_reach_the_truth():

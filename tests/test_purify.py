@@ -15,7 +15,7 @@ from defense.elixir.config import DataElixirConfig
 from defense.elixir.power import in_words
 from defense.elixir.verdict import Verdict
 from defense.harness.evidence import confidence, reason
-from defense.harness.run import find_defense
+from defense.harness.defense import find_defense
 from defense.own_data import given
 from diffusion import train
 from tests.test_layouts import contents

@@ -10,7 +10,7 @@ import pytest
 from attack.poisoning.poison import PoisonConfig
 from attack.poisoning.trigger import Trigger
 from defense.elixir.config import DataElixirConfig, PurifyConfig
-from defense.harness.run import AgainConfig
+from defense.harness.command import AgainConfig
 from defense.purify import CleanConfig
 from diffusion.network import DenoiserConfig
 from tests.test_imports import ROOT

@@ -12,7 +12,7 @@ from utils.classifier.networks import Classifier
 from utils.config import UserError
 from utils.images.data import to_unit
 
-STRIP = strip.Config(device="cpu", amp=False, random_seed=3)
+STRIP = strip.Strip(device="cpu", amp=False, random_seed=3)
 
 
 class Holding(nn.Module):
@@ -43,12 +43,11 @@ def strip_images(n, seed, triggered=0):
 @pytest.mark.parametrize("mode", ["add", "mix"])
 def test_strip_finds_triggers_that_hold_and_loses_its_stated_share(mode):
     config = replace(STRIP, overlay_mode=mode, overlays=40)
-    found = strip.inspect(
+    found = config.find_poison(
         strip_images(400, seed=1, triggered=50),
         strip_images(300, seed=2),
         Holding(),
         torch.full((3,), 0.5),
-        config,
     )
     assert found.flagged[:50].all()
     assert found.score[:50].min() > found.score[50:].median()
@@ -60,9 +59,8 @@ def test_strip_finds_triggers_that_hold_and_loses_its_stated_share(mode):
 def test_strip_with_another_share_loses_that():
     images, clean = strip_images(600, seed=1), strip_images(900, seed=2)
     lost = [
-        strip.inspect(
-            images, clean, Holding(), torch.full((3,), 0.5), replace(STRIP, false_alarms=share)
-        )
+        replace(STRIP, false_alarms=share)
+        .find_poison(images, clean, Holding(), torch.full((3,), 0.5))
         .flagged.double()
         .mean()
         for share in (0.02, 0.5)
@@ -90,8 +88,8 @@ def test_overlays_are_added_to_normalised_images_or_mixed_with_them(mode, overla
         ).mean()
         for x in images
     ]
-    measured = strip.mean_entropies(
-        victim, images, overlays, torch.tensor(INFO.mean), replace(STRIP, overlay_mode=mode)
+    measured = replace(STRIP, overlay_mode=mode).mean_entropies(
+        victim, images, overlays, torch.tensor(INFO.mean)
     )
     assert measured.tolist() == pytest.approx([e.item() for e in expected], abs=1e-5)
 
@@ -100,9 +98,9 @@ def test_overlays_are_added_to_normalised_images_or_mixed_with_them(mode, overla
     ("clean", "overlays", "count"), [(300, 100, 100), (199, 100, 99), (3, 100, 1), (300, 7, 7)]
 )
 def test_at_most_half_of_the_clean_images_are_overlays(clean, overlays, count):
-    assert strip.overlay_count(clean, replace(STRIP, overlays=overlays)) == count
+    assert replace(STRIP, overlays=overlays).overlay_count(clean) == count
 
 
 def test_strip_needs_two_clean_images():
     with pytest.raises(UserError, match="clean_share"):
-        strip.inspect(strip_images(5, 0), strip_images(1, 1), Holding(), torch.zeros(3), STRIP)
+        STRIP.find_poison(strip_images(5, 0), strip_images(1, 1), Holding(), torch.zeros(3))

@@ -19,11 +19,11 @@ from attack.poisoning.poison import (
     trigger_test_set,
 )
 from attack.poisoning.trigger import FitContext, Trigger
+from defense.harness.defense import Defense, find_defense
 from defense.harness.forecast import classifier_lines
 from defense.harness.run import (
     Case,
     defense_costs,
-    find_defense,
     load_case,
     run_defense,
     save_case,
@@ -80,42 +80,42 @@ def main(trigger_class: type[Trigger], argv: Sequence[str] | None = None) -> Non
 
 def lead(trigger_class: type[Trigger], argv: Sequence[str] | None) -> None:
     """The stages in order."""
-    module = find_defense(peek(argv, "defense", RunConfig.defense))
-    run, data_config, poison, config, trigger = parse_config(
+    defense_class = find_defense(peek(argv, "defense", RunConfig.defense))
+    run, data_config, poison, defense, trigger = parse_config(
         argv,
         RunConfig,
         DataConfig,
         PoisonConfig,
-        module.Config,
+        defense_class,
         trigger_class,
         description=trigger_class.__doc__.split("\n")[0],
     )
     start_logging(None)
     dataset = load_dataset(data_config)
-    check_model(config.model, dataset)
+    check_model(defense.model, dataset)
     poison = replace(poison, attack=poison.attack or trigger.name)
     labels_to = label_map(trigger, poison, dataset.num_classes)
     if run.stop_after == "report":
-        module.check(config, dataset)
+        defense.check(dataset)
     export = Path(os.path.abspath(os.path.expanduser(run.export))) if run.export else None
     if export:
         refuse_occupied(export)
     if run.dry_run:
-        log.info("\n".join(costs(run, trigger, config, dataset)))
+        log.info("\n".join(costs(run, trigger, defense, dataset)))
         return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
     keys = as_flat_dict(
         replace(run, save_folder_name=record.name, stop_after="report", export=None, dry_run=False),
         data_config,
         poison,
-        config,
+        defense,
         trigger,
     )
     record.claim(
-        keys | {DATA_KEY: dataset.digest(), "passed_over": passed_over(argv, module.Config)}
+        keys | {DATA_KEY: dataset.digest(), "passed_over": passed_over(argv, defense_class)}
     )  # for the defences that the record is defended with later
     start_logging(record / "log.txt")
-    data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, config, dataset)
+    data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, defense, dataset)
     if export:
         export_images(export, data, truth, dataset.classes)
     if show_finished(record):
@@ -125,18 +125,18 @@ def lead(trigger_class: type[Trigger], argv: Sequence[str] | None) -> None:
     with record.stage("victim"):
         observer = EpochLog(record / "metrics.csv", dataset.test, triggered)
         victim = trained(
-            "victim", data, config, dataset, pick_device(config.device), record.path, observer
+            "victim", data, defense, dataset, pick_device(defense.device), record.path, observer
         )
     if run.stop_after == "victim":
         return
-    run_defense(module, Case(trigger.name, data, truth, triggered, dataset, victim), config, record)
+    run_defense(defense, Case(trigger.name, data, truth, triggered, dataset, victim), record)
 
 
-def costs(run: RunConfig, trigger: Trigger, config: TrainConfig, dataset: Dataset) -> list[str]:
+def costs(run: RunConfig, trigger: Trigger, defense: Defense, dataset: Dataset) -> list[str]:
     """Lines that say what the stages of a run would cost."""
     data, device, fits = (
         dataset.train,
-        pick_device(config.device),
+        pick_device(defense.device),
         getattr(trigger, "fit_images", None),
     )
     lines = [
@@ -149,10 +149,8 @@ def costs(run: RunConfig, trigger: Trigger, config: TrainConfig, dataset: Datase
         )
     ]
     if run.stop_after != "poison":
-        lines.append(classifier_lines("victim", data, config, dataset, device))
-    return lines + (
-        defense_costs(run.defense, data, config, dataset) if run.stop_after == "report" else []
-    )
+        lines.append(classifier_lines("victim", data, defense, dataset, device))
+    return lines + (defense_costs(defense, data, dataset) if run.stop_after == "report" else [])
 
 
 def poisoned_case(

@@ -206,7 +206,6 @@ def defense_lines(
 def strip_line(data: LabeledImages, config: Any, dataset: Dataset, device: torch.device) -> str:
     """A line that says what STRIP's inspection takes: predictions on every image under every overlay."""
     from defense.harness.knowledge import clean_images
-    from defense.strip import overlay_count
 
     model = (
         build_classifier(config.model, dataset.num_classes, dataset.info, (0, "forecast"))
@@ -214,7 +213,7 @@ def strip_line(data: LabeledImages, config: Any, dataset: Dataset, device: torch
         .eval()
     )
     clean = len(clean_images(dataset, config.clean_share, config.random_seed))
-    overlays = overlay_count(clean, config)
+    overlays = config.overlay_count(clean)
     votes = overlays * (len(data) + clean - overlays)
     took = format_duration(vote_pace(model, data, config.amp) * votes)
     return f"strip: inspection, {overlays} overlays on each of {len(data):,} images and {clean - overlays:,} clean ones, about {took} on {device}"

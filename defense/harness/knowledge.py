@@ -8,15 +8,15 @@ report and table prints what a method was told, since methods that were told dif
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from utils.config import UserError
-from utils.images.data import Dataset, LabeledImages
-from utils.images.loaders import stratified_split
-from utils.late import Tensor, torch
-from utils.randomness import key_seed
-from utils.storage.record import Record, load_arrays
+
+if TYPE_CHECKING:  # no torch at module level: every defence takes its words from here
+    from torch import Tensor
+
+    from utils.images.data import Dataset, LabeledImages
+    from utils.storage.record import Record
 
 TRUTH = "truth (oracle)"
 POISON_RATE = "poison rate"
@@ -38,20 +38,16 @@ def oracle_truth(record: Record) -> OracleTruth:
     Raises:
         UserError: the record holds no truth.
     """
-    file = next(
-        (
-            folder / "truth.npz"
-            for folder in (record.path, record.path.parent.parent)
-            if (folder / "truth.npz").exists()
-        ),
-        None,
+    from utils.storage.files import load_arrays
+
+    for folder in (record.path, record.path.parent.parent):
+        if (folder / "truth.npz").exists():
+            content = load_arrays(folder / "truth.npz")
+            return OracleTruth(content["poison"], content["original_labels"])
+    raise UserError(
+        f"{record.path}: holds no truth.npz, and this defence is an oracle; "
+        "give a record that an attack script made"
     )
-    if file is None:
-        raise UserError(
-            f"{record.path}: holds no truth.npz, and this defence is an oracle; give a record that an attack script made"
-        )
-    content = load_arrays(file)
-    return OracleTruth(content["poison"], content["original_labels"])
 
 
 def poison_rate(record: Record) -> float:
@@ -60,10 +56,15 @@ def poison_rate(record: Record) -> float:
 
 
 def clean_images(dataset: Dataset, share: float, seed: int) -> LabeledImages:
-    """CLEAN_IMAGES: `share` of every class of the clean training set, drawn by `seed`: one or more, but none of a class with a single image.
+    """CLEAN_IMAGES: `share` of every class of the clean training set, drawn by `seed`.
 
-    The test images stay out of it, so that accuracy is measured on images that no defence has seen. An image of which
-    the poisoned set holds a triggered copy may be among them.
+    One or more of each class, but none of a class with a single image. The test images stay out of it, so that accuracy is
+    measured on images that no defence has seen. An image of which the poisoned set holds a triggered copy may be among them.
     """
+    import torch
+
+    from utils.images.loaders import stratified_split
+    from utils.randomness import key_seed
+
     _, drawn = stratified_split(dataset.train.labels.numpy(), share, key_seed(seed, "clean images"))
-    return dataset.train[torch.from_numpy(np.asarray(drawn))]
+    return dataset.train[torch.as_tensor(drawn)]
