@@ -23,7 +23,7 @@ from attack.poisoning.poison import (
 )
 from attack.poisoning.run import RunConfig
 from attack.poisoning.trigger import FitContext, Trigger
-from defense.dataelixir import Config
+from defense.dataelixir import DataElixir as Config
 from utils.config import DataConfig, TrainConfig, UserError, parse_config
 from utils.images.data import load_dataset
 from utils.storage.record import load_arrays, save_arrays
