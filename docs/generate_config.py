@@ -1,7 +1,7 @@
 """Writes docs/config.md from the docstrings of the config classes: python docs/generate_config.py
 
-A config class is a frozen dataclass of the program whose fields are flags of a command: one called ...Config, or the
-attack or the defence that a file at the top of attack/ or defense/ holds. tests/test_docs.py fails where the page is not
+A config class is a frozen dataclass of the program whose fields are flags of a command: one called ...Config, or an
+attack or a defence. tests/test_docs.py fails where the page is not
 what this program would write.
 """
 
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from utils.old_keys import OldKeys
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("config.md")
@@ -63,7 +65,7 @@ def page() -> str:
     for heading in GROUPS:
         mine = [section(kind, kinds) for kind in kinds if group(kind) == heading and keys(kind)]
         parts += [f"## {heading}\n", *mine] if mine else []
-    return "\n".join(parts + removed(kinds))
+    return "\n".join(parts + former(kinds))
 
 
 def config_classes() -> Iterator[type]:
@@ -80,13 +82,18 @@ def config_classes() -> Iterator[type]:
 
 def is_config(kind: type) -> bool:
     """Whether the fields of a class are flags of a command."""
-    return is_dataclass(kind) and (kind.__name__.endswith("Config") or is_plugin(kind))
+    return is_dataclass(kind) and (kind.__name__.endswith("Config") or is_attack_or_defence(kind))
+
+
+def is_attack_or_defence(kind: type) -> bool:
+    """Whether a class stamps a trigger, or has the keys of training; bases of such classes do too."""
+    return hasattr(kind, "stamp") or hasattr(kind, "random_seed")
 
 
 def is_plugin(kind: type) -> bool:
     """Whether a class is the attack or the defence that a file at the top of a room holds."""
     at_top = re.fullmatch(r"(attack|defense)\.\w+", kind.__module__)
-    return bool(at_top) and (hasattr(kind, "stamp") or hasattr(kind, "random_seed"))
+    return bool(at_top) and is_attack_or_defence(kind)
 
 
 def title(kind: type) -> str:
@@ -153,11 +160,13 @@ def default(field: Field) -> str:
     return json.dumps(field.default)
 
 
-def removed(kinds: list[type]) -> list[str]:
-    """The keys that former versions had, with what to use instead."""
-    told: dict[str, str] = {}
-    for kind in kinds:
-        told |= getattr(kind, "REMOVED_KEYS", {})
+def former(kinds: list[type]) -> list[str]:
+    """The keys of former versions: other words for keys of today, and what to use instead of those that are gone."""
+    old = OldKeys(*kinds)
+    told = {key: removed.advice for key, removed in old.removed.items()}
+    for key, alias in old.aliases.items():
+        pairs = (f"{json.dumps(word)} is {value}" for word, value in alias.meanings.items())
+        told[key] = f"another word for `{alias.key}`: {', '.join(pairs)}"
     if not told:
         return []
     rows = [f"| `{key}` | {instead} |" for key, instead in sorted(told.items())]

@@ -264,29 +264,12 @@ def test_the_api_on_tensors_arrays_and_datasets(toy, tmp_path):
             purify.clean(images, labels, config=CONFIG)
 
 
-def test_the_readmes_example_runs(toy, tmp_path):
+def test_the_readmes_example_runs(toy):
     readme = (Path(purify.__file__).parent.parent / "README.md").read_text()
     example = readme.split("<!-- api example -->")[1].split("```")[1].removeprefix("python\n")
-    example = example.replace("DataElixirConfig(ddpm", "DataElixirConfig(**keys, ddpm")
-    example = example.replace(
-        'steps_T=200, rounds_n=3, reverse_steps=17, model="preactresnet_small", epochs=25, lr=0.05',
-        "steps_T=20",
-    )
-    keys = {
-        key: getattr(CONFIG, key)
-        for key in (
-            "model",
-            "epochs",
-            "batch_size",
-            "rounds_n",
-            "last_steps_m",
-            "threshold_tau",
-            "device",
-            "amp",
-        )
-    }
-    space = {"images": POISONED.images, "labels": POISONED.labels, "keys": keys}
-    exec(compile(example, "README.md", "exec"), space)
+    toys = lambda **keys: DataElixirConfig(**keys) and CONFIG  # its keys exist; the toy's are used
+    space = {"images": POISONED.images, "labels": POISONED.labels, "toys": toys}
+    exec(compile(example.replace("DataElixirConfig(", "toys("), "README.md", "exec"), space)
     assert torch.equal(space["cleaned"].data.labels, TRUTH.original_labels)
 
 

@@ -206,8 +206,9 @@ def parse_config(
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     replaced = parser.old_keys.in_file(defaults or {}, of_record=True)
     kept = {key: value for key, value in replaced.items() if key in known}
-    parser.parse_object(kept)  # a value that a key has no more is refused
-    parser.set_defaults(kept)
+    if kept:
+        parser.parse_object(kept)  # a value that a key has no more is refused
+        parser.set_defaults(kept)
     words = parser.old_keys.in_words(_switched(_yaml_first(argv), switches))
     values = parser.parse_args(words).as_dict()
     return [
