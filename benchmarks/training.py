@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.runs import write_results
-from diffusion.network import DenoiserConfig
+from diffusion.config import DenoiserConfig
 from diffusion.training import Training
 from utils.classifier.models import build_classifier
 from utils.classifier.training import Trainer, make_optimizer

@@ -1,4 +1,4 @@
-"""Denoisers that are known by name: where their weights are, what they are for, and how they were made."""
+"""Denoisers known by name: where their weights are, what they are for, and how they were made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Card:
         name: What the user calls it.
         source: A folder below diffusion/cards/, or a Hugging Face hub id.
         sha256: Of the weights file; None where it could not be pinned.
-        datasets: The data sets that it was trained for; 'auto' finds it by these. Empty: it is to be named.
+        datasets: The data sets that it was trained for; 'auto' finds it by these.
         resolution: Side of its images in pixels.
         note: Where the weights come from, with the command that trained them.
     """
@@ -34,47 +34,51 @@ class Card:
         return ", ".join(self.datasets) or "photographs of many kinds"
 
 
-CARDS: dict[str, Card] = {
+CARDS = {
     "digits": Card(
-        name="digits",
-        source="digits",
-        sha256="9d37587d94f968ddbd49efb0359af3dcc2bc6d3361f02b500d6365ca3c642603",
-        datasets=("digits",),
-        resolution=32,
-        note="Scikit-learn's digits (1.1M parameters, noise levels below 400), made by: python diffusion/train.py --dataset digits "
-        "--out DIR --ddpm_T 400 --channels 32,64,64 --layers_per_block 1 --patch 2 --dropout 0 --batch_size 64 --lr 0.002 "
-        "--steps 6000 --minutes 14 --ema_decay 0.998 --half true (the time limit ended it after 1,914 steps)",
+        "digits",
+        "digits",
+        "9d37587d94f968ddbd49efb0359af3dcc2bc6d3361f02b500d6365ca3c642603",
+        ("digits",),
+        32,
+        "Scikit-learn's digits (1.1M parameters, noise levels below 400), made by: "
+        "python diffusion/train.py --dataset digits --out DIR --ddpm_T 400 --channels 32,64,64 "
+        "--layers_per_block 1 --patch 2 --dropout 0 --batch_size 64 --lr 0.002 --steps 6000 "
+        "--minutes 14 --ema_decay 0.998 --half true (the time limit ended it after 1,914 steps)",
     ),
     "gtsrb_small": Card(
-        name="gtsrb_small",
-        source="gtsrb_small",
-        sha256="38ed09b3350c07526957d2de880422b79eefb05531ca9a750dcab36ffa6929de",
-        datasets=("gtsrb",),
-        resolution=32,
-        note="A 13,070-image subset of GTSRB (every third frame of each training track; 3.5M parameters, noise levels below "
-        "150), made by: python diffusion/train.py --dataset gtsrb --out DIR --channels 48,96,128 --layers_per_block 1 "
-        "--patch 2 --dropout 0 --batch_size 64 --lr 0.001 --steps 8000 --minutes 42 --ema_decay 0.998 --half true (on one "
-        "busy CPU core; the time limit ended it after 3,684 steps)",
+        "gtsrb_small",
+        "gtsrb_small",
+        "38ed09b3350c07526957d2de880422b79eefb05531ca9a750dcab36ffa6929de",
+        ("gtsrb",),
+        32,
+        "A 13,070-image subset of GTSRB (every third frame of each training track; 3.5M "
+        "parameters, noise levels below 150), made by: python diffusion/train.py --dataset gtsrb "
+        "--out DIR --channels 48,96,128 --layers_per_block 1 --patch 2 --dropout 0 "
+        "--batch_size 64 --lr 0.001 --steps 8000 --minutes 42 --ema_decay 0.998 --half true "
+        "(on one busy CPU core; the time limit ended it after 3,684 steps)",
     ),
     "small32": Card(
-        name="small32",
-        source="small32",
-        sha256="f2eca582576b477d0a76d6901be5a556e54bb8103dc75b13418d41869ec972a7",
-        datasets=(),
-        resolution=32,
-        note="For photographs of many kinds: CIFAR-10's 50,000 training images (as JPEG) and the 13,070-image subset of GTSRB in "
-        "one image folder (3.5M parameters, noise levels below 250), made by: python diffusion/train.py --dataset imagefolder "
-        "--dataset_path BOTH --out DIR --ddpm_T 250 --channels 48,96,128 --layers_per_block 1 --patch 2 --dropout 0 --batch_size 64 "
-        "--lr 0.001 --steps 15000 --minutes 75 --ema_decay 0.999 --half true (on one busy CPU core; the time limit ended it after "
-        "10,701 steps)",
+        "small32",
+        "small32",
+        "f2eca582576b477d0a76d6901be5a556e54bb8103dc75b13418d41869ec972a7",
+        (),
+        32,
+        "For photographs of many kinds: CIFAR-10's 50,000 training images (as JPEG) and the "
+        "13,070-image subset of GTSRB in one image folder (3.5M parameters, noise levels below "
+        "250), made by: python diffusion/train.py --dataset imagefolder --dataset_path BOTH "
+        "--out DIR --ddpm_T 250 --channels 48,96,128 --layers_per_block 1 --patch 2 --dropout 0 "
+        "--batch_size 64 --lr 0.001 --steps 15000 --minutes 75 --ema_decay 0.999 --half true "
+        "(on one busy CPU core; the time limit ended it after 10,701 steps)",
     ),
     "cifar10": Card(
-        name="cifar10",
-        source="google/ddpm-cifar10-32",
-        sha256=None,
-        datasets=("cifar10",),
-        resolution=32,
-        note="Ho et al.'s CIFAR-10 network (35.7M parameters, all 1000 noise levels), downloaded from the Hugging Face hub "
-        "once. Its hash could not be pinned; the sha256 of what was loaded is logged and kept in Denoiser.sha256.",
+        "cifar10",
+        "google/ddpm-cifar10-32",
+        None,
+        ("cifar10",),
+        32,
+        "Ho et al.'s CIFAR-10 network (35.7M parameters, all 1000 noise levels), downloaded from "
+        "the Hugging Face hub once. Its hash could not be pinned; the sha256 of what was loaded "
+        "is logged and kept in Denoiser.sha256.",
     ),
 }

@@ -1,15 +1,18 @@
-# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239; networks from https://github.com/huggingface/diffusers
-"""Denoisers: networks (x in [-1,1] (B,3,H,W), t) -> the noise in x; where their weights are, and how they are loaded."""
+# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
+# networks from https://github.com/huggingface/diffusers
+"""Denoisers, networks (x in [-1,1] (B,3,H,W), t) -> the noise in x, and how they are loaded."""
 
 import copy
 import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import ho_layout
 from diffusion.card import CARD_FOLDER, CARDS, Card
@@ -22,10 +25,7 @@ from diffusion.weights import (
     locate,
     read_json,
     read_tensors,
-    sha256_file,
 )
-
-__all__ = ["CARDS", "Card", "Denoiser", "DenoiserError", "load_denoiser", "sha256_file"]
 
 log = logging.getLogger("dataelixir")
 NOTES = "denoiser.json"
@@ -35,8 +35,8 @@ class Denoiser(nn.Module):
     """A UNet2DModel that predicts the noise in images.
 
     Args:
-        unet: diffusers.UNet2DModel with 3 * patch^2 channels in and out, for images of side / patch.
-        patch: 1, or 2 to fold each 2x2 patch of pixels into channels first, which makes a pass far cheaper.
+        unet: diffusers.UNet2DModel, 3 * patch^2 channels in and out, for images of side / patch.
+        patch: 1, or 2 to fold 2x2 pixels into channels first, which makes a pass far cheaper.
         t_max: Largest t that it was trained for, plus 1.
         name: What the user called it.
         sha256: Of the weights file that it was loaded from, or the empty string.
@@ -46,24 +46,18 @@ class Denoiser(nn.Module):
         DenoiserError: The U-Net does not map RGB images to noise of the same shape.
     """
 
+    unet: Any
+
     def __init__(
-        self,
-        unet: nn.Module,
-        patch: int = 1,
-        t_max: int = 1000,
-        name: str = "",
-        sha256: str = "",
-        metadata: dict | None = None,
+        self, unet: Any, patch: int = 1, t_max: int = 1000, name="", sha256="", metadata=None
     ):
         super().__init__()
-        size, channels = (
-            unet.config.sample_size,
-            (unet.config.in_channels, unet.config.out_channels),
-        )
+        size = unet.config.sample_size
+        channels = unet.config.in_channels, unet.config.out_channels
         if not isinstance(size, int) or channels != (3 * patch**2, 3 * patch**2):
             raise DenoiserError(
-                f"denoiser '{name}': {channels[0]} channels in, {channels[1]} out and image size {size} do not fit "
-                f"square RGB images with patch {patch}; an unconditional noise predictor is needed"
+                f"denoiser '{name}': {channels[0]} channels in, {channels[1]} out and image size "
+                f"{size} do not fit square RGB images with patch {patch}"
             )
         self.unet, self.patch, self.t_max = unet, patch, t_max
         self.name, self.sha256, self.metadata = name, sha256, dict(metadata or {})
@@ -73,26 +67,28 @@ class Denoiser(nn.Module):
         """Side of its images in pixels."""
         return self.unet.config.sample_size * self.patch
 
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(weight.numel() for weight in self.parameters())
+
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
-        """Predicted noise (B,3,H,W) of images x (B,3,H,W), [-1,1] plus noise, at level t: int64 (B,), or one for all."""
+        """The noise in x (B,3,H,W), [-1,1] plus noise, at level t: int64 (B,), or one for all."""
         assert x.shape[1:] == (3, self.resolution, self.resolution), x.shape
         if self.patch == 1:
             return self.unet(x, t).sample
         return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, self.patch), t).sample, self.patch)
 
     def gflops(self, batch: int = 1) -> float:
-        """10^9 floating-point operations per image and pass (a multiply-add counts as two), counted on `batch` images."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        x = torch.zeros(
-            batch, 3, self.resolution, self.resolution, device=next(self.parameters()).device
-        )
+        """10^9 operations per image and pass (a multiply-add is two), counted on `batch` images."""
+        side, device = self.resolution, next(self.parameters()).device
+        x = torch.zeros(batch, 3, side, side, device=device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self(x, torch.zeros(batch, dtype=torch.long, device=x.device))
+            self(x, torch.zeros(batch, dtype=torch.long, device=device))
         return counter.get_total_flops() / batch / 1e9
 
     def save(self, folder: str | Path, half: bool = False) -> None:
-        """Write a diffusers folder and our denoiser.json (patch, t_max, metadata); half stores the weights as float16."""
+        """Write a diffusers folder with our denoiser.json; half stores the weights as float16."""
         unet = copy.deepcopy(self.unet).half() if half else self.unet
         unet.save_pretrained(str(folder))
         notes = {"patch": self.patch, "t_max": self.t_max, **self.metadata}
@@ -108,30 +104,28 @@ def load_denoiser(
     """A denoiser ready to predict: float32, eval mode, without gradients.
 
     Args:
-        name: 'auto' (the card for `dataset`), a card, a diffusers folder, a checkpoint file in Ho et al.'s layout
-            (.ckpt .pt .pth .bin .safetensors) or a Hugging Face hub id (owner/name).
-        resolution: Side in pixels of the images that it is wanted for; None accepts any. Checkpoint files do not tell
-            theirs: they are taken to be for this one, or for 32 if it is None.
+        name: 'auto' (the card for `dataset`), a card, a diffusers folder, a checkpoint file in Ho
+            et al.'s layout (.ckpt .pt .pth .bin .safetensors) or a hub id (owner/name).
+        resolution: Side in pixels of the images that it is wanted for; None accepts any. Checkpoint
+            files do not tell theirs: they are taken to be for this one, or for 32 if it is None.
         dataset: Name of the data set, for 'auto'.
         device: Where the weights go.
 
     Raises:
-        DenoiserError: Nothing there, nothing that loads, another resolution, another hash, no card for the data set.
+        DenoiserError: Nothing there or nothing that loads, another resolution or hash, no card.
     """
     card = _card_for(dataset) if name == "auto" else CARDS.get(name)
     if card:
         _check_resolution(card.name, card.resolution, resolution)
-        source = locate(
-            card.source, [CARD_FOLDER / card.source, Path(card.source).absolute()], CARDS
-        )
+        places = [CARD_FOLDER / card.source, Path(card.source).absolute()]
+        source = locate(card.source, places, CARDS)
         denoiser = _from_folder(source, card.name, card.sha256)
     else:
         source = locate(name, [Path(os.path.expanduser(name)).absolute()], CARDS)
-        denoiser = (
-            _from_folder(source, name)
-            if source.is_dir()
-            else _from_checkpoint(source, name, resolution or 32)
-        )
+        if source.is_dir():
+            denoiser = _from_folder(source, name)
+        else:
+            denoiser = _from_checkpoint(source, name, resolution or 32)
     _check_resolution(denoiser.name, denoiser.resolution, resolution)
     log.info("denoiser %s: %s, sha256 %s", denoiser.name, source, denoiser.sha256)
     return denoiser.float().to(device).eval().requires_grad_(False)
@@ -144,8 +138,8 @@ def _card_for(dataset: str | None) -> Card:
             return card
     known = ", ".join(f"{card.name} (for {card.purpose})" for card in CARDS.values())
     raise DenoiserError(
-        f"denoiser 'auto': no card for data set '{dataset}'; the cards are {known}.\n"
-        f"Train one with: python diffusion/train.py --dataset {dataset} --out DIR   and give DIR as the denoiser"
+        f"denoiser 'auto': no card for data set '{dataset}'; the cards are {known}.\nTrain one: "
+        f"python diffusion/train.py --dataset {dataset} --out DIR   and give DIR as the denoiser"
     )
 
 
@@ -154,52 +148,43 @@ def _check_resolution(name: str, found: int, wanted: int | None) -> None:
     if wanted is not None and found != wanted:
         raise DenoiserError(
             f"denoiser '{name}' works on {found}x{found} images, the data are {wanted}x{wanted}: "
-            f"set the image size to {found}, or train a denoiser for {wanted} with diffusion/train.py"
+            f"set the image size to {found}, or train one for {wanted} with diffusion/train.py"
         )
 
 
 def _from_folder(folder: Path, name: str, sha256: str | None = None) -> Denoiser:
     """A diffusers folder, or the unet/ folder in it, with or without our denoiser.json."""
     base = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
+    config, notes_file = base / "config.json", base / NOTES
     weights = next((base / file for file in FOLDER_WEIGHTS if (base / file).exists()), None)
-    if weights is None or not (base / "config.json").exists():
-        raise DenoiserError(
-            f"{folder}: no denoiser in this folder; expected config.json and {FOLDER_WEIGHTS[0]}"
-        )
-    if (kind := read_json(base / "config.json").get("_class_name")) != "UNet2DModel":
-        raise DenoiserError(
-            f"{base / 'config.json'}: describes a {kind}; only an unconditional UNet2DModel can be used"
-        )
-    notes = read_json(base / NOTES) if (base / NOTES).exists() else {}
+    if weights is None or not config.exists():
+        expected = f"config.json and {FOLDER_WEIGHTS[0]}"
+        raise DenoiserError(f"{folder}: no denoiser in this folder; expected {expected}")
+    if (kind := read_json(config).get("_class_name")) != "UNet2DModel":
+        raise DenoiserError(f"{config}: describes a {kind}; an unconditional UNet2DModel is needed")
+    notes = read_json(notes_file) if notes_file.exists() else {}
     patch, t_max = notes.pop("patch", 1), notes.pop("t_max", 1000)
     if patch not in (1, 2) or not isinstance(t_max, int) or t_max < 1:
-        raise DenoiserError(
-            f"{base / NOTES}: patch {patch!r} or t_max {t_max!r} is out of range; save the denoiser again"
-        )
-    found = checked_hash(weights, sha256)
-    return Denoiser(_unet_of(weights), patch, t_max, name, found, notes)
+        found = f"patch {patch!r} or t_max {t_max!r}"
+        raise DenoiserError(f"{notes_file}: {found} is out of range; save the denoiser again")
+    sha256 = checked_hash(weights, sha256)
+    return Denoiser(_unet_of(weights), patch, t_max, name, sha256, notes)
 
 
-def _unet_of(weights: Path) -> nn.Module:
-    """The UNet2DModel of the config.json and the weights that lie side by side; each tensor must have its place."""
+def _unet_of(weights: Path) -> Any:
+    """The UNet2DModel of the weights and the config.json beside them; each tensor has its place."""
     from diffusers import UNet2DModel
 
-    options = {
-        "use_safetensors": weights.suffix == ".safetensors",
-        "low_cpu_mem_usage": False,
-        "output_loading_info": True,
-    }
+    options = {"low_cpu_mem_usage": False, "output_loading_info": True}
+    options["use_safetensors"] = weights.suffix == ".safetensors"
     try:
         unet, info = UNet2DModel.from_pretrained(str(weights.parent), **options)
     except READ_ERRORS as error:
-        raise DenoiserError(
-            f"{weights}: cannot be loaded ({first_line(error)}); save or download it again"
-        ) from None
-    strange = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if strange:
-        raise DenoiserError(
-            f"{weights}: does not fit config.json; the first tensor missing or left over is '{strange[0]}'"
-        )
+        reason = first_line(error)
+        raise DenoiserError(f"{weights}: cannot be loaded ({reason}); save it again") from None
+    if strange := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        first = f"the first tensor missing or left over is '{strange[0]}'"
+        raise DenoiserError(f"{weights}: does not fit config.json; {first}")
     return unet
 
 
@@ -209,16 +194,13 @@ def _from_checkpoint(path: Path, name: str, resolution: int) -> Denoiser:
 
     content = read_tensors(path)
     if any(key.startswith("down_blocks.") for key in content):
-        raise DenoiserError(
-            f"{path}: holds the weights of a diffusers model; give its folder, {path.parent}"
-        )
+        folder = path.parent
+        raise DenoiserError(f"{path}: holds a diffusers model's weights; give its folder, {folder}")
     try:
         tensors = ho_layout.network_tensors(content)
-        unet = UNet2DModel(**ho_layout.unet_config(tensors, resolution))
+        unet: Any = UNet2DModel(**ho_layout.unet_config(tensors, resolution))
         unet.load_state_dict(ho_layout.to_diffusers(tensors, unet.state_dict()))
     except READ_ERRORS as error:
         reason = f"no tensor {error}" if isinstance(error, KeyError) else first_line(error)
-        raise DenoiserError(
-            f"{path}: not a DDPM checkpoint in Ho et al.'s layout: {reason}"
-        ) from None
+        raise DenoiserError(f"{path}: not a checkpoint in Ho et al.'s layout: {reason}") from None
     return Denoiser(unet, name=name, sha256=checked_hash(path, None))

@@ -1,5 +1,5 @@
-# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239; Song et al., DDIM, 2021: https://arxiv.org/abs/2010.02502
-"""Forward and reverse diffusion over any list of noise levels; images are float (B,C,H,W) in [-1,1]."""
+# Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
+"""Forward and reverse diffusion over any noise levels; images are float (B,C,H,W) in [-1,1]."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -10,9 +10,6 @@ from math import log, sqrt
 import torch
 from torch import Tensor
 
-VARIANCES = ("auto", "fixedlarge", "posterior")
-METHODS = ("ancestral", "ddim")
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -20,13 +17,14 @@ class Schedule:
 
     (1) one step     q(x_t | x_{t-1}) = N(sqrt(a_t) x_{t-1}, b_t I), a_t = 1 - b_t
     (2) many steps   q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I), ab_t = a_0 a_1 ... a_t
-    (3) the network  e(x_t, t) is trained to predict the noise e of x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) e
+    (3) the network  e(x_t, t) predicts the noise e of x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) e
     (4) its x_0      p = (x_t - sqrt(1 - ab_t) e) / sqrt(ab_t)
-    (5) backwards    q(x_s | x_t, x_0) = N(c1 x_0 + c2 x_t, v I) for s < t, with a = ab_t / ab_s and b = 1 - a:
-    (6)              c1 = b sqrt(ab_s) / (1 - ab_t), c2 = (1 - ab_s) sqrt(a) / (1 - ab_t), v = b (1 - ab_s) / (1 - ab_t)
+    (5) backwards    q(x_s | x_t, x_0) = N(c1 x_0 + c2 x_t, v I), s < t, a = ab_t / ab_s, b = 1 - a:
+    (6)              c1 = b sqrt(ab_s) / (1 - ab_t), c2 = (1 - ab_s) sqrt(a) / (1 - ab_t),
+                     v = b (1 - ab_s) / (1 - ab_t)
 
     Args:
-        steps: Number of noise levels; t runs from 0 (nearly clean) to steps - 1 (nearly pure noise).
+        steps: Number of noise levels; t runs from 0 (nearly clean) to steps - 1 (nearly noise).
         beta_start: Variance added by the first step.
         beta_end: Variance added by the last step.
     """
@@ -42,7 +40,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """Share of the image's variance left at each t: float64 (steps,) on the CPU, falling within (0,1)."""
+        """Share of the image's variance left at each t: float64 (steps,), falling within (0,1)."""
         return torch.cumprod(1 - self.betas, dim=0)
 
     def alpha_bar(self, t: int) -> float:
@@ -56,7 +54,7 @@ def subset_steps(T: int, count: int | None = None, last_m: int = 1) -> list[int]
     Args:
         T: Number of noise levels in the full run.
         count: How many of them to visit; None visits all T.
-        last_m: The lowest last_m levels (last_m - 1 ... 0) are all visited; the others are evenly spaced above them.
+        last_m: The lowest levels last_m - 1 ... 0 are all visited, the others evenly spaced.
 
     Returns:
         A falling list of count levels, the first T - 1, the last 0.
@@ -73,20 +71,16 @@ def subset_steps(T: int, count: int | None = None, last_m: int = 1) -> list[int]
         return list(range(T - 1, -1, -1))
     if count < last_m + 1:
         raise ValueError(
-            f"{count} steps are too few to keep the last {last_m} and start at {T - 1}: choose at least {last_m + 1}"
+            f"{count} steps are too few to keep the last {last_m} and start at {T - 1}: "
+            f"choose at least {last_m + 1}"
         )
     above, span = count - last_m, T - last_m
     return [T - 1 - j * span // above for j in range(above)] + list(range(last_m - 1, -1, -1))
 
 
-def _sigma(variance: float) -> float:
-    """Standard deviation, rounded like the published code, which keeps log variances in float32: same noise, same bits."""
-    return torch.tensor(log(variance)).mul(0.5).exp().item()
-
-
 @dataclass(frozen=True)
 class Step:
-    """Coefficients of one reverse step from level t: p = clamp(x_scale x - e_scale e), x <- c1 p + c2 x + sigma z."""
+    """A reverse step from level t: p = clamp(x_scale x - e_scale e), x <- c1 p + c2 x + sigma z."""
 
     t: int
     x_scale: float
@@ -100,39 +94,25 @@ class Step:
 class Sampler:
     """Runs a noise predictor forwards and backwards.
 
-    Args:
-        denoiser: Callable (x (B,C,H,W) in [-1,1] plus noise, t int64 (B,)) -> predicted noise like x.
-        schedule: The noise schedule that the denoiser was trained with.
-        variance: 'auto' is what DDPM published ("fixedlarge", the step's beta) between neighbouring levels and the
-            posterior variance where levels are skipped, as the beta of a merged step is far too large there;
-            'fixedlarge' and 'posterior' take one of the two everywhere.
-        method: 'ancestral' samples each step (DDPM), 'ddim' takes the deterministic one (eta = 0).
-        clip: Clamp the predicted clean image to [-1,1] at every step, as published.
+    The reverse process is DDPM's ancestral one, equations (5) and (6). Between neighbouring levels
+    its variance is the step's beta, as published ("fixedlarge"). Where levels are skipped it is the
+    posterior variance v, as the beta of a merged step is far too large there.
 
-    Raises:
-        ValueError: Unknown variance or method.
+    Args:
+        denoiser: (x (B,C,H,W) in [-1,1] plus noise, t int64 (B,)) -> predicted noise like x.
+        schedule: The noise schedule that the denoiser was trained with.
+        clip: Clamp the predicted clean image to [-1,1] at every step, as published.
     """
 
     denoiser: Callable[[Tensor, Tensor], Tensor]
     schedule: Schedule = Schedule()
-    variance: str = "auto"
-    method: str = "ancestral"
     clip: bool = True
 
-    def __post_init__(self):
-        if self.variance not in VARIANCES:
-            raise ValueError(
-                f"unknown variance '{self.variance}': choose one of {', '.join(VARIANCES)}"
-            )
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method '{self.method}': choose one of {', '.join(METHODS)}")
-
     def q_sample(self, x0: Tensor, t: int, noise: Tensor) -> Tensor:
-        """Diffuse x0 (B,C,H,W) in [-1,1] to level t with noise N(0,I) like x0: sqrt(ab_t) x0 + sqrt(1 - ab_t) noise."""
+        """Equation (2): x0 (B,C,H,W) in [-1,1] diffused to level t with noise N(0,I) like x0."""
         if not 0 <= t < self.schedule.steps:
-            raise ValueError(
-                f"noise level {t} is not on the schedule: choose between 0 and {self.schedule.steps - 1}"
-            )
+            last = self.schedule.steps - 1
+            raise ValueError(f"noise level {t} is not on the schedule: choose between 0 and {last}")
         assert x0.shape == noise.shape, (x0.shape, noise.shape)
         ab = self.schedule.alpha_bar(t)
         return sqrt(ab) * x0 + sqrt(1 - ab) * noise
@@ -145,8 +125,8 @@ class Sampler:
 
         Args:
             x: The start (B,C,H,W), at the noise level of steps[0].
-            steps: Falling noise levels, as from `subset_steps`; after the last one comes the clean image.
-            noise: Callable x -> N(0,I) like x; called after the denoiser, once for each step that adds noise.
+            steps: Falling noise levels, as from `subset_steps`, down to before the clean image.
+            noise: x -> N(0,I) like x; called after the denoiser, once for each noisy step.
 
         Yields:
             The state (B,C,H,W) after each step, not clamped; the last one is free of noise.
@@ -154,9 +134,8 @@ class Sampler:
         for step in self.plan(steps):
             e = self.denoiser(x, torch.full((len(x),), step.t, dtype=torch.long, device=x.device))
             assert e.shape == x.shape, (e.shape, x.shape)
-            p = (step.x_scale * x).sub_(
-                step.e_scale * e
-            )  # in place from here on, but never in what came from others
+            # in place from here on, but never in what came from others
+            p = (step.x_scale * x).sub_(step.e_scale * e)
             p = p.clamp_(-1, 1) if self.clip else p
             x = p.mul_(step.c1).add_(step.c2 * x)
             if step.sigma > 0:
@@ -164,41 +143,28 @@ class Sampler:
             yield x
 
     def plan(self, steps: list[int]) -> list[Step]:
-        """The coefficients of a run over the falling levels `steps`, in float64; they become float32 where they meet x."""
-        last = self.schedule.steps - 1
-        if (
-            not steps
-            or steps[0] > last
-            or steps[-1] < 0
-            or any(t <= s for t, s in itertools.pairwise(steps))
-        ):
+        """A run over the falling levels `steps`, in float64; float32 where it meets x."""
+        last, falling = self.schedule.steps - 1, all(t > s for t, s in itertools.pairwise(steps))
+        if not steps or steps[0] > last or steps[-1] < 0 or not falling:
             raise ValueError(f"steps must fall within {last}..0, got {steps}")
         return [self._step(t, s) for t, s in zip(steps, [*steps[1:], -1])]
 
     def _step(self, t: int, s: int) -> Step:
-        """Coefficients of the step from level t to level s < t, -1 being the clean image."""
+        """The step from level t to s < t, -1 being the clean image; no noise where ab_s = 1."""
         ab_t, ab_s = self.schedule.alpha_bar(t), self.schedule.alpha_bar(s)
-        inner = (
-            self._ddim(ab_t, ab_s)
-            if self.method == "ddim"
-            else self._ancestral(ab_t, ab_s, skips=s < t - 1)
-        )
-        return Step(t, sqrt(1 / ab_t), sqrt(1 / ab_t - 1), *inner)
-
-    def _ancestral(self, ab_t: float, ab_s: float, skips: bool) -> tuple[float, float, float]:
-        """(c1, c2, sigma) of equations (5) and (6); no noise where ab_s = 1."""
         alpha = ab_t / ab_s
         beta, shrink = 1 - alpha, (1 - ab_s) / (1 - ab_t)
-        posterior = self.variance == "posterior" or (self.variance == "auto" and skips)
-        variance = beta * shrink if posterior else beta
-        return (
-            beta * sqrt(ab_s) / (1 - ab_t),
-            shrink * sqrt(alpha),
-            _sigma(variance) if ab_s < 1 else 0.0,
+        variance = beta * shrink if s < t - 1 else beta
+        return Step(
+            t,
+            x_scale=sqrt(1 / ab_t),
+            e_scale=sqrt(1 / ab_t - 1),
+            c1=beta * sqrt(ab_s) / (1 - ab_t),
+            c2=shrink * sqrt(alpha),
+            sigma=_sigma(variance) if ab_s < 1 else 0.0,
         )
 
-    @staticmethod
-    def _ddim(ab_t: float, ab_s: float) -> tuple[float, float, float]:
-        """(c1, c2, 0) of x_s = sqrt(ab_s) p + sqrt(1 - ab_s) e, with e taken from x_t and the clamped p."""
-        c2 = sqrt((1 - ab_s) / (1 - ab_t))
-        return sqrt(ab_s) - c2 * sqrt(ab_t), c2, 0.0
+
+def _sigma(variance: float) -> float:
+    """Standard deviation, rounded like the published code, which keeps log variances in float32."""
+    return torch.tensor(log(variance)).mul(0.5).exp().item()

@@ -1,8 +1,9 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
-"""Training of a denoiser: x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) e with t uniform below T; the network learns e by least squares.
+"""Training of a denoiser: the network learns e in x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) e.
 
-The defence only visits levels below T = 150, which a small network learns far sooner than all 1000. Random draws are keyed by
-(seed, step), so an interrupted training goes on as if it had not stopped.
+t is uniform below T: the defence visits levels below 150, which a small network learns far sooner
+than all 1000. Random draws are keyed by (seed, step), so an interrupted training goes on as if it
+had not stopped.
 """
 
 import contextlib
@@ -21,42 +22,49 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
-from diffusion.network import DenoiserConfig, build_unet
+from diffusion.network import build_unet
 from diffusion.sampler import Schedule
 from diffusion.weights import READ_ERRORS, DenoiserError, first_line
 
 WARMUP = 0.02  # share of the training in which the learning rate rises
 STATEFUL = ("denoiser", "ema", "optimizer")  # parts of a Training
 LOOK_EVERY = 50  # steps between two looks at the loss, each of which waits for the device
+MEASURED = 5  # steps, to say how long a training will take
+COMPILING_PAYS = 1e5  # 10^9 operations of a whole training
 
 
 def learning_rate(progress: float) -> float:
-    """Factor of the learning rate when a share `progress` of the training is done: linear warmup, then a cosine to 0."""
+    """Its factor at a share `progress` of the training: linear warmup, then a cosine to 0."""
     return min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @contextlib.contextmanager
 def interrupt_between_steps() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets, instead of stopping in the middle of a step; a second one stops at once."""
-    asked, before = (
-        threading.Event(),
-        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)},
-    )
-    restore = lambda: [signal.signal(number, handler) for number, handler in before.items()]
+    """An event that the first Ctrl-C or SIGTERM sets; a second one stops at once."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(*_: Any) -> None:
+        asked.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     for number in before:
-        signal.signal(number, lambda *_: asked.set() or restore())
+        signal.signal(number, stop)
     try:
         yield asked
     finally:
-        restore()
+        stop()
 
 
 class Training:
-    """One training run: network, averaged weights, optimizer and progress, and the checkpoint that holds them.
+    """One training run: network, averaged weights, optimizer and progress, and their checkpoint.
 
-    `network` is what is called, the denoiser itself unless a compiled one, or one that averages gradients over processes, is put in
-    its place. Several processes make the same draws, and each takes its rows of the batch.
+    `network` is what is called: the denoiser itself, unless one that is compiled or that averages
+    gradients over processes is put in its place. Several processes make the same draws, and each
+    takes its rows of the batch.
 
     Args:
         config: What to train; `out` exists.
@@ -82,30 +90,17 @@ class Training:
     ):
         from diffusers.training_utils import EMAModel
 
-        self.config, self.flip, self.identity, self.device, self.amp = (
-            config,
-            flip,
-            identity,
-            device,
-            amp,
-        )
-        self.rank, self.processes = rank, processes
+        self.config, self.flip, self.identity = config, flip, identity
+        self.device, self.amp, self.rank, self.processes = device, amp, rank, processes
         self.checkpoint, self.images = Path(config.out) / "checkpoint.pt", images.to(device)
         self.ab = Schedule().alphas_cumprod.float().to(device)
         torch.manual_seed(config.random_seed)
-        self.denoiser = (
-            Denoiser(build_unet(config, images.shape[-1]), config.patch, config.ddpm_T)
-            .to(device)
-            .train()
-        )
-        self.network = self.denoiser.to(memory_format=torch.channels_last)
-        self.ema = EMAModel(
-            self.denoiser.parameters(),
-            decay=config.ema_decay,
-            use_ema_warmup=True,
-            power=0.75,
-            foreach=True,
-        )
+        unet = build_unet(config, images.shape[-1])
+        self.denoiser = Denoiser(unet, config.patch, config.ddpm_T).to(device).train()
+        self.denoiser = self.denoiser.to(memory_format=torch.channels_last)
+        self.network: Callable[[Tensor, Tensor], Tensor] = self.denoiser
+        ema = {"decay": config.ema_decay, "use_ema_warmup": True, "power": 0.75, "foreach": True}
+        self.ema = EMAModel(self.denoiser.parameters(), **ema)
         self.optimizer = torch.optim.Adam(self.denoiser.parameters(), config.lr)
         self.steps, self.seconds, self.loss = 0, 0.0, torch.ones((), device=device)
 
@@ -115,24 +110,40 @@ class Training:
         timed = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(self.steps / self.config.steps, timed))
 
+    @property
+    def gflops(self) -> float:
+        """10^9 operations of a step; backwards costs twice what forwards does."""
+        return 3 * self.denoiser.gflops() * self.config.batch_size
+
+    @property
+    def worth_compiling(self) -> bool:
+        """As the config says, or whether the two minutes that it takes on a CPU are won back."""
+        if self.config.compile != "auto":
+            return self.config.compile == "on"
+        is_long = (self.config.minutes or math.inf) > 10
+        return is_long and self.gflops * self.config.steps > COMPILING_PAYS
+
+    def seconds_per_step(self) -> float:
+        """Measured on a few steps; the training is to be thrown away afterwards."""
+        self.step(0.0)
+        started = time.monotonic()
+        for _ in range(MEASURED):
+            self.step(0.0)
+        self.finite_loss()  # waits for the device
+        return (time.monotonic() - started) / MEASURED
+
     def run(self, tell: Callable[[float], Any] = lambda progress: None) -> None:
         """Train to the end, after `resume`.
 
         Args:
-            tell: Called with the progress before every step; other processes then make this `step` as well.
+            tell: Called with the progress before every step; other processes then step as well.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; the checkpoint is written.
             DenoiserError: The loss is no number any more.
         """
-        bar = tqdm(
-            total=self.config.steps,
-            initial=self.steps,
-            desc="denoiser",
-            unit="step",
-            leave=False,
-            disable=None,
-        )
+        count = {"total": self.config.steps, "initial": self.steps}
+        bar: tqdm = tqdm(desc="denoiser", unit="step", leave=False, disable=None, **count)
         before, started = self.seconds, time.monotonic()
         with interrupt_between_steps() as asked, bar:
             while self.progress < 1 and not asked.is_set():
@@ -149,14 +160,12 @@ class Training:
             raise KeyboardInterrupt
 
     def step(self, progress: float) -> None:
-        """One optimizer step; dropout can only draw from the global stream, so that is what the step's number keys."""
-        torch.manual_seed(
-            zlib.crc32(f"{self.config.random_seed} {self.steps}".encode())
-        )  # a CPU's stream takes no more than 32 bits of a seed
+        """One optimizer step; its number keys the global stream, from which dropout draws."""
+        # a CPU's stream takes no more than 32 bits of a seed
+        torch.manual_seed(zlib.crc32(f"{self.config.random_seed} {self.steps}".encode()))
         x, t, noise = (part[self.rank :: self.processes] for part in self.batch())
-        share = (
-            len(x) * self.processes / self.config.batch_size
-        )  # gradients are averaged over processes, the loss is to be over images
+        # gradients are averaged over processes, the loss is to be over images
+        share = len(x) * self.processes / self.config.batch_size
         with torch.autocast(self.device.type, torch.bfloat16, self.amp):
             loss = F.mse_loss(self.network(x, t).float(), noise) * share
         self.optimizer.param_groups[0]["lr"] = self.config.lr * learning_rate(progress)
@@ -169,27 +178,22 @@ class Training:
         self.steps += 1
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t (B,3,H,W) in [-1,1] plus noise, t int64 (B,), the noise) of images drawn with replacement."""
+        """(x_t (B,3,H,W), t int64 (B,), the noise) of images drawn with replacement."""
         size, device = (self.config.batch_size,), self.device
         x = self.images[torch.randint(len(self.images), size, device=device)].float() / 127.5 - 1
         if self.flip:
-            x = torch.where(
-                torch.rand(size, device=device)[:, None, None, None] < 0.5, x.flip(-1), x
-            )
+            mirrored = torch.rand(size, device=device)[:, None, None, None] < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
         t, noise = torch.randint(self.config.ddpm_T, size, device=device), torch.randn_like(x)
         ab = self.ab[t][:, None, None, None]
-        return (
-            (ab.sqrt() * x + (1 - ab).sqrt() * noise).contiguous(memory_format=torch.channels_last),
-            t,
-            noise,
-        )
+        x_t = ab.sqrt() * x + (1 - ab).sqrt() * noise
+        return x_t.contiguous(memory_format=torch.channels_last), t, noise
 
     def finite_loss(self) -> float:
-        """The loss, averaged over about the last hundred steps; raises DenoiserError if it is no number."""
+        """The loss over about a hundred steps; raises DenoiserError if it is no number."""
         if not math.isfinite(loss := self.loss.item()):
-            raise DenoiserError(
-                f"lr: the loss became {loss} by step {self.steps} at learning rate {self.config.lr:g}; try a smaller one"
-            )
+            rate = f"at learning rate {self.config.lr:g}; try a smaller one"
+            raise DenoiserError(f"lr: the loss became {loss} by step {self.steps} {rate}")
         return loss
 
     def save(self) -> None:
@@ -211,14 +215,11 @@ class Training:
         for part in STATEFUL:
             getattr(self, part).load_state_dict(state[part])
         self.ema.to(self.device)
-        self.steps, self.seconds, self.loss = (
-            state["steps"],
-            state["seconds"],
-            state["loss"].to(self.device),
-        )
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.loss = state["loss"].to(self.device)
 
     def resume(self) -> None:
-        """Take over the checkpoint, if there is one; raises DenoiserError if it is damaged or of another config."""
+        """Take over the checkpoint, if any; DenoiserError if it is damaged or of another config."""
         if not self.checkpoint.exists():
             return
         try:
@@ -228,20 +229,16 @@ class Training:
         except DenoiserError:
             raise
         except READ_ERRORS as error:
-            raise DenoiserError(
-                f"{self.checkpoint}: damaged ({first_line(error)}); delete it to start again"
-            ) from None
+            told = f"damaged ({first_line(error)}); delete it to start again"
+            raise DenoiserError(f"{self.checkpoint}: {told}") from None
 
     def _refuse_other(self, there: dict[str, Any]) -> None:
-        different = [
-            f"{key}: {there.get(key)!r} there, {value!r} now"
-            for key, value in self.identity.items()
-            if there.get(key) != value
-        ]
-        if different:
-            shown = "; ".join(different[:4])
+        other = [key for key, value in self.identity.items() if there.get(key) != value]
+        if other:
+            told = [f"{key}: {there.get(key)!r} there, {self.identity[key]!r} now" for key in other]
             raise DenoiserError(
-                f"out: {self.checkpoint} belongs to another config ({shown});\ngive another --out, or delete that file"
+                f"out: {self.checkpoint} belongs to another config ({'; '.join(told[:4])});\n"
+                "give another --out, or delete that file"
             )
 
     def averaged(self) -> Denoiser:

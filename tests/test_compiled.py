@@ -8,8 +8,9 @@ from torch import nn
 
 from defense.elixir.config import PurifyConfig
 from defense.elixir.purifier import purifier_for
+from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
-from diffusion.network import DenoiserConfig, build_unet
+from diffusion.network import build_unet
 from tests.toys import INFO, random_images
 from utils import compiled as module
 from utils.classifier.models import build_classifier

@@ -17,7 +17,7 @@ from attack.poisoning.run import RunConfig
 from attack.poisoning.trigger import Trigger
 from defense.elixir.config import DataElixirConfig, PurifyConfig
 from defense.harness.command import AgainConfig
-from diffusion.network import DenoiserConfig
+from diffusion.config import DenoiserConfig
 from utils import config as module
 from utils.config import (
     DataConfig,

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from diffusion import train
+from diffusion.config import DenoiserConfig
 from diffusion.denoiser import DenoiserError, load_denoiser
-from diffusion.network import DenoiserConfig, build_unet
+from diffusion.network import build_unet
 from diffusion.quality import denoising_error
 from diffusion.training import Training, learning_rate
 from tests.torchrun import torchrun

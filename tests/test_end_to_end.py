@@ -21,8 +21,9 @@ from sklearn.datasets import load_digits
 
 from attack.badnet import BadNet
 from attack.poisoning.run import main
+from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
-from diffusion.network import DenoiserConfig, build_unet
+from diffusion.network import build_unet
 from utils.images import decoding
 from utils.images.decoding import files_by_class
 

@@ -18,8 +18,9 @@ from defense.elixir.purifier import (
     quantised,
     requantised,
 )
+from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
-from diffusion.network import DenoiserConfig, build_unet
+from diffusion.network import build_unet
 from diffusion.sampler import Schedule, subset_steps
 from tests.toys import CLASSES, LEVELS, FlatDenoiser, flat_images, random_images, with_corner
 from utils import config as config_module

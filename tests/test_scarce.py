@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.world import World, differences
 from defense.elixir.denoising_check import denoising_check, warn_if_noise
 from tests.toys import FlatDenoiser, random_images, toy_dataset
+from tests.world import World, differences
 from utils import command
 from utils.command import UserError, command_line, out_of_memory
 from utils.memory import Halving

@@ -23,8 +23,9 @@ from PIL import Image
 
 from attack.badnet import BadNet
 from attack.poisoning.run import main as run_attack
+from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
-from diffusion.network import DenoiserConfig, build_unet
+from diffusion.network import build_unet
 from utils.images import decoding
 from utils.storage import checksums, record
 

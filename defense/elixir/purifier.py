@@ -176,7 +176,7 @@ class Purifier:
 
         self.config, self.seed, self.device, self.amp = config, seed, device, amp
         self.denoiser, self.steps = denoiser, _steps(config)
-        self.sampler = Sampler(self.predict_noise, method=config.sampler)
+        self.sampler = Sampler(self.predict_noise)
 
     def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
         """The denoiser's answer, float32 (B, 3, H, W)."""
