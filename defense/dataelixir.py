@@ -32,8 +32,7 @@ from defense.harness.defense import Defense
 from defense.harness.forecast import announced_pace, smallest
 from defense.harness.knowledge import DENOISER
 from defense.harness.result import Result
-from utils.classifier.models import save_classifier
-from utils.classifier.trained import trained
+from utils.classifier.models import save_classifier, trained
 from utils.classifier.training import Observer
 from utils.config import UserError
 from utils.images.data import Dataset, LabeledImages

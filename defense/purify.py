@@ -38,8 +38,7 @@ from defense.own_data.output_folder import (
     refuse_overlap,
 )
 from defense.own_data.summary import findings, summarise
-from utils.classifier.models import build_classifier, load_weights
-from utils.classifier.trained import trained
+from utils.classifier.models import build_classifier, load_weights, trained
 from utils.config import UserError, as_flat_dict, command_line, parse_config, resolve_path
 from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages

@@ -16,15 +16,7 @@ from typing import Any
 from diffusion.config import DenoiserConfig
 from utils.command import UserError, command_line
 from utils.config import DataConfig, as_flat_dict, parse_config, resolve_path
-from utils.processes import (
-    broadcast,
-    in_step,
-    leading_process,
-    own_device,
-    rank,
-    size,
-    with_helpers,
-)
+from utils.processes import broadcast, leading_process, rank, run_in_workers, world_size
 
 log = logging.getLogger("dataelixir")
 # keys that may differ when a training goes on

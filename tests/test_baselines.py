@@ -61,7 +61,7 @@ def world(tmp_path, monkeypatch):
 
 @pytest.fixture
 def spy(monkeypatch):
-    monkeypatch.setattr("utils.classifier.trained.Trainer", SpyTrainer)
+    monkeypatch.setattr("utils.classifier.models.Trainer", SpyTrainer)
 
 
 def config_of(name, **changes):

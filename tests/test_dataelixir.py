@@ -17,7 +17,7 @@ from defense.elixir.verdict import Verdict
 from defense.harness.run import Case, run_defense
 from diffusion.sampler import Sampler
 from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
-from utils.classifier import trained
+from utils.classifier import models
 from utils.classifier.metrics import Truth
 from utils.images.data import LabeledImages
 from utils.storage import record as record_module
@@ -110,9 +110,9 @@ def run(config=CONFIG, data=POISONED, name="run", victim=None):
 def spied(monkeypatch, config=CONFIG, denoiser=None):
     """The result with the partial denoiser, and the training sets that were asked for, by stage."""
     use_denoiser(monkeypatch, denoiser or PartialDenoiser())
-    monkeypatch.setattr("utils.classifier.trained.Trainer", SpyTrainer)
+    monkeypatch.setattr("utils.classifier.models.Trainer", SpyTrainer)
     monkeypatch.setattr(
-        "utils.classifier.trained.build_classifier", lambda name, classes, info, seed: Reader()
+        "utils.classifier.models.build_classifier", lambda name, classes, info, seed: Reader()
     )
     SpyTrainer.seen = []
     result = run(replace(config, purify_batch_size=1000))
@@ -259,7 +259,7 @@ def test_conform_requantises_every_image_that_stays_and_overrides_the_switches(m
 
 
 def test_conform_trains_even_where_no_target_is_found(monkeypatch):
-    monkeypatch.setattr("utils.classifier.trained.Trainer", SpyTrainer)
+    monkeypatch.setattr("utils.classifier.models.Trainer", SpyTrainer)
     SpyTrainer.seen = []
     result = run(replace(CONFIG, conform=True), DATASET.train)
     assert result.discrepancy.targets == ()
@@ -305,7 +305,7 @@ def interrupt(monkeypatch, module, name, number):
     ],
 )
 def test_an_interrupted_defence_goes_on_to_the_same_result(monkeypatch, name, number, blocks_left):
-    module = {"save_classifier": trained, "predict": rounds, "target_labels": purification}[name]
+    module = {"save_classifier": models, "predict": rounds, "target_labels": purification}[name]
     whole = run(name="whole")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         interrupt(patched, module, name, number)

@@ -6,9 +6,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.toys import INFO, random_images, toy_dataset
-from utils.classifier.models import build_classifier, check_model, load_weights, save_classifier
+from utils.classifier.models import (
+    build_classifier,
+    check_model,
+    load_weights,
+    save_classifier,
+    trained,
+)
 from utils.classifier.networks import MODELS, Classifier
-from utils.classifier.trained import trained
 from utils.config import TrainConfig, UserError
 from utils.images.data import DATASETS, DatasetInfo, to_unit
 

@@ -30,8 +30,7 @@ from defense.harness.run import (
     show_finished,
 )
 from utils.classifier.metrics import EpochLog, Truth
-from utils.classifier.models import check_model
-from utils.classifier.trained import trained
+from utils.classifier.models import check_model, trained
 from utils.config import (
     DataConfig,
     TrainConfig,

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from defense.elixir.verdict import round_ends
 from defense.harness.result import Result
 from utils.classifier.metrics import (
-    EpochLog,
     Truth,
     accuracy,
     defense_effectiveness,
     detection,
+    epoch_rows,
     relabelling,
     survival,
     suspicion,
@@ -118,12 +118,10 @@ def _write_examples(result: Result, case: Case, config: Any, record: Record) -> 
 
 def _curves(record: Record) -> list[dict[str, str]]:
     """Epochs of this defence, after those of the victim where that was trained in the record above."""
-    rows = EpochLog(record / "metrics.csv", None, None).rows()
+    rows = epoch_rows(record / "metrics.csv")
     above = record.path.parent.parent / "metrics.csv"
     if record.path.parent.name == "defense" and above.exists():
-        rows = [
-            row for row in EpochLog(above, None, None).rows() if row["stage"] == "victim"
-        ] + rows
+        rows = [row for row in epoch_rows(above) if row["stage"] == "victim"] + rows
     return rows
 
 
@@ -158,7 +156,7 @@ def build_report(
         else survival(round_ends(result.votes, config.last_steps_m), case.data.labels, case.truth),
         "knowledge": list(knowledge),
         "training_epochs": sum(
-            row["stage"] != "victim" for row in EpochLog(record / "metrics.csv", None, None).rows()
+            row["stage"] != "victim" for row in epoch_rows(record / "metrics.csv")
         ),
         "removed": None if result.purified is None else int((~result.given_out).sum()),
         "cost": {

@@ -1,7 +1,8 @@
 """The field's numbers, as DataElixir's evaluation defines them; None where a number is undefined.
 
-C-Acc: clean test images read as their class. ASR: triggered images read as the attack's label. R-Acc: the same images
-read as their true class. TPR and FPR are over training samples; cover samples (triggered, true label) count in neither.
+C-Acc: clean test images read as their class. ASR: triggered images read as the attack's label.
+R-Acc: the same images read as their true class. TPR and FPR are over training samples; cover
+samples (triggered, true label) count in neither.
 """
 
 from __future__ import annotations
@@ -9,15 +10,14 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from utils.classifier.networks import Classifier
 from utils.classifier.training import Epoch, predict
 from utils.images.data import LabeledImages, TriggeredImages
-from utils.late import Tensor
 from utils.storage.record import replacing
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ class Truth:
 
     def __getitem__(self, which: Tensor) -> Truth:
         """The truth about the samples that a mask names."""
-        return Truth(
-            self.original_labels[which], self.poison[which], self.cover[which], self.targets
-        )
+        masks = self.poison[which], self.cover[which]
+        return Truth(self.original_labels[which], *masks, self.targets)
 
 
 def share(mask: Tensor) -> float | None:
@@ -61,48 +60,38 @@ def accuracy(model: Classifier, clean: LabeledImages, triggered: TriggeredImages
 
 
 def detection(flagged: Tensor, truth: Truth) -> dict[str, float | None]:
-    """{tpr, fpr, precision, f1} of a suspected set.
-
-    Args:
-        flagged: bool (N,).
-    """
+    """{tpr, fpr, precision, f1} of a suspected set bool (N,)."""
     hits = int((flagged & truth.poison).sum())
     benign = ~truth.poison & ~truth.cover
     counted = hits + int((flagged & benign).sum())
     tpr, precision = share(flagged[truth.poison]), hits / counted if counted else None
-    f1 = (
-        2 * precision * tpr / (precision + tpr)
-        if tpr and precision
-        else (0.0 if tpr is not None else None)
-    )
+    f1 = None if tpr is None else 0.0
+    if tpr and precision:
+        f1 = 2 * precision * tpr / (precision + tpr)
     return {"tpr": tpr, "fpr": share(flagged[benign]), "precision": precision, "f1": f1}
 
 
 def suspicion(score: Tensor | None, truth: Truth) -> dict[str, float | None]:
-    """{auroc, auprc, tpr_at_fpr1} of a score, whatever its threshold; all None where there is no score to rank by.
+    """{auroc, auprc, tpr_at_fpr1} of a score at any threshold; all None where it ranks nothing.
 
     Args:
         score: float (N,), higher = more suspicious; None, or a constant, ranks nothing.
 
     Returns:
-        Areas under the ROC and the precision-recall curve (average precision), and the largest TPR that a threshold
-        reaches at an FPR of 1 % or less. Cover samples count in nothing.
+        Areas under the ROC and the precision-recall curve (average precision), and the largest TPR
+        that a threshold reaches at an FPR of 1 % or less. Cover samples count in nothing.
     """
     counted = ~truth.cover
     poison = truth.poison[counted]
     if score is None or poison.all() or not poison.any() or bool((score == score[0]).all()):
         return {"auroc": None, "auprc": None, "tpr_at_fpr1": None}
-    from sklearn.metrics import (  # two seconds that --help need not wait for
-        average_precision_score,
-        roc_auc_score,
-        roc_curve,
-    )
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-    poison, score = poison.numpy(), score[counted].numpy()
-    fpr, tpr, _ = roc_curve(poison, score, drop_intermediate=False)
+    truth_and_score = poison.numpy(), score[counted].numpy()
+    fpr, tpr, _ = roc_curve(*truth_and_score, drop_intermediate=False)
     return {
-        "auroc": float(roc_auc_score(poison, score)),
-        "auprc": float(average_precision_score(poison, score)),
+        "auroc": float(roc_auc_score(*truth_and_score)),
+        "auprc": float(average_precision_score(*truth_and_score)),
         "tpr_at_fpr1": float(tpr[fpr <= 0.01].max()),
     }
 
@@ -110,8 +99,8 @@ def suspicion(score: Tensor | None, truth: Truth) -> dict[str, float | None]:
 def relabelling(given: Tensor, new: Tensor, truth: Truth) -> dict[str, float | None]:
     """{accuracy_on_poison, label_accuracy, collateral} of new labels int64 (N,).
 
-    accuracy_on_poison is over poisoned samples whose label changed; collateral is the share of the other samples whose
-    true label was changed into a wrong one.
+    accuracy_on_poison is over poisoned samples whose label changed; collateral is the share of the
+    other samples whose true label was changed into a wrong one.
     """
     right, changed = new == truth.original_labels, new != given
     spoilt = ~right & (given == truth.original_labels)
@@ -131,10 +120,11 @@ def defense_effectiveness(before: dict[str, Any], after: dict[str, Any]) -> floa
 
 
 def survival(ends: Tensor, given: Tensor, truth: Truth) -> list[dict[str, float | None]]:
-    """Per round: the share of clean samples, without triggers, still read as before, and of poison still read as the attack's label.
+    """Per round: the shares of clean samples read as before, and of poison read as its label.
 
     Args:
-        ends: int64 (N, 1 + n), the victim's labels of the original and of the image after each round; samples that were not purified (-1) do not count.
+        ends: int64 (N, 1 + n), the victim's labels of the original and of the image after each
+            round; samples that were not purified (-1) do not count.
         given: int64 (N,), labels as received.
     """
     known = ends[:, 0] >= 0
@@ -149,11 +139,24 @@ def survival(ends: Tensor, given: Tensor, truth: Truth) -> list[dict[str, float 
     ]
 
 
+def epoch_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; none where it is not there yet."""
+    if not file.exists():
+        return []
+    with open(file, newline="", encoding="utf-8") as source:
+        return list(csv.DictReader(source))
+
+
 class EpochLog:
-    """An observer of trainings: evaluates each epoch, keeps metrics.csv, and gives the progress bar C-Acc and ASR.
+    """An observer of trainings: evaluates each epoch and keeps metrics.csv.
+
+    It gives the progress bar C-Acc and ASR. Rows of a stage that is trained again from an earlier
+    epoch are replaced.
 
     Args:
-        file: metrics.csv; rows of a stage that is trained again from an earlier epoch are replaced.
+        file: metrics.csv.
+        clean: test set.
+        triggered: the ASR test set.
     """
 
     FIELDS = ("stage", "epoch", "lr", "train_loss", "c_acc", "asr", "r_acc")
@@ -163,36 +166,21 @@ class EpochLog:
 
     def __call__(self, epoch: Epoch) -> dict[str, float]:
         measured = accuracy(epoch.model, self.clean, self.triggered)
-        row = {
-            "stage": epoch.stage,
-            "epoch": epoch.number,
-            "lr": f"{epoch.lr:.6g}",
-            "train_loss": f"{epoch.loss:.6g}",
-        }
-        row |= {
-            key: "" if measured[key] is None else f"{measured[key]:.6g}"
-            for key in ("c_acc", "asr", "r_acc")
-        }
-        self._write(
-            [r for r in self.rows() if r["stage"] != epoch.stage or int(r["epoch"]) < epoch.number]
-            + [row]
+        row = {"stage": epoch.stage, "epoch": str(epoch.number)}
+        numbers = {"lr": epoch.lr, "train_loss": epoch.loss, **measured}
+        for key in self.FIELDS[2:]:
+            row[key] = "" if numbers[key] is None else f"{numbers[key]:.6g}"
+        earlier = (
+            r
+            for r in epoch_rows(self.file)
+            if r["stage"] != epoch.stage or int(r["epoch"]) < epoch.number
         )
-        return {"C-Acc": measured["c_acc"]} | (
-            {} if measured["asr"] is None else {"ASR": measured["asr"]}
-        )
+        self._write([*earlier, row])
+        shown = {"C-Acc": measured["c_acc"], "ASR": measured["asr"]}
+        return {key: value for key, value in shown.items() if value is not None}
 
-    def rows(self) -> list[dict[str, str]]:
-        """The rows written so far."""
-        if not self.file.exists():
-            return []
-        with open(self.file, newline="", encoding="utf-8") as source:
-            return list(csv.DictReader(source))
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        with (
-            replacing(self.file) as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as out,
-        ):
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        with replacing(self.file) as part, open(part, "w", newline="", encoding="utf-8") as out:
             writer = csv.DictWriter(out, self.FIELDS)
             writer.writeheader()
             writer.writerows(rows)

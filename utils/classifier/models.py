@@ -1,89 +1,75 @@
-"""Classifiers, made and kept: those of utils/classifier/networks.py, and every other architecture from timm, by name."""
+"""Classifiers made, trained and kept: those of networks.py, and every architecture of timm."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from utils.config import UserError, nearest
-from utils.late import nn, torch
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.classifier.networks import MODELS, Classifier
+from utils.classifier.training import Observer, Trainer
+from utils.config import TrainConfig, UserError, nearest
+from utils.images.data import Dataset, DatasetInfo, LabeledImages
 from utils.randomness import global_stream
 from utils.storage import checksums
 from utils.storage.record import replacing, shortened
 
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-    from utils.images.data import Dataset, DatasetInfo
-
 
 def build_classifier(
-    name: str, num_classes: int, info: DatasetInfo, seed: Sequence[int]
+    name: str, num_classes: int, info: DatasetInfo, seed: tuple[int | str, ...]
 ) -> Classifier:
     """A freshly initialised classifier, the same for the same seed whatever ran before.
 
-    Its weights lie in channels_last, the fastest order to train in. It is given here, to all alike: in another one sums may come out with other
-    last bits, and a model that is read back from its file must not differ from the one that was just trained.
+    All have their weights in channels_last, the fastest order to train in: in another one sums may
+    have other last bits, and a model read from its file must be as the one that was just trained.
 
     Raises:
         UserError: neither one of MODELS nor a timm model.
     """
-    from utils.classifier.networks import MODELS, Classifier
-
     with global_stream(*seed):
         body, width = MODELS[name]() if name in MODELS else _timm_body(name)
-        return Classifier(body, width, num_classes, info).to(memory_format=torch.channels_last)
+        model = Classifier(body, width, num_classes, info)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check_model(name: str, dataset: Dataset) -> None:
-    """Fail early: raises UserError where there is no such classifier, or it cannot read images of this size."""
-    from utils.classifier.networks import MODELS
-
+    """Fail early: UserError where there is no such classifier, or it cannot read such images."""
     if name in MODELS:  # ours read every size
         return
     model = build_classifier(name, dataset.num_classes, dataset.info, (0, "check")).eval()
     try:
         with torch.no_grad():
             model(dataset.train.images[:1].float() / 255)
-    except Exception as error:  # each architecture says it in its own way
+    except Exception as error:  # noqa: BLE001 - each architecture says it in its own way
         h, w = dataset.train.images.shape[-2:]
-        raise UserError(
-            f"model: {name} cannot read images of {h}x{w} ({shortened(error)}); take another, or another --image_size"
-        ) from None
+        words = f"{name} cannot read images of {h}x{w} ({shortened(error)})"
+        raise UserError(f"model: {words}; take another, or another --image_size") from None
 
 
 def _timm_body(name: str) -> tuple[nn.Module, int]:
-    import timm
+    import timm  # takes seconds, for few
 
-    from utils.classifier.networks import MODELS
-
+    body: Any
     try:
-        body = (
-            timm.create_model(name, pretrained=False, num_classes=0)
-            if timm.is_model(name)
-            else None
-        )
+        body = timm.create_model(name, num_classes=0) if timm.is_model(name) else None
     except RuntimeError:  # a known architecture with an unknown tag, such as resnet18.none
         body = None
     if body is None:
-        known = [*MODELS, *timm.list_models()]
-        raise UserError(
-            f"model: '{name}' is neither {', '.join(MODELS)} nor a timm model.{nearest(name, known)}"
-        )
-    return body, getattr(
-        body, "head_hidden_size", body.num_features
-    )  # of some, the head widens what it pools
+        hint = nearest(name, [*MODELS, *timm.list_models()])
+        raise UserError(f"model: '{name}' is neither {', '.join(MODELS)} nor a timm model.{hint}")
+    # the head of some widens what it pools
+    return body, getattr(body, "head_hidden_size", body.num_features)
 
 
 def save_classifier(model: Classifier, path: Path) -> None:
     """Write the weights as safetensors, complete or not at all."""
-    from safetensors.torch import save_file
-
+    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
     with replacing(path) as temporary:
-        save_file(
-            {key: value.contiguous().cpu() for key, value in model.state_dict().items()},
-            str(temporary),
-        )
+        save_file(weights, str(temporary))
 
 
 def load_weights(model: Classifier, path: Path) -> Classifier:
@@ -92,14 +78,42 @@ def load_weights(model: Classifier, path: Path) -> Classifier:
     Raises:
         UserError: not a safetensors file, or one of another architecture or number of classes.
     """
-    from safetensors.torch import load_file
-
     checksums.verify(path)
     try:
         model.load_state_dict(load_file(str(path)))
-    except Exception as error:  # safetensors raises its own type, torch RuntimeError
-        raise UserError(
-            f"{path}: does not fit this model ({' '.join(str(error).split())[:160]}); "
-            "delete it to have it made again"
-        ) from None
+    except Exception as error:  # noqa: BLE001 - safetensors and torch each raise their own
+        words = f"does not fit this model ({' '.join(str(error).split())[:160]})"
+        raise UserError(f"{path}: {words}; delete it to have it made again") from None
+    return model
+
+
+def trained(
+    name: str,
+    data: LabeledImages,
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    folder: Path,
+    observer: Observer | None = None,
+    start: Classifier | None = None,
+    together: bool = True,
+) -> Classifier:
+    """The model <name>.safetensors of `folder`, in eval mode; trained now where it is not there.
+
+    Args:
+        name: names the random stream as well.
+        start: what is trained further, on a copy; None = from scratch.
+        together: by all processes. What must not depend on their number is trained in one.
+
+    Raises:
+        UserError: see `Trainer.fit`; or the file is damaged.
+    """
+    key, info = (config.random_seed, name), dataset.info
+    model = copy.deepcopy(start) or build_classifier(config.model, dataset.num_classes, info, key)
+    model, file = model.to(device), folder / f"{name}.safetensors"
+    if file.exists():
+        return load_weights(model, file).eval()
+    checkpoint = folder / f"{name}.checkpoint.pt"
+    Trainer(model, config, name, info.flip, checkpoint, together).fit(data, observer)
+    save_classifier(model, file)
     return model

@@ -1,19 +1,17 @@
-"""The networks of classifiers: [0, 1] images (B, 3, H, W) -> logits (B, C), with the normalisation as the first layer.
+# He et al., Identity mappings in deep residual networks, 2016: https://arxiv.org/abs/1603.05027
+"""Networks that classify: [0, 1] images (B, 3, H, W) -> logits (B, C); the first layer normalises.
 
-PreActResNet after He et al., "Identity mappings in deep residual networks" (ECCV 2016, arXiv 1603.05027) with the
-3x3 stem used for 32x32 images.
+PreActResNets have the 3x3 stem that is used for 32x32 images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from utils.images.data import DatasetInfo
+from utils.images.data import DatasetInfo
 
 
 class Classifier(nn.Module):
@@ -25,6 +23,9 @@ class Classifier(nn.Module):
         num_classes: C.
         info: the data set's entry; its mean and std become the first layer.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, info: DatasetInfo):
         super().__init__()
@@ -64,7 +65,7 @@ class PreActBlock(nn.Module):
 
 
 def preactresnet(widths: Sequence[int], blocks: int, final_norm: bool) -> tuple[nn.Module, int]:
-    """The body of a PreActResNet: `blocks` blocks at each width, halving the resolution from the second width on."""
+    """A body of `blocks` blocks at each width, halving the resolution from the second width on."""
     layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)]
     previous = widths[0]
     for level, width in enumerate(widths):

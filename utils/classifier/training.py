@@ -1,8 +1,8 @@
 """Training and running classifiers on uint8 tensors that live on the device.
 
-The recipe is the field's: cross-entropy, random crop with 4 pixels of padding, a flip where the data set allows it,
-batches of a fixed size with the rest dropped, the schedule stepped once an epoch, the last epoch is the result.
-Random draws are keyed by (seed, stage, epoch), so an interrupted training goes on as if it had not stopped.
+The recipe is the field's: cross-entropy, random crops, flips where the data set allows them,
+batches of one size with the rest dropped, a rate for each epoch, the last epoch is the result.
+Draws are keyed by (seed, stage, epoch): an interrupted training goes on as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
+from utils.classifier.networks import Classifier
+from utils.classifier.optimizer import make_optimizer, make_schedule
 from utils.compiled import ROWS, filled
 from utils.config import TrainConfig, UserError
 from utils.cost import format_duration
@@ -24,14 +29,10 @@ from utils.data_parallel import all_reduce_mean, data_parallel, local_rows
 from utils.devices import autocast
 from utils.images.augmentation import random_crop_flip
 from utils.images.data import LabeledImages, to_unit
-from utils.late import F, Tensor, inference_mode, nn, torch
 from utils.processes import broadcast, rank, run_in_workers, world_size
 from utils.randomness import global_stream, keyed_generator
 from utils.storage import checksums
 from utils.storage.record import replacing
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
 
 log = logging.getLogger("dataelixir")
 EVAL_BATCH = 512
@@ -40,7 +41,7 @@ STATEFUL = ("model", "optimizer", "schedule", "scaler")  # parts of a Trainer
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an observer of a training is told: the stage's name, epochs done, learning rate, mean loss, the model."""
+    """What an observer is told: the stage, epochs done, learning rate, mean loss, model."""
 
     stage: str
     number: int
@@ -52,27 +53,9 @@ class Epoch:
 Observer = Callable[[Epoch], dict[str, float]]  # returns what the progress bar should show
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, or Adam, with the rates of `config`."""
-    if config.client_optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.wd)
-    return torch.optim.SGD(
-        model.parameters(), config.lr, config.sgd_momentum, weight_decay=config.wd
-    )
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over epochs."""
-    if config.lr_scheduler == "CosineAnnealingLR":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
 @dataclass(frozen=True)
 class TrainingJob:
-    """The job of the other processes while process 0 trains: the same steps, each with its share of every batch."""
+    """What workers do while process 0 trains: the same steps, each with its rows of every batch."""
 
     model: Classifier
     config: TrainConfig
@@ -91,16 +74,16 @@ class TrainingJob:
 
 
 class Trainer:
-    """One training run: model, optimizer, schedule and loss scaler, with the checkpoint that holds them.
+    """One training run: model, optimizer, schedule and loss scaler, and their checkpoint.
 
     Args:
         model: trained in place, on the device it is on.
         config: recipe; `config.epochs` epochs at `config.lr`.
         stage: names the random stream, the progress bar and the checkpoint.
         flip: whether images may be mirrored.
-        checkpoint: file written every `config.frequency_save` epochs, from which an interrupted training goes on; it is
-            for the caller to remove, once the model is saved. None = never written.
-        together: where there are several processes, all of them train, each on its share of every batch; the model can be pickled.
+        checkpoint: file written every `config.frequency_save` epochs, from which an interrupted
+            training goes on; the caller removes it once the model is saved. None = never written.
+        together: whether all processes train, each on its rows of every batch.
     """
 
     def __init__(
@@ -113,35 +96,29 @@ class Trainer:
         together: bool = True,
     ):
         self.model, self.config, self.stage, self.flip = model, config, stage, flip
-        self.checkpoint, self.network, self.together = (
-            checkpoint,
-            model,
-            together and world_size() > 1,
-        )
+        self.checkpoint, self.together = checkpoint, together and world_size() > 1
+        self.network: nn.Module = model
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config)
-        self.scaler = torch.amp.GradScaler(
-            model.device.type, enabled=config.amp and model.device.type == "cuda"
-        )
+        scales = config.amp and model.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=scales)
         self.epochs_done = 0
 
     def fit(self, data: LabeledImages, observer: Observer | None = None) -> Classifier:
         """Train for the epochs that are left and return the model, in eval mode.
 
         Raises:
-            UserError: the loss or a weight is no number any more; the message says since when, and where the last good state is.
-                Or batches are too small for so many processes.
+            UserError: the loss or a weight became no number, or processes outnumber a batch.
         """
         self._resume()
         if not self.together:
             return self._lead(data, observer)
-        if min(self.config.batch_size, len(data)) < world_size():
-            raise UserError(
-                f"batch_size: {min(self.config.batch_size, len(data))} images cannot be shared by {world_size()} processes; start fewer"
-            )
-        with run_in_workers(
-            TrainingJob(self.model, self.config, self.stage, self.flip, data, self.state())
-        ):
+        batch = min(self.config.batch_size, len(data))
+        if batch < world_size():
+            words = f"batch_size: {batch} images cannot be shared by {world_size()} processes"
+            raise UserError(f"{words}; start fewer")
+        job = TrainingJob(self.model, self.config, self.stage, self.flip, data, self.state())
+        with run_in_workers(job):
             self.network = data_parallel(self.model, self.model.device)
             try:
                 return self._lead(data, observer)
@@ -149,7 +126,7 @@ class Trainer:
                 self.network = self.model  # the group of processes is not to be kept
 
     def _lead(self, data: LabeledImages, observer: Observer | None) -> Classifier:
-        data = data.to(self.model.device)
+        data, size = data.to(self.model.device), f"epochs of {len(data)} images"
         first, epochs = self.epochs_done, self.config.epochs
         bar = tqdm(range(first, epochs), self.stage, unit="epoch", leave=False, disable=None)
         started, shown = time.monotonic(), {}
@@ -161,43 +138,22 @@ class Trainer:
             self._stop_if_lost(loss, epoch, rate)
             self.epochs_done = epoch + 1
             if epoch == first and epoch + 1 < epochs:
-                left = (time.monotonic() - started) * (epochs - epoch - 1)
-                log.info(
-                    "%s: %d epochs of %d images, about %s after this first one",
-                    self.stage,
-                    epochs,
-                    len(data),
-                    format_duration(left),
-                )
-            shown = (
-                observer(Epoch(self.stage, epoch + 1, rate, loss, self.model.eval()))
-                if observer
-                else {}
-            )
-            bar.set_postfix(
-                {"loss": f"{loss:.3f}"} | {key: f"{value:.3f}" for key, value in shown.items()}
-            )
+                left = format_duration((time.monotonic() - started) * (epochs - epoch - 1))
+                log.info("%s: %d %s, about %s after this first one", self.stage, epochs, size, left)
+            if observer:
+                shown = observer(Epoch(self.stage, epoch + 1, rate, loss, self.model.eval()))
+            told = {"loss": loss} | shown
+            bar.set_postfix({key: f"{value:.3f}" for key, value in told.items()})
             self._save()
-        log.info(
-            "%s: %d epochs of %d images in %.0f s%s",
-            self.stage,
-            epochs,
-            len(data),
-            time.monotonic() - started,
-            "".join(f", {key} {value:.4f}" for key, value in shown.items()),
-        )
+        last = "".join(f", {key} {value:.4f}" for key, value in shown.items())
+        took = time.monotonic() - started
+        log.info("%s: %d %s in %.0f s%s", self.stage, epochs, size, took, last)
         return self.model.eval()
 
     def one_epoch(self, data: LabeledImages, epoch: int) -> float:
-        """One pass over the data; returns the mean loss. What the model itself draws (dropout) is keyed by the epoch as well."""
-        with global_stream(
-            self.config.random_seed,
-            self.stage,
-            epoch,
-            "model",
-            device=data.images.device,
-            process=rank(),
-        ):
+        """One pass over the data; the mean loss. The epoch keys what the model draws (dropout)."""
+        key = self.config.random_seed, self.stage, epoch, "model"
+        with global_stream(*key, device=data.images.device, process=rank()):
             return self._pass(data.images, data.labels, epoch)
 
     def _pass(self, images: Tensor, labels: Tensor, epoch: int) -> float:
@@ -209,13 +165,10 @@ class Trainer:
             x, y = random_crop_flip(to_unit(images[batch]), self.flip, generator), labels[batch]
             if self.together:
                 x, y = local_rows(x), local_rows(y)
+            x = x.contiguous(memory_format=torch.channels_last)
             with autocast(images.device, self.config.amp):
-                loss = F.cross_entropy(
-                    self.network(x.contiguous(memory_format=torch.channels_last)).float(), y
-                )
-            if (
-                self.together
-            ):  # gradients are averaged over processes, the loss is to be over samples
+                loss = F.cross_entropy(self.network(x).float(), y)
+            if self.together:  # gradients are averaged over processes, the loss over samples
                 loss = loss * (len(y) * world_size() / len(batch))
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
@@ -231,36 +184,27 @@ class Trainer:
         yield from order[: n - n % size].split(size)
 
     def _stop_if_lost(self, loss: float, epoch: int, rate: float) -> None:
-        if math.isfinite(loss) and all(
-            bool(weight.isfinite().all()) for weight in self.model.state_dict().values()
-        ):
+        finite, weights = math.isfinite(loss), self.model.state_dict().values()
+        if finite and all(bool(weight.isfinite().all()) for weight in weights):
             return
-        what = (
-            f"a weight of {self.stage} became no number"
-            if math.isfinite(loss)
-            else f"the loss of {self.stage} became {loss}"
-        )
-        saved = self.epochs_done - self.epochs_done % max(1, self.config.frequency_save)
-        kept = (
-            f"; the state after epoch {saved} is in {self.checkpoint}"
-            if self.checkpoint and self.checkpoint.exists()
-            else ""
-        )
-        raise UserError(
-            f"lr: {what} in epoch {epoch + 1} at learning rate {rate:g}{kept}; try a smaller lr (ft_lr, where a model is fine-tuned), in a new folder"
-        )
+        what, kept = f"the loss of {self.stage} became {loss}", ""
+        if finite:
+            what = f"a weight of {self.stage} became no number"
+        if self.checkpoint and self.checkpoint.exists():
+            saved = self.epochs_done - self.epochs_done % max(1, self.config.frequency_save)
+            kept = f"; the state after epoch {saved} is in {self.checkpoint}"
+        words = "try a smaller lr (ft_lr, where a model is fine-tuned), in a new folder"
+        raise UserError(f"lr: {what} in epoch {epoch + 1} at learning rate {rate:g}{kept}; {words}")
 
     def _save(self) -> None:
-        if not self.checkpoint or self.epochs_done % max(1, self.config.frequency_save):
-            return
-        with replacing(self.checkpoint) as temporary:
-            torch.save(self.state(), temporary)
+        if self.checkpoint and self.epochs_done % max(1, self.config.frequency_save) == 0:
+            with replacing(self.checkpoint) as temporary:
+                torch.save(self.state(), temporary)
 
     def state(self) -> dict[str, Any]:
         """Everything that a training goes on from."""
-        return {part: getattr(self, part).state_dict() for part in STATEFUL} | {
-            "epochs_done": self.epochs_done
-        }
+        parts = {part: getattr(self, part).state_dict() for part in STATEFUL}
+        return parts | {"epochs_done": self.epochs_done}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
@@ -275,19 +219,18 @@ class Trainer:
         checksums.verify(self.checkpoint)
         try:
             self.load(torch.load(self.checkpoint, weights_only=True, map_location="cpu"))
-        except Exception as error:  # pickle, zipfile and torch each raise their own
-            raise UserError(
-                f"{self.checkpoint}: cannot be continued from ({' '.join(str(error).split())[:120]}); "
-                "delete it to train from the start"
-            ) from None
+        except Exception as error:  # noqa: BLE001 - pickle, zipfile and torch each raise their own
+            reason = " ".join(str(error).split())[:120]
+            words = f"cannot be continued from ({reason}); delete it to train from the start"
+            raise UserError(f"{self.checkpoint}: {words}") from None
         log.info("%s: continuing after epoch %d", self.stage, self.epochs_done)
 
 
-@inference_mode
+@torch.inference_mode()
 def batched(
     function: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, amp: bool = False
 ) -> Tensor:
-    """`function` of [0, 1] batches, over uint8 images (N, 3, H, W); results on the CPU, concatenated. Rows are each for themselves."""
+    """`function` of [0, 1] batches (each row for itself), over uint8 (N, 3, H, W); on the CPU."""
     parts, rows = [], ROWS if device.type == "cpu" else EVAL_BATCH
     for part in images.split(rows):
         x = filled(to_unit(part.to(device)), rows if device.type == "cpu" else len(part))
