@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion import denoiser as module
-from diffusion.denoiser import CARDS, Card, Denoiser, DenoiserError, load_denoiser, sha256_file
+from diffusion.denoiser import CARDS, Card, Denoiser, DenoiserError, load_denoiser
+from diffusion.weights import sha256_file
 
 
 def tiny_unet(size=8, channels=3, **options):

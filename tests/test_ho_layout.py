@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion import ho_layout
-from diffusion.denoiser import load_denoiser, sha256_file
+from diffusion.denoiser import load_denoiser
+from diffusion.weights import sha256_file
 from tests.test_denoiser import refusal
 
 FIXTURE = Path(__file__).parent / "fixtures" / "ddpm_ho_small.safetensors"
