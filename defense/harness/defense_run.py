@@ -11,9 +11,8 @@ import torch
 
 from defense.harness.defense import Findings
 from defense.harness.result import Result
-from utils.classifier.models import save_classifier
+from utils.classifier.models import save_classifier, trained
 from utils.classifier.networks import Classifier
-from utils.classifier.models import trained
 from utils.classifier.training import Observer, extract_features
 from utils.config import TrainConfig, UserError
 from utils.images.data import Dataset, LabeledImages
