@@ -26,7 +26,7 @@ from utils.classifier.models import build_classifier
 from utils.classifier.training import Trainer, make_optimizer
 from utils.compiled import Compiled
 from utils.config import TrainConfig
-from utils.cost import timed
+from utils.devices import timed
 from utils.devices import autocast, pick_device
 from utils.images.data import DATASETS, LabeledImages
 

@@ -1,4 +1,4 @@
-"""How a command of this project ends: what the user can mend in one line, an interruption with the command that goes on.
+"""How a command ends: what the user can mend in one line, an interruption with the command that goes on.
 
 Ctrl-C and SIGTERM end a run cleanly, a second one ends it at once. Either is safe, since files are complete or absent.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "what is finished is kept, the same command goes on from there"
+# of torch and oneDNN, CUDA, cuBLAS and cuDNN
 ALLOCATOR_WORDS = (
     "can't allocate memory",
     "bad_alloc",
@@ -25,7 +26,7 @@ ALLOCATOR_WORDS = (
     "out of memory",
     "ALLOC_FAILED",
     "unable to find an engine",
-)  # torch, oneDNN; CUDA; cuBLAS and cuDNN
+)
 
 
 class UserError(Exception):
@@ -48,22 +49,20 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
         try:
             with stoppable():
                 main(*words)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  a bug is raised again
             if stop := stopped_by(error):
                 print(f"\ninterrupted; {GOES_ON}: {this_command()}", file=sys.stderr)
                 sys.exit(128 + getattr(stop, "number", signal.SIGINT))
-            sys.exit(
-                _complain(
-                    str(error) if isinstance(error, UserError) else f"{_scarcity(error)}; {GOES_ON}"
-                )
-            )
+            told = isinstance(error, UserError)
+            print(f"error: {error if told else f'{_scarcity(error)}; {GOES_ON}'}", file=sys.stderr)
+            sys.exit(2)
 
     return wrapped
 
 
-def stopped_by(error: BaseException) -> KeyboardInterrupt | None:
-    """The interruption that an error is, or that it comes from: a library that is stopped while it writes may raise its own instead."""
-    while error and not isinstance(error, KeyboardInterrupt):
+def stopped_by(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that an error is or comes from; a library that is stopped while it writes may raise its own error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
 
@@ -95,41 +94,26 @@ def stoppable() -> Iterator[None]:
 
 
 def this_command() -> str:
-    """The command line of this program, as a shell would read it, under torchrun with as many processes on this machine."""
+    """The command line of this program, as a shell would read it; under torchrun with as many processes on this machine."""
     python, here = Path(sys.executable), Path.cwd()
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
-        if "LOCAL_WORLD_SIZE" in os.environ
-        else []
-    )
-    return shlex.join(
-        [
-            str(python.relative_to(here) if python.is_relative_to(here) else python),
-            *launcher,
-            *sys.argv,
-        ]
-    )
+    words = [str(python.relative_to(here) if python.is_relative_to(here) else python)]
+    if processes := os.environ.get("LOCAL_WORLD_SIZE"):
+        words += ["-m", "torch.distributed.run", "--nproc_per_node", processes]
+    return shlex.join([*words, *sys.argv])
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the machine has no memory left."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return (
-        named
-        or isinstance(error, RuntimeError)
-        and any(word in str(error) for word in ALLOCATOR_WORDS)
-    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ALLOCATOR_WORDS)
 
 
-def _scarcity(error: Exception) -> str:
+def _scarcity(error: BaseException) -> str:
     """What is short, in words; raises the error again where it is a bug and not a shortage."""
     if out_of_memory(error):
-        return "out of memory: give a smaller --purify_batch_size (for training, --batch_size with another --save_folder_name)"
+        advice = "for training, --batch_size with another --save_folder_name"
+        return f"out of memory: give a smaller --purify_batch_size ({advice})"
     if not isinstance(error, OSError) or (error.filename is None and error.errno is None):
         raise error
     return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
-
-
-def _complain(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2

@@ -10,14 +10,15 @@ import logging
 import warnings
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from utils.command import out_of_memory
-from utils.late import F, Tensor, nn, torch
 
 log = logging.getLogger("dataelixir")
 ROWS = 64  # of every batch on a CPU; as fast as larger ones
-MULTIPLE = (
-    32  # batches are filled up to a multiple of this, so that one compilation serves them all
-)
+MULTIPLE = 32  # batches are filled up to a multiple of this: one compilation serves them all
 
 
 def filled(x: Tensor, rows: int) -> Tensor:
@@ -55,10 +56,9 @@ class Compiled:
 
     def __init__(self, network: nn.Module):
         self.network, self.proven = network, False
-        logging.getLogger("torch.utils.cpp_extension").setLevel(
-            logging.ERROR
-        )  # that a CPU has no CUDA runtime is no news
-        self.call = torch.compile(network, dynamic=True)
+        # that a CPU has no CUDA runtime is no news
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        self.call: Callable[[Tensor, Tensor], Tensor] = torch.compile(network, dynamic=True)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         rows = len(x) + -len(x) % MULTIPLE
@@ -69,10 +69,8 @@ class Compiled:
         except Exception as error:  # compilers, dynamo and inductor each raise their own
             if self.proven or out_of_memory(error):
                 raise
-            log.warning(
-                "compile: not possible here (%s); the denoiser runs uncompiled",
-                " ".join(str(error).split())[:120],
-            )
+            reason = " ".join(str(error).split())[:120]
+            log.warning("compile: not possible here (%s); the denoiser runs uncompiled", reason)
             self.call, self.proven = self.network, True
             return self(x, t)  # filled up like every batch that follows
         self.proven = True

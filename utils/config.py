@@ -51,7 +51,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # where results and caches lie: record/, or what the environment names (another disk, a test)
 RECORDS = Path(os.environ.get("DATAELIXIR_RECORD") or ROOT / "record").absolute()
 SCRIPTS = ROOT / "attack"
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])  # what a tensor can hold
+# what a tensor can hold
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**63)])
 NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
 
@@ -62,10 +63,10 @@ class DataConfig:
 
     Args:
         dataset: cifar10, cifar100, gtsrb, digits (embedded, no download) or imagefolder.
-        dataset_path: folder of the data sets; tried as given, then relative to attack/. Missing ones are downloaded there.
+        dataset_path: folder of the data sets, tried as given, then relative to attack/; missing ones are downloaded there.
         image_size: side in pixels to which images are resized (PIL bilinear).
         test_fraction: share of each class kept as test set when an image folder has no test/.
-        on_bad_image: stop or skip at image files that cannot be read or lead out of the data folder; either lists them first.
+        on_bad_image: stop or skip at image files that cannot be read or lead out of the data folder; both list them.
     """
 
     dataset: str = "digits"
@@ -88,9 +89,9 @@ class TrainConfig:
         lr_scheduler: CosineAnnealingLR (to 0 over all epochs) or constant; stepped once an epoch.
         sgd_momentum: momentum of SGD.
         wd: weight decay.
-        frequency_save: a checkpoint, from which an interrupted training continues, is written after every epoch (0 or 1) or every k-th.
+        frequency_save: a checkpoint, from which a training continues, is written after every epoch (0, 1) or every k-th.
         amp: mixed precision (float16 with loss scaling on CUDA, bfloat16 on a CPU).
-        device: auto, cpu, cuda, cuda:1, ...; a missing GPU is answered with a warning and the CPU.
+        device: auto, cpu, cuda, cuda:1, ...; falls back to the CPU with a warning where there is no GPU.
         random_seed: seed of every random choice.
     """
 
@@ -110,7 +111,7 @@ class TrainConfig:
     frequency_save: NonNegativeInt = 0
     amp: bool = True
     device: str = "auto"
-    random_seed: Seed = 2022
+    random_seed: Seed = 2022  # type: ignore[valid-type]  # mypy takes no type that a call makes
 
 
 def resolve_path(text: str, key: str) -> Path:
@@ -159,6 +160,9 @@ class _YamlPath(ActionConfigFile):
 
 
 class _Parser(ArgumentParser):
+    passed_over: frozenset[str] = frozenset()
+    old_keys = OldKeys()
+
     def error(self, message, ex=None):
         """Every complaint of the parser becomes one UserError; unknown flags get the nearest known one."""
         lines = [line.strip() for line in str(message).splitlines() if line.strip()]
@@ -173,13 +177,13 @@ def parse_config(
     description: str = "",
     defaults: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """One instance of each frozen dataclass in `classes`, from defaults, then --yaml_path, then flags.
+    """One instance of each of `classes`, from defaults, then --yaml_path, then flags.
 
     Args:
         argv: the command line without the program name; None means sys.argv[1:].
-        classes: frozen dataclasses whose fields (together without repetition) are the flags. Keys in a class's
-            PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for others. A flag of a bool may stand alone.
-            Earlier keys are in its ALIASES and REMOVED_KEYS (utils/old_keys.py).
+        classes: frozen dataclasses whose fields (together without repetition) are the flags; that of a bool may stand
+            alone. Keys in a class's PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for
+            others. Earlier keys are in its ALIASES and REMOVED_KEYS (utils/old_keys.py).
         description: first lines of --help.
         defaults: values that replace the classes' own; keys that no class has are passed over.
 
@@ -198,9 +202,8 @@ def parse_config(
     switches = {f"--{alias}" for alias in parser.old_keys.aliases}
     for cls in classes:
         kinds = get_type_hints(cls)
-        cls.__init__.__annotations__.update(
-            kinds
-        )  # the parser would look for them, by importing whatever type checkers import
+        # else the parser would look for them, by importing whatever type checkers import
+        vars(cls)["__init__"].__annotations__.update(kinds)
         parser.add_class_arguments(cls)
         switches |= {f"--{key}" for key, kind in kinds.items() if kind is bool}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
@@ -231,7 +234,9 @@ def _plain(cls: type, key: str, value: Any) -> Any:
 
 def _yaml_first(argv: Sequence[str] | None) -> list[str]:
     """The words with every --yaml_path moved to the front: the parser lets the later one win, and flags must."""
-    words, first, rest = list(sys.argv[1:] if argv is None else argv), [], []
+    words = list(sys.argv[1:] if argv is None else argv)
+    first: list[str] = []
+    rest: list[str] = []
     while words:
         taken = 2 if words[0] == "--yaml_path" else 1
         (first if words[0].partition("=")[0] == "--yaml_path" else rest).extend(words[:taken])
@@ -241,12 +246,10 @@ def _yaml_first(argv: Sequence[str] | None) -> list[str]:
 
 def _switched(words: Sequence[str], switches: set[str]) -> list[str]:
     """The words with `true` behind each of `switches` that stands alone."""
-    alone = lambda k: (
-        words[k] in switches and (k + 1 == len(words) or words[k + 1].startswith("--"))
-    )
-    return [
-        part for k, word in enumerate(words) for part in ([word, "true"] if alone(k) else [word])
-    ]
+    found = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        found += [word, "true"] if word in switches and following.startswith("--") else [word]
+    return found
 
 
 def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
@@ -262,13 +265,10 @@ def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
 
 def passed_over(argv: Sequence[str] | None, cls: type) -> dict[str, Any]:
     """{key: value} of the YAML file of a command line that were for others than `cls`, as its PASSED_OVER allows."""
-    file, own = peek(argv, "yaml_path", ""), {f.name for f in fields(cls)}
+    file = peek(argv, "yaml_path", "")
     content = mapping(resolve_path(file, "--yaml_path")) if file else {}
-    return {
-        key: value
-        for key, value in content.items()
-        if key in getattr(cls, "PASSED_OVER", ()) and key not in own
-    }
+    others = set(getattr(cls, "PASSED_OVER", ())) - {f.name for f in fields(cls)}
+    return {key: value for key, value in content.items() if key in others}
 
 
 def as_flat_dict(*configs: Any) -> dict[str, Any]:

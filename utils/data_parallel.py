@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from utils.late import Tensor, nn, torch
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
 from utils.processes import rank, world_size
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
+
+import torch
 
 from utils.config import UserError
-from utils.late import torch
 from utils.processes import local_rank, local_world_size, world_size
 
 log = logging.getLogger("dataelixir")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` means, of several processes on one machine to each its own; a GPU that is not there is answered with a warning and the CPU.
+    """The device that `name` means, of several processes on one machine to each its own.
+
+    Falls back to the CPU with a warning where a GPU is named and there is none.
 
     Raises:
         UserError: no such device, or fewer GPUs than processes.
@@ -26,13 +31,15 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
         raise UserError(
-            f"device: '{name}' cannot be used ({str(error).splitlines()[0][:100]}); try auto, cpu or cuda"
+            f"device: '{name}' cannot be used ({reason}); try auto, cpu or cuda"
         ) from None
-    if device.type == "cuda" and local_world_size() > torch.cuda.device_count():
+    processes, gpus = local_world_size(), torch.cuda.device_count()
+    if device.type == "cuda" and processes > gpus:
         raise UserError(
-            f"torchrun: {local_world_size()} processes on this machine, which has {torch.cuda.device_count()} GPUs; "
-            f"give --nproc_per_node {torch.cuda.device_count()}, or --device cpu"
+            f"torchrun: {processes} processes on this machine, which has {gpus} GPUs; "
+            f"give --nproc_per_node {gpus}, or --device cpu"
         )
     return local_device(device)
 
@@ -70,3 +77,18 @@ def has_bfloat16() -> bool:
         getattr(torch.cpu, probe, lambda: False)()
         for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done `work`."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes on the device the second time; the first one warms up."""
+    timed(work, device)
+    return timed(work, device)

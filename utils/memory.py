@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from utils.command import UserError, out_of_memory
-from utils.late import Tensor, torch
 
 log = logging.getLogger("dataelixir")
 T = TypeVar("T")
@@ -23,7 +25,8 @@ class Halving:
     """
 
     def __init__(self, key: str):
-        self.key, self.size = key, None
+        self.key = key
+        self.size: int | None = None  # the most samples at once, once the memory has ended
 
     def __call__(self, work: Callable[[Tensor], T], index: Tensor) -> Iterator[T]:
         """Results of `work` on consecutive parts of `index` (B,).
@@ -36,12 +39,8 @@ class Halving:
             result = self._tried(work, part)
             if result is None:
                 self.size = len(part) // 2
-                log.warning(
-                    "%s: %d samples at once need more memory than there is; going on with %d",
-                    self.key,
-                    len(part),
-                    self.size,
-                )
+                words = "%s: %d samples at once need more memory than there is; going on with %d"
+                log.warning(words, self.key, len(part), self.size)
                 continue
             yield result
             index = index[len(part) :]
@@ -53,8 +52,9 @@ class Halving:
             if not out_of_memory(error):
                 raise
             if len(part) == 1:
+                words = "there is not enough memory for a single sample"
                 raise UserError(
-                    f"{self.key}: there is not enough memory for a single sample; free some, or give another --device"
+                    f"{self.key}: {words}; free some, or give another --device"
                 ) from None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # only here the failed attempt's tensors are gone

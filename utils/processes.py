@@ -33,22 +33,22 @@ class Job(Protocol):
 
 def world_size() -> int:
     """Processes that torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
     """Processes that torchrun has started on this machine; 1 without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
 
 
 def init_process_group() -> None:

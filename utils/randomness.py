@@ -9,13 +9,13 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator
 
-from utils.late import torch
+import torch
 
 
 def key_seed(*key: int | str) -> int:
-    """A 63-bit seed from numbers and words: (seed, stage, index) names an independent stream (splitmix64 over the key).
+    """A 63-bit seed from numbers and words: (seed, stage, index) names an independent stream.
 
-    torch's CPU generator takes the lower 32 bits of it: of 200,000 streams some five pairs are expected to be the same.
+    It is splitmix64 over the key. torch's CPU generator takes the lower 32 bits of it: of 200,000 streams some five pairs are expected to be the same.
     """
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     state = 0

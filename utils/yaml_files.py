@@ -28,9 +28,8 @@ def mapping(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path.stat().st_size:,} bytes are too many for a config")
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}"
-        ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read as YAML: {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'key: value' lines, found a {type(content).__name__}")
     return content
@@ -45,19 +44,19 @@ def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
     content = mapping(path)
     for key in content:
         if key not in known:
-            raise UserError(
-                f"{path}: unknown key '{shorten(str(key), 80)}'.{nearest(str(key), known)}"
-            )
+            name, guess = shorten(str(key), 80), nearest(str(key), known)
+            raise UserError(f"{path}: unknown key '{name}'.{guess}")
         if not is_short(content[key]):
             raise UserError(f"{path}: {key}: holds more than {MAX_VALUES} values")
     return content
 
 
 def is_short(value: Any) -> bool:
-    """Whether a value read from YAML unfolds to at most MAX_VALUES; a few aliases can stand for more than memory holds."""
+    """Whether a value read from YAML unfolds to at most MAX_VALUES; aliases can stand for more than memory holds."""
     left, stack = MAX_VALUES, [value]
     while stack and left >= 0:
         top, left = stack.pop(), left - 1
+        inner = top.values() if isinstance(top, dict) else top
         if isinstance(top, (list, tuple, set, dict)):
-            stack.extend(list(top.values() if isinstance(top, dict) else top)[: MAX_VALUES + 1])
+            stack.extend(list(inner)[: MAX_VALUES + 1])
     return left >= 0

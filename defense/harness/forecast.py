@@ -12,7 +12,8 @@ from utils.classifier.models import build_classifier
 from utils.classifier.training import Trainer, predict
 from utils.compiled import ROWS
 from utils.config import TrainConfig
-from utils.cost import format_duration, seconds
+from utils.cost import format_duration
+from utils.devices import seconds
 from utils.images.data import Dataset, LabeledImages
 from utils.late import Tensor, torch
 from utils.memory import Halving

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from utils.late import Tensor
 from utils.storage.files import replacing
 
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called $\\frac{
 ACCENT, MUTED, BLUE = "#c0392b", "#7f8c8d", "#2c6fbb"
 PAGE_DPI = 150  # of an embedded picture, which is shown at half of that
 BINS = 24
@@ -32,7 +35,7 @@ def embedded(words: str, draw: Callable[..., None], *args: Any) -> Markup:
     )
 
 
-def _save(figure: Any, target: Target) -> None:
+def _save(figure: Figure, target: Target) -> None:
     if isinstance(target, Path):
         with replacing(target) as temporary:
             figure.savefig(temporary, dpi=130, bbox_inches="tight")
@@ -40,13 +43,8 @@ def _save(figure: Any, target: Target) -> None:
         figure.savefig(target, format="png", dpi=PAGE_DPI, bbox_inches="tight")
 
 
-def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
+def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """A figure of `rows` x `columns` plots, in inches, and its axes (rows, columns)."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    names_as_they_are = {"text.parse_math": False}  # a class may be called $\\frac{
-    matplotlib.rcParams.update(names_as_they_are)
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -55,7 +53,7 @@ def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any
 
 
 def image_grid(
-    target: Target, rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str]
+    target: Target, rows: Sequence[tuple[str, Iterable[Tensor]]], columns: Sequence[str]
 ) -> None:
     """A sheet of uint8 images (3, H, W): one named row per entry, one captioned column per image."""
     width, height = 1.1 * len(columns) + 1.2, 1.25 * len(rows) + 0.4

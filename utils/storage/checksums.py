@@ -15,10 +15,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from utils.command import UserError
-from utils.late import Tensor
 
 FILE = "checksums.txt"
+ADVICE = "the command that made this record sets it aside and makes it again"
+RESULTS = (".npz", ".safetensors")
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)|# (stage|done) (.*)")
 
 
@@ -48,22 +51,17 @@ class Checksums:
 
     def changed(self, stage: str) -> bool:
         """Whether arrays or weights came out different the last time that the stage was run."""
-        if len(times := self.done.get(stage, ())) < 2:
+        times = self.done.get(stage, [])
+        if len(times) < 2:
             return False
         before, now = times[-2:]
-        return any(
-            before[name] != now[name]
-            for name in before.keys() & now.keys()
-            if name.endswith((".npz", ".safetensors"))
-        )
+        results = [name for name in before.keys() & now.keys() if name.endswith(RESULTS)]
+        return any(before[name] != now[name] for name in results)
 
     def later(self, stage: str) -> list[str]:
         """Names written by the stages after this one."""
-        return [
-            name
-            for after in self.stages[self.stages.index(stage) + 1 :]
-            for name in self.made_by(after)
-        ]
+        after = self.stages[self.stages.index(stage) + 1 :]
+        return [name for stage in after for name in self.made_by(stage)]
 
 
 def read(folder: Path) -> Checksums | None:
@@ -73,16 +71,15 @@ def read(folder: Path) -> Checksums | None:
     except FileNotFoundError:
         return None
     found, stage = Checksums(), ""
-    for digest, name, word, what in (
-        match.groups() for line in text.splitlines() if (match := LINE.fullmatch(line))
-    ):
+    for match in filter(None, map(LINE.fullmatch, text.splitlines())):
+        digest, name, word, what = match.groups()
         if word == "stage":
             stage = what
-            found.stages += [what] if what not in found.stages else []
+            if what not in found.stages:
+                found.stages.append(what)
         elif word == "done":
-            found.done.setdefault(what, []).append(
-                {name: found.hashes[name][-1] for name in found.made_by(what)}
-            )
+            made = {name: found.hashes[name][-1] for name in found.made_by(what)}
+            found.done.setdefault(what, []).append(made)
         else:
             found.hashes.setdefault(name, []).append(digest)
             found.stage[name] = stage
@@ -90,17 +87,22 @@ def read(folder: Path) -> Checksums | None:
 
 
 def _listed(folder: Path) -> Checksums | None:
-    """The same, nobody's to change: of a list that has not changed it is read once, however many files are verified by it."""
+    """The same, not to be changed: a list that stays as it is is read once, however many files are verified by it."""
     try:
-        stat = (folder / FILE).stat()
+        return _read_once(folder, *_state(folder / FILE))
     except FileNotFoundError:
         return None
-    return _read_once(str(folder), stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @functools.lru_cache(16)
-def _read_once(folder: str, *_: int) -> Checksums | None:
-    return read(Path(folder))
+def _read_once(folder: Path, *_: int) -> Checksums | None:
+    return read(folder)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def note(folder: Path, *lines: str) -> None:
@@ -121,57 +123,42 @@ def note_written(path: Path, temporary: Path) -> None:
         note(home, f"{sha256_of(temporary)}  {path.relative_to(home).as_posix()}")
 
 
-def verify(
-    path: Path, advice: str = "the command that made this record sets it aside and makes it again"
-) -> None:
+def verify(path: Path, advice: str = ADVICE) -> None:
     """Refuse a file whose content was never noted, where its folder, or the one above, keeps a list.
 
     Raises:
         UserError: damaged, or put there by something else.
     """
     home = _home(path)
-    if (
-        home
-        and path.exists()
-        and not (_listed(home) or Checksums()).is_whole(path.relative_to(home).as_posix(), path)
-    ):
-        raise UserError(
-            f"{path}: damaged or foreign (its sha256 is none that {home / FILE} lists); {advice}"
-        )
+    if home is None or not path.exists():
+        return
+    if not (_listed(home) or Checksums()).is_whole(path.relative_to(home).as_posix(), path):
+        reason = f"its sha256 is none that {home / FILE} lists"
+        raise UserError(f"{path}: damaged or foreign ({reason}); {advice}")
 
 
 def _home(path: Path) -> Path | None:
-    return next(
-        (folder for folder in (path.parent, path.parent.parent) if (folder / FILE).exists()), None
-    )
+    folders = (path.parent, path.parent.parent)
+    return next((folder for folder in folders if (folder / FILE).exists()), None)
 
 
 def of_tensors(*tensors: Tensor) -> str:
     """The first 16 digits of the sha256 of tensors' bytes, by which a run knows its data again."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.contiguous().numpy())
+        found.update(tensor.contiguous().numpy().data)
     return found.hexdigest()[:16]
 
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal; of a file that has not changed it is computed once."""
-    stat = path.stat()
-    return _sha256(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return _sha256(path, *_state(path))
 
 
 @functools.lru_cache(8192)
-def _sha256(path: str, *_: int) -> str:
+def _sha256(path: Path, *_: int) -> str:
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 
 from utils.command import GOES_ON, UserError
-from utils.late import torch
 from utils.storage import checksums
 
 
@@ -39,11 +40,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
         if sync:
             sync_folder(path.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors wrap the system's error
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch wraps the system's error
         raise UserError(f"{path}: could not be written ({shortened(error)}); {GOES_ON}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -76,13 +73,12 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
     Floats of an array have six digits, nan is an empty cell, and text is made `printable`.
     """
-    with (
-        replacing(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as out,
-    ):
-        writer = csv.writer(out)
-        writer.writerow(columns)
-        writer.writerows(zip(*(_cells(np.asarray(column)) for column in columns.values())))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*(_cells(np.asarray(column)) for column in columns.values())))
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def printable(text: str) -> str:
@@ -108,8 +104,9 @@ def _finite(value: Any) -> Any:
 
 def save_arrays(path: Path, **arrays: Any) -> None:
     """Write tensors or arrays as .npz, complete or not at all; the same arrays give the same bytes."""
+    content: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
     with replacing(path) as temporary:
-        np.savez(temporary, **{key: np.asarray(value) for key, value in arrays.items()})
+        np.savez(temporary, **content)
 
 
 def load_arrays(path: Path, *keys: str) -> dict[str, torch.Tensor]:
@@ -122,7 +119,8 @@ def load_arrays(path: Path, *keys: str) -> dict[str, torch.Tensor]:
     try:
         with np.load(path, allow_pickle=False) as content:
             return {key: torch.from_numpy(content[key]) for key in keys or content.files}
-    except Exception as error:  # zipfile, numpy and the file system each raise their own
+    except Exception as error:  # noqa: BLE001  zipfile, numpy and the system each raise their own
+        reason = shortened(error)
         raise UserError(
-            f"{path}: cannot be read ({shortened(error)}); delete it to have it made again"
+            f"{path}: cannot be read ({reason}); delete it to have it made again"
         ) from None

@@ -18,7 +18,7 @@ FILE = ".lock"
 
 
 class Lock:
-    """Held until the object or the process is gone; `take` makes them."""
+    """Held until the object or the process is gone; `acquire` makes them."""
 
     def __init__(self, handle: int):
         self.process = os.getpid()
@@ -48,26 +48,22 @@ def _locked(folder: Path, key: str) -> int:
     before = _content(handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if before:
+            log.info("%s is not running any more: its lock is taken over", before)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(handle)
-            raise UserError(
-                f"{key}: {folder} is in use by {before or 'another run'}; "
-                f"wait for it, end it, or give another --{key}"
-            ) from None
-        log.warning(
-            "%s: this file system knows no locks (%s); see to it that one run at a time uses it",
-            folder,
-            error.strerror,
-        )
-    else:
-        if before:
-            log.info("%s is not running any more: its lock is taken over", before)
+            holder, advice = (
+                before or "another run",
+                f"wait for it, end it, or give another --{key}",
+            )
+            raise UserError(f"{key}: {folder} is in use by {holder}; {advice}") from None
+        words = "%s: this file system knows no locks (%s); see to it that one run at a time uses it"
+        log.warning(words, folder, error.strerror)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
     os.ftruncate(handle, 0)
     os.pwrite(
-        handle,
-        f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(),
-        0,
+        handle, f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode(), 0
     )
     return handle
 

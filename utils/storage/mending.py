@@ -25,19 +25,17 @@ from utils.storage.lock import holder
 
 log = logging.getLogger("dataelixir")
 ASIDE = ".damaged"
-READ_BY_NAME = (
-    ".npz",
-    ".safetensors",
-    ".pt",
-)  # a run takes these, and the next, for its own wherever it finds them
+# a run takes these, and the next, for its own wherever it finds them
+READ_SUFFIXES = (".npz", ".safetensors", ".pt")
 READ_FILES = ("config.yaml", "stages.json", "report.json", "metrics.csv")
 NO_STAGE = ("config.yaml", "stages.json", "metrics.csv")
 TEMPORARY = re.compile(r"\..+\.\d+\.\w+")  # as utils.storage.files.replacing names them
-STATES = ("whole", "damaged", "foreign", "missing")
 
 
 def mend(folder: Path, key: str) -> None:
-    """Make a record that a run has to itself fit to go on: nothing damaged, foreign or half-written stays where it would be read.
+    """Make a record that a run has to itself fit to go on.
+
+    Nothing damaged, foreign or half-written stays where it would be read.
 
     Args:
         key: the key that names the folder, for the message.
@@ -62,56 +60,43 @@ def mend(folder: Path, key: str) -> None:
 
 def _adopt(folder: Path) -> None:
     """Begin the list; files of a record older than such lists are taken as they are."""
-    present = [
-        f"{checksums.sha256_of(path)}  {path.relative_to(folder).as_posix()}"
-        for path in _files(folder)
-        if _is_read(path)
-    ]
+    present = [path for path in _files(folder) if _is_read(path)]
     if present:
-        log.warning(
-            "%s: made before checksums were kept; its %d files are taken as they are",
-            folder,
-            len(present),
-        )
-    checksums.note(folder, *present)
+        words = "%s: made before checksums were kept; its %d files are taken as they are"
+        log.warning(words, folder, len(present))
+    lines = [f"{checksums.sha256_of(p)}  {p.relative_to(folder).as_posix()}" for p in present]
+    checksums.note(folder, *lines)
 
 
 def _set_aside(folder: Path, name: str, state: str, listed: Checksums, key: str) -> None:
+    """Rename a damaged or foreign file, and strike its stage off the finished ones."""
     path, stage = folder / name, listed.stage.get(name, "")
     if name == "config.yaml":
         raise UserError(f"{path}: {state}; restore it, or give another --{key}")
     aside = path.with_name(path.name + ASIDE)
     os.replace(path, aside)
     told = f"{path}: {state}, not what a run wrote; set aside as {aside.name}"
-    if name in NO_STAGE or state == "foreign" or not stage or name.endswith(".pt"):
-        log.warning(
-            "%s%s",
-            told,
-            "; the epochs in it are lost"
-            if name == "metrics.csv"
-            else " and made again if it is needed",
-        )
+    if name == "metrics.csv":
+        log.warning("%s; the epochs in it are lost", told)
+    elif name in NO_STAGE or state == "foreign" or not stage or name.endswith(".pt"):
+        log.warning("%s and made again if it is needed", told)
     else:
-        gone = {
-            listed.stage[block]
-            for block in listed.stage
-            if "/" in block and not (folder / block).exists()
-        }
-        _stage_again(folder, stage, told, gone)
+        blocks = [name for name in listed.stage if "/" in name and not (folder / name).exists()]
+        _stage_again(folder, stage, told, {listed.stage[block] for block in blocks})
 
 
 def _stage_again(folder: Path, stage: str, told: str, others: Collection[str] = ()) -> None:
     """Strike a stage off the finished ones; with it `others` (what they left is gone, but was of use) and the report."""
     log.warning("%s; stage '%s' is run again", told, stage)
-    again = (stage, "report", *others)
-    with contextlib.suppress(
-        UserError
-    ):  # stages.json is damaged as well: then every stage is run again
-        write_json(
-            folder / "stages.json",
-            {key: notes for key, notes in read_stages(folder).items() if key not in again},
-        )
+    with contextlib.suppress(UserError):  # stages.json is damaged too: every stage is run again
+        _keep_stages(folder, set(read_stages(folder)) - {stage, "report", *others})
     (folder / "report.json").unlink(missing_ok=True)  # it stands for a record that is complete
+
+
+def _keep_stages(folder: Path, kept: Collection[str]) -> None:
+    """Strike all but these stages off the finished ones."""
+    found = read_stages(folder)
+    write_json(folder / "stages.json", {key: found[key] for key in found if key in kept})
 
 
 def read_stages(folder: Path) -> dict[str, Any]:
@@ -142,26 +127,15 @@ def end(folder: Path, stage: str) -> None:
     if not (folder / checksums.FILE).exists():
         return
     checksums.note(folder, f"# done {stage}")
-    listed = checksums.read(folder)
+    listed = checksums.read(folder) or Checksums()
     if listed.changed(stage):
-        stale = [
-            name
-            for name in listed.later(stage)
-            if name not in NO_STAGE and (folder / name).exists()
-        ]
-        log.warning(
-            "%s: '%s' came out different this time; made again as well: %s",
-            folder,
-            stage,
-            ", ".join(stale) or "nothing",
-        )
+        later = [name for name in listed.later(stage) if name not in NO_STAGE]
+        stale = [name for name in later if (folder / name).exists()]
+        words = "%s: '%s' came out different this time; made again as well: %s"
+        log.warning(words, folder, stage, ", ".join(stale) or "nothing")
         for name in stale:
             (folder / name).unlink()
-        kept = listed.stages[: listed.stages.index(stage) + 1]
-        write_json(
-            folder / "stages.json",
-            {key: notes for key, notes in read_stages(folder).items() if key in kept},
-        )
+        _keep_stages(folder, listed.stages[: listed.stages.index(stage) + 1])
     _drop_checkpoints(folder)
 
 
@@ -175,20 +149,17 @@ def _drop_checkpoints(folder: Path) -> None:
 def _files(folder: Path, hidden: bool = False) -> Iterator[Path]:
     """Files in the record and in the folders in it, but not of records below it."""
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-        if (
-            path.is_file()
-            and path.name.startswith(".") == hidden
-            and not (path.parent != folder and (path.parent / "config.yaml").exists())
-        ):
+        below = path.parent != folder and (path.parent / "config.yaml").exists()
+        if path.is_file() and path.name.startswith(".") == hidden and not below:
             yield path
 
 
 def _is_read(path: Path) -> bool:
-    return path.suffix in READ_BY_NAME or path.name in READ_FILES
+    return path.suffix in READ_SUFFIXES or path.name in READ_FILES
 
 
 def _states(folder: Path, listed: Checksums) -> dict[str, str]:
-    """{name: one of STATES} of every file that is listed or that a run would read."""
+    """{name: whole, damaged, foreign or missing} of every file that is listed or that a run would read."""
     found = {}
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
@@ -198,41 +169,28 @@ def _states(folder: Path, listed: Checksums) -> dict[str, str]:
             found[name] = "foreign"
     with contextlib.suppress(UserError):
         done = read_stages(folder)
-        absent = [
-            name for name, stage in listed.stage.items() if name not in found and stage in done
-        ]
-        found |= {
-            name: "missing"
-            for name in absent
-            if "/" not in name and name.endswith((".npz", ".safetensors"))
-        }
+        for name, stage in listed.stage.items():
+            result = "/" not in name and name.endswith(checksums.RESULTS)
+            if result and name not in found and stage in done:
+                found[name] = "missing"
     return found
 
 
 def inventory(folder: Path) -> str:
     """A table of a record's files with size, stage and state, its finished stages, and who is using it."""
-    listed, user = checksums.read(folder), holder(folder)
-    states = _states(folder, listed or Checksums())
-    rows = [
-        f"{state if listed else 'unlisted':9s} {_size(folder / name):>12s}  {(listed or Checksums()).stage.get(name) or '-':10s} {name}"
-        for name, state in sorted(states.items())
-    ]
+    kept, user = checksums.read(folder), holder(folder)
+    listed, lines = kept or Checksums(), []
+    for name, state in sorted(_states(folder, listed).items()):
+        path, stage = folder / name, listed.stage.get(name) or "-"
+        size = f"{path.stat().st_size:,}" if path.exists() else "-"
+        lines.append(f"{state if kept else 'unlisted':9s} {size:>12s}  {stage:10s} {name}")
     try:
-        done = (
-            ", ".join(
-                f"{stage} ({notes['seconds']} s)" for stage, notes in read_stages(folder).items()
-            )
-            or "none"
-        )
+        found = read_stages(folder).items()
+        done = ", ".join(f"{stage} ({notes['seconds']} s)" for stage, notes in found) or "none"
     except (UserError, TypeError, KeyError):
         done = "not known, stages.json is damaged"
-    return "\n".join(
-        [*rows, f"finished stages: {done}", f"in use by {user}" if user else "not in use"]
-    )
-
-
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size:,}" if path.exists() else "-"
+    used = f"in use by {user}" if user else "not in use"
+    return "\n".join([*lines, f"finished stages: {done}", used])
 
 
 def require_whole(folder: Path) -> None:
@@ -243,13 +201,9 @@ def require_whole(folder: Path) -> None:
     """
     listed = checksums.read(folder)
     if listed is None:
-        raise UserError(
-            f"{folder}: has no {checksums.FILE}, so nothing can be said about its files; the command that made it begins one"
-        )
-    bad = [
-        f"{name} ({state})" for name, state in _states(folder, listed).items() if state != "whole"
-    ]
-    if bad:
-        raise UserError(
-            f"{folder}: not whole: {', '.join(bad)}; the command that made the record mends what can be made again"
-        )
+        reason = f"has no {checksums.FILE}, so nothing can be said about its files"
+        raise UserError(f"{folder}: {reason}; the command that made it begins one")
+    states = _states(folder, listed).items()
+    if bad := [f"{name} ({state})" for name, state in states if state != "whole"]:
+        advice = "the command that made the record mends what can be made again"
+        raise UserError(f"{folder}: not whole: {', '.join(bad)}; {advice}")

@@ -1,8 +1,8 @@
 """A record: everything that one run produces, in `record/<save_folder_name>/`.
 
-Files are complete or absent (utils/storage/files.py) and listed with their checksums (utils/storage/checksums.py). `stages.json` names the
-stages that are finished and how long they took; a run that finds a stage there recomputes nothing of it, unless a file of
-it is damaged. One run at a time uses a record. As a script: python utils/storage/record.py check NAME
+Files are complete or absent (files.py) and listed with their checksums (checksums.py). `stages.json` names the stages that
+are finished and how long they took; a run that finds a stage there recomputes nothing of it, unless a file of it is
+damaged (mending.py). One run at a time uses a record (lock.py). As a script: python utils/storage/record.py check NAME
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import logging
 import platform
 import re
@@ -21,10 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from utils.config import RECORDS, ROOT, UserError, command_line
-from utils.late import torch
 from utils.storage import checksums, lock, mending
 from utils.storage.files import load_arrays, replacing, save_arrays, shortened, write_json
 from utils.yaml_files import is_short
@@ -52,7 +53,9 @@ RUNTIME_KEYS = (
     "dry_run",
     "passed_over",
 )
-DATA_KEY = "data_sha256"  # what the data set was like, wherever it lay; records that are older than this key have none
+# what the data set was like, wherever it lay; records that are older than this key have none
+DATA_KEY = "data_sha256"
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
 PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
 
 
@@ -62,7 +65,7 @@ class Record:
     Args:
         name: save_folder_name, letters, digits, '.', '_', '-' and '/' between parts.
         must_exist: raise instead of creating.
-        key: the key that a person names the folder with, for messages; by default save_folder_name, result_file where it must exist.
+        key: the key that a person names the folder with, for messages; save_folder_name, or result_file where it must exist.
 
     Raises:
         UserError: a name that would leave record/, or (must_exist) one that is not there.
@@ -70,18 +73,16 @@ class Record:
 
     def __init__(self, name: str, must_exist: bool = False, key: str = ""):
         key = key or ("result_file" if must_exist else "save_folder_name")
-        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", name) or ".." in name:
-            raise UserError(
-                f"{key}: '{name}' is no name for a folder in record/; use letters, digits, '_', '-' and '.'"
-            )
-        self.name, self.path, self.lock, self.key = name, RECORDS / name, None, key
+        if not NAME.fullmatch(name) or ".." in name:
+            allowed = "use letters, digits, '_', '-' and '.'"
+            raise UserError(f"{key}: '{name}' is no name for a folder in record/; {allowed}")
+        self.name, self.path, self.key = name, RECORDS / name, key
+        self.lock: lock.Lock | None = None
         if not self.path.resolve().is_relative_to(RECORDS.resolve()):
             raise UserError(f"{key}: '{name}' leads out of record/ through a link")
         if must_exist and not self.path.is_dir():
-            known = sorted(p.parent.name for p in RECORDS.glob("*/config.yaml"))
-            raise UserError(
-                f"{key}: there is no {self.path}; records: {', '.join(known) or 'none yet'}"
-            )
+            known = ", ".join(sorted(p.parent.name for p in RECORDS.glob("*/config.yaml")))
+            raise UserError(f"{key}: there is no {self.path}; records: {known or 'none yet'}")
         self.path.mkdir(parents=True, exist_ok=True)
 
     def __truediv__(self, file: str) -> Path:
@@ -98,44 +99,39 @@ class Record:
         """
         self.lock = lock.acquire(self.path, self.key)
         if self._holds_results():
-            old = self.config()
-            differing = [
-                key
-                for key in config
-                if key not in RUNTIME_KEYS
-                and old.get(key) != config[key]
-                and (key in old or key != DATA_KEY)
-            ]
-            if differing:
-                shown = "; ".join(
-                    f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4]
-                )
-                shown += ": these are other images or labels" * (DATA_KEY in differing)
-                raise UserError(
-                    f"{self.key}: {self.path} belongs to another config ({shown}); "
-                    f"give another --{self.key}, or delete that folder"
-                )
+            self._refuse_other(config)
         mending.mend(self.path, self.key)
+        made_with = yaml.safe_dump({"environment": environment()}, sort_keys=False)
+        text = yaml.safe_dump(config, sort_keys=False) + "\n# made with\n" + made_with
         with replacing(self / "config.yaml") as temporary:
-            temporary.write_text(
-                yaml.safe_dump(config, sort_keys=False)
-                + "\n# made with\n"
-                + yaml.safe_dump({"environment": environment()}, sort_keys=False),
-                encoding="utf-8",
-            )
+            temporary.write_text(text, encoding="utf-8")
+
+    def _refuse_other(self, config: dict[str, Any]) -> None:
+        old = self.config()
+        compared = [
+            key for key in config if key not in RUNTIME_KEYS and (key != DATA_KEY or key in old)
+        ]
+        differing = [key for key in compared if old.get(key) != config[key]]
+        if not differing:
+            return
+        pairs = [f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4]]
+        images = ": these are other images or labels" if DATA_KEY in differing else ""
+        raise UserError(
+            f"{self.key}: {self.path} belongs to another config ({'; '.join(pairs)}{images}); "
+            f"give another --{self.key}, or delete that folder"
+        )
 
     def _holds_results(self) -> bool:
         beside = ("config.yaml", "log.txt", checksums.FILE)
-        if not any(
-            path.name not in beside and not path.name.startswith(".")
-            for path in self.path.iterdir()
-        ):
+        names = [path.name for path in self.path.iterdir()]
+        if all(name in beside or name.startswith(".") for name in names):
             return False
-        if not (self / "config.yaml").exists() and (self / checksums.FILE).exists():
+        if "config.yaml" not in names and checksums.FILE in names:
+            reason = "missing, so nobody knows what made the rest"
             raise UserError(
-                f"{self / 'config.yaml'}: missing, so nobody knows what made the rest; restore it, or give another --{self.key}"
+                f"{self / 'config.yaml'}: {reason}; restore it, or give another --{self.key}"
             )
-        return (self / "config.yaml").exists()
+        return "config.yaml" in names
 
     def config(self) -> dict[str, Any]:
         """The resolved keys the record was made with.
@@ -148,9 +144,8 @@ class Record:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{file}: cannot be read ({shortened(error)}); give another record"
-            ) from None
+            reason = f"cannot be read ({shortened(error)})"
+            raise UserError(f"{file}: {reason}; give another record") from None
         if not isinstance(content, dict):
             raise UserError(f"{file}: damaged, it holds no 'key: value' lines; give another record")
         if not all(map(is_short, content.values())):
@@ -170,7 +165,8 @@ class Record:
         if name in self.finished():
             yield {}
             return
-        before, notes, started = self.partial_seconds(name), {}, time.monotonic()
+        notes: dict[str, Any] = {}
+        before, started = self.partial_seconds(name), time.monotonic()
         log.info("-- %s", name)
         mending.begin(self.path, name)
         try:
@@ -178,10 +174,8 @@ class Record:
         except BaseException:
             self._note_partial(name, before + time.monotonic() - started)
             raise
-        done = self.finished() | {
-            name: {"seconds": round(before + time.monotonic() - started, 2)} | notes
-        }
-        write_json(self / "stages.json", done)
+        seconds = round(before + time.monotonic() - started, 2)
+        write_json(self / "stages.json", self.finished() | {name: {"seconds": seconds} | notes})
         mending.end(self.path, name)
         (self / f".{name}.partial").unlink(missing_ok=True)
 
@@ -213,14 +207,16 @@ def environment() -> dict[str, Any]:
 def git_commit() -> str | None:
     """The commit this code is at, with '+' where files differ from it; None outside a checkout."""
     try:
-        run = lambda *words: subprocess.run(
-            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10, check=True
-        )
-        return run("rev-parse", "HEAD").stdout.strip() + (
-            "+" if run("status", "--porcelain", "-uno").stdout.strip() else ""
-        )
+        changed = "+" if _git("status", "--porcelain", "-uno") else ""
+        return _git("rev-parse", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(ROOT), *words]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    return run.stdout.strip()
 
 
 def peak_rss_bytes() -> int:
@@ -233,9 +229,8 @@ class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A log that cannot be written (disk full) is told of once and then done without: results matter more."""
         log.removeHandler(self)
-        log.warning(
-            "%s: no more lines can be written (%s)", self.baseFilename, shortened(sys.exc_info()[1])
-        )
+        error = sys.exc_info()[1] or OSError()
+        log.warning("%s: no more lines can be written (%s)", self.baseFilename, shortened(error))
 
 
 def start_logging(file: Path | None) -> None:
@@ -245,21 +240,13 @@ def start_logging(file: Path | None) -> None:
         handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a file name can hold what the terminal cannot show
-    handlers = [(logging.StreamHandler(sys.stdout), "%(message)s")]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name can hold what a terminal cannot
+        sys.stdout.reconfigure(errors="backslashreplace")
+    log.addHandler(logging.StreamHandler(sys.stdout))
     if file:
-        handlers.append(
-            (
-                _File(file, encoding="utf-8", errors="backslashreplace"),
-                "%(asctime)s %(levelname)s %(message)s",
-            )
-        )
-    for handler, layout in handlers:
-        handler.setFormatter(logging.Formatter(layout))
-        log.addHandler(handler)
+        to_file = _File(file, encoding="utf-8", errors="backslashreplace")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
 
 
 def main() -> None:
