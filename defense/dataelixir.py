@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.denoising_check import warn_if_noise
 from defense.elixir.draft import Draft, Selector
+from defense.elixir.forecast import announced_pace, smallest
 from defense.elixir.noise_level import rounds_survived, self_agreement, settled_level
 from defense.elixir.power import COMPARABLE, detection_power
 from defense.elixir.purification import Purification
@@ -29,7 +30,6 @@ from defense.elixir.verdict import UNKNOWN, Candidates, Verdict, filter_candidat
 from defense.elixir.verdict_notes import verdict_notes
 from defense.elixir.workers import workers_for
 from defense.harness.defense import Defense
-from defense.harness.forecast import announced_pace, smallest
 from defense.harness.knowledge import DENOISER
 from defense.harness.result import Result
 from utils.classifier.models import save_classifier, trained
@@ -280,6 +280,15 @@ class DataElixir(DataElixirConfig, Defense):
 
     def check(self, dataset):
         check(self, dataset)
+
+    def costs(self, data, dataset):
+        from defense.elixir.forecast import purifying_line
+
+        config, trainings = self.resolved(), "stage1 and finetune, if a backdoor is found"
+        return [
+            purifying_line(data, config, dataset),
+            config.training_cost(trainings, data, dataset),
+        ]
 
     def defend(self, data, victim, run):
         return defend(data, victim, self, run.dataset, run.record, run.observer)

@@ -12,6 +12,9 @@ from defense.harness.defense import Defense
 class NoDefense(Defense):
     """The control without a defence."""
 
+    def costs(self, data, dataset):
+        return ["none: nothing"]
+
     def defend(self, data, victim, run):
         from defense.harness.result import Result
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from defense import dataelixir
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.forecast import training_line
 from defense.harness.evidence import write_evidence
-from defense.harness.forecast import classifier_lines, defense_lines
 from defense.harness.result import Result
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
 from defense.own_data.in_memory import as_labeled, class_names
@@ -43,8 +43,8 @@ from utils.config import UserError, as_flat_dict, command_line, parse_config, re
 from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages
 from utils.late import Tensor, torch
-from utils.processes import leading_process
 from utils.page.record_page import write_page
+from utils.processes import leading_process
 from utils.storage.checksums import of_tensors
 from utils.storage.files import printable, write_table
 from utils.storage.record import DATA_KEY, save_arrays, start_logging, write_json
@@ -262,14 +262,9 @@ def lead(argv: Sequence[str] | None) -> None:
         + (" and others" if len(given.layout.sizes) > 3 else ""),
     )
     if order.dry_run:
-        device = pick_device(config.device)
-        lines = [] if victim else [classifier_lines("victim", data, config, dataset, device)]
-        log.info(
-            "\n".join(
-                lines
-                + defense_lines("dataelixir", data, denoiser, config.resolved(), dataset, device)
-            )
-        )
+        lines = [] if victim else [training_line("victim", data, config, dataset)]
+        lines += dataelixir.DataElixir(**vars(config)).costs(data, dataset)
+        log.info("\n".join(lines))
         return
     run(order, given, data, dataset, config, victim)
 

@@ -32,6 +32,11 @@ class PurifyOnly(Defense, PurifyConfig):
 
         open_denoiser(self, dataset.train.images.shape[-1], dataset.name)
 
+    def costs(self, data, dataset):
+        from defense.elixir.forecast import purifying_line
+
+        return [purifying_line(data, self, dataset), *super().costs(data, dataset)]
+
     def defend(self, data, victim, run):
         from defense.harness.result import Result
 

@@ -43,6 +43,10 @@ class Spectre(Detector):
 
     KNOWLEDGE = (POISON_RATE,)
 
+    def costs(self, data, dataset):
+        inspection = "spectre: inspection, which takes minutes more than this; then at most"
+        return [self.training_cost(inspection, data, dataset)]
+
     def inspect(self, data, victim, run):
         rate, seed = poison_rate(run.record), self.numpy_seed("spectre")
         return find_poison(run.features(victim, data), data.labels.numpy(), rate, seed)

@@ -39,6 +39,19 @@ class Strip(ToldCleanImages, Detector):
     overlay_mode: Literal["add", "mix"] = "add"
     false_alarms: OpenFraction = 0.1
 
+    def costs(self, data, dataset):
+        from defense.elixir.forecast import untrained, vote_pace
+        from utils.cost import format_duration
+
+        model, n = untrained(self, dataset), len(data)
+        clean = len(clean_images(dataset, self.clean_share, self.random_seed))
+        overlays = self.overlay_count(clean)
+        votes = overlays * (n + clean - overlays)
+        took = format_duration(vote_pace(model, data, self.amp) * votes)
+        images = f"{n:,} images and {clean - overlays:,} clean ones"
+        inspection = f"{overlays} overlays on each of {images}, about {took} on {model.device}"
+        return [f"strip: inspection, {inspection}", *super().costs(data, dataset)]
+
     def inspect(self, data, victim, run):
         import torch
 

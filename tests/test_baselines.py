@@ -11,9 +11,9 @@ from attack.poisoning.run import RunConfig
 from defense import dataelixir
 from defense.elixir import purifier
 from defense.elixir.purifier import Purifier
+from defense.harness.case import save_case
 from defense.harness.defense import Defense, Findings, find_defense
 from defense.harness.defense_run import DefenseRun
-from defense.harness.run import save_case
 from tests.test_knowledge import DEFENSES
 from tests.toys import CORNER, FlatDenoiser, PatchReader, poisoned_toy, random_images, toy_dataset
 from utils.classifier import training

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from defense.harness.case import save_case
 from defense.harness.defense import Defense, find_defense
 from defense.harness.defense_run import DefenseRun
 from defense.harness.result import Result
-from defense.harness.run import save_case
 from tests.toys import CLASSES, INFO, SIDE, flat_images
 from utils.classifier.metrics import Truth
 from utils.classifier.networks import Classifier

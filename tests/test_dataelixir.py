@@ -14,7 +14,8 @@ from defense.elixir import purification, rounds
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.purifier import requantised
 from defense.elixir.verdict import Verdict
-from defense.harness.run import Case, run_defense
+from defense.harness.case import Case
+from defense.harness.run import run_defense
 from diffusion.sampler import Sampler
 from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
 from utils.classifier import models

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defense.harness.run import Case, run_defense, save_case
+from defense.harness.case import Case, save_case
+from defense.harness.run import run_defense
 from tests.test_baselines import (
     BASELINES,
     DATASET,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from defense.elixir.decisions import Decisions
 from defense.elixir.draft import Draft, Selector, settled_labels
 from defense.elixir.selection import image_distances
 from defense.elixir.store import Block, IntermediaryStore
 from defense.elixir.verdict import Candidates, Kind, Verdict
-from defense.harness.result import Decisions
 from tests.test_sampling import Made
 from tests.toys import random_images
 from utils.images.data import LabeledImages

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from defense.harness import knowledge
+from defense.harness.case import save_case
 from defense.harness.defense import NO_DEFENSE, find_defense
 from defense.harness.knowledge import (
     CLEAN_IMAGES,
@@ -18,7 +19,6 @@ from defense.harness.knowledge import (
     oracle_truth,
     poison_rate,
 )
-from defense.harness.run import save_case
 from tests.toys import poisoned_toy, toy_dataset
 from utils.config import UserError
 from utils.storage import record as record_module

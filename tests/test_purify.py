@@ -12,9 +12,9 @@ from PIL import Image
 
 from defense import dataelixir, purify
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.decisions import confidence, reason
 from defense.elixir.power import in_words
 from defense.elixir.verdict import Verdict
-from defense.harness.evidence import confidence, reason
 from defense.harness.defense import find_defense
 from defense.own_data import given
 from diffusion import train

@@ -19,16 +19,10 @@ from attack.poisoning.poison import (
     trigger_test_set,
 )
 from attack.poisoning.trigger import FitContext, Trigger
+from defense.elixir.forecast import training_line
+from defense.harness.case import Case, load_case, save_case
 from defense.harness.defense import Defense, find_defense
-from defense.harness.forecast import classifier_lines
-from defense.harness.run import (
-    Case,
-    defense_costs,
-    load_case,
-    run_defense,
-    save_case,
-    show_finished,
-)
+from defense.harness.run import run_defense, show_finished
 from utils.classifier.metrics import EpochLog, Truth
 from utils.classifier.models import check_model, trained
 from utils.config import (
@@ -148,8 +142,8 @@ def costs(run: RunConfig, trigger: Trigger, defense: Defense, dataset: Dataset) 
         )
     ]
     if run.stop_after != "poison":
-        lines.append(classifier_lines("victim", data, defense, dataset, device))
-    return lines + (defense_costs(defense, data, dataset) if run.stop_after == "report" else [])
+        lines.append(training_line("victim", data, defense, dataset))
+    return lines + (defense.costs(data, dataset) if run.stop_after == "report" else [])
 
 
 def poisoned_case(

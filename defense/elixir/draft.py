@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from defense.elixir.decisions import Decisions, Example
 from defense.elixir.selection import choose, image_distances
 from defense.elixir.store import IntermediaryStore
 from defense.elixir.verdict import UNKNOWN, Candidates, Verdict
-from defense.harness.result import Decisions, Example
 from utils.classifier.training import extract_features, predict
 from utils.images.data import LabeledImages
 from utils.late import F, Tensor, torch

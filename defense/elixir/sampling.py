@@ -14,6 +14,8 @@ The bootstrap does not see what a sample has none of. A class of which the share
 
 from __future__ import annotations
 
+from typing import Any
+
 from defense.elixir.inflow import LabelFlow
 from defense.elixir.target_label import (
     Discrepancy,
@@ -101,3 +103,10 @@ def undecided(
 def _by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """float64 (R, K): values float64 (R, S) summed over the samples of each class."""
     return torch.zeros(len(values), num_classes, dtype=torch.float64).index_add_(1, labels, values)
+
+
+def smallest(labels: Tensor, config: Any) -> int:
+    """The images of a set with `labels` int64 (N,) that are purified at least."""
+    if not getattr(config, "target_first", False):
+        return len(labels)
+    return int(labels.bincount().clamp(max=config.sample_first).sum())

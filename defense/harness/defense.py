@@ -63,6 +63,17 @@ class Defense(TrainConfig):
         """
         raise NotImplementedError
 
+    def costs(self, data: LabeledImages, dataset: Dataset) -> list[str]:
+        """Lines that say what the defence would cost on `data`, measured on a little of it."""
+        return [self.training_cost(f"{self.name}: at most", data, dataset)]
+
+    def training_cost(self, name: str, data: LabeledImages, dataset: Dataset) -> str:
+        """A line that says what its trainings take, a second one for `ft_epochs` among them."""
+        from defense.elixir.forecast import training_line
+
+        second = (self.ft_epochs or self.epochs) if hasattr(self, "ft_epochs") else 0
+        return training_line(name, data, self, dataset, self.epochs + second)
+
     def clean_up(self, record: Record) -> None:
         """After a complete run: delete intermediate files."""
 

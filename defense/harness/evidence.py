@@ -1,85 +1,93 @@
-"""Why a defence decided as it did: a confidence and a reason for every sample, and what a page about the run shows."""
+"""The files that a defence leaves: the product, the decisions, charts, and what the page shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from defense.elixir.target_label import Discrepancy
-from defense.elixir.verdict import Verdict
-from utils.late import Tensor, torch
+from defense.harness.case import Case, record_above
+from defense.harness.result import Result
+from utils.classifier.metrics import epoch_rows
+from utils.page import figures
+from utils.storage.files import write_table
 from utils.storage.record import Record, save_arrays, write_json
 
-EXAMPLES = 240  # changed samples whose rounds are kept for the page
+ON_PAGE, IN_FIGURE = 240, 8  # changed samples whose rounds are kept
 
 
-def confidence(votes_new: Tensor, intermediaries: Tensor) -> Tensor:
-    """float64 (N,) in [0, 1]: the share of a sample's intermediaries that the classifier reads as its new label.
+def write_product(result: Result, labels: Tensor, last_steps_m: int, record: Record) -> None:
+    """purified.npz, decisions.csv and votes.npz, of these what the defence has.
 
-    It says how far the purified images agree with the decision; it is no calibrated probability. nan where a sample was
-    not purified.
-
-    Args:
-        votes_new: int64 (N,), intermediaries read as the new label; -1 where there are none.
-        intermediaries: int64 (N,), those that were made of each sample.
-    """
-    share = votes_new.double() / intermediaries.clamp(min=1)
-    return torch.where(votes_new >= 0, share, torch.nan)
-
-
-def reason(
-    verdict: int, is_target: bool, relabelled: bool, moved: bool, old: int, new: int, total: int
-) -> str:
-    """One sample's decision in words.
+    Where samples were dropped, purified.npz holds the others, with their places in the training
+    set as `index`.
 
     Args:
-        verdict: of Verdict.
-        is_target: the given label is a detected target label.
-        relabelled, moved: the label, the image was changed.
-        old, new, total: intermediaries read as the given label, as the new one, and all; old is -1 where it was not purified.
+        labels: int64 (N,), as given.
     """
-    if old < 0:
-        return "kept: its class is no target label; it was not purified"
-    if verdict == Verdict.BENIGN:
-        return (
-            f"kept: {old} of {total} purified images are read as the given label"
-            if is_target
-            else "kept: its class is no target label"
-        )
-    if verdict == Verdict.POISONED:
-        return (
-            f"the given label is a target label, and {new} of {total} purified images are read as the new one"
-            if relabelled
-            else f"the given label is a target label; the image as given is misread, {new} of {total} purified images confirm the label"
-        )
-    judged = "reads another label" if relabelled else "confirms the given one"
-    return f"the given label is a target label and purified images disagree ({old} of {total} keep it); the benign model {judged}"
+    if result.product:
+        purified, out = result.product
+        kept = {} if result.keep is None else {"index": out.nonzero().flatten()}
+        given = purified[out]
+        save_arrays(record / "purified.npz", images=given.images, labels=given.labels, **kept)
+    if result.votes is not None:
+        save_arrays(record / "votes.npz", votes=result.votes.to(torch.int16))
+    write_table(record / "decisions.csv", result.table(labels, last_steps_m))
 
 
-def reasons(
-    verdict: Tensor,
-    is_target: Tensor,
-    relabelled: Tensor,
-    moved: Tensor,
-    old: Tensor,
-    new: Tensor,
-    total: Tensor,
-) -> np.ndarray:
-    """`reason` of N samples, each argument a tensor (N,)."""
-    columns = (
-        column.tolist() for column in (verdict, is_target, relabelled, moved, old, new, total)
-    )
-    return np.array([reason(*row) for row in zip(*columns)], dtype=str)
+def write_figures(result: Result, case: Case, last_steps_m: int, record: Record) -> None:
+    """discrepancy.png, suspicion.png, purified.png, curves.png, of these what the defence has."""
+    found, classes = result.discrepancy, case.dataset.classes
+    if found:
+        measures = {
+            "discrepancy (nats)": (found.metric.numpy(), found.threshold),
+            "share of others taken in": (found.inflow.share.numpy(), found.inflow_limit),
+        }
+        figures.target_label_chart(record / "discrepancy.png", measures, found.targets, classes)
+    elif result.score is not None and result.flagged is not None:
+        score, poison = result.score.numpy(), case.truth.poison.numpy()
+        figures.suspicion_chart(record / "suspicion.png", score, poison, result.flagged.numpy())
+    if curves := _curves(record):
+        figures.training_curves(record / "curves.png", curves)
+    if result.decisions and result.purified:
+        purified, given = result.purified, case.data.labels
+        examples = result.drawn(result.decisions.column > 0, IN_FIGURE)
+        ends = _ends(last_steps_m, len(examples[0].images)) if examples else []
+        rows = [
+            (
+                f"{classes[given[e.index]]} -> {classes[purified.labels[e.index]]}",
+                [*e.images[ends], purified.images[e.index]],
+            )
+            for e in examples
+        ]
+        names = ["given", *(f"round {r}" for r in range(1, len(ends))), "chosen"]
+        if rows:
+            figures.image_grid(record / "purified.png", rows, names)
+
+
+def _ends(last_steps_m: int, images: int) -> list[int]:
+    """Columns of the original and of the last image of each round."""
+    return [0, *range(last_steps_m, images, last_steps_m)]
+
+
+def _curves(record: Record) -> list[dict[str, str]]:
+    """Epochs of this defence, after those of the victim where the record above has it."""
+    rows = epoch_rows(record / "metrics.csv")
+    if (above := record_above(record)) is None:
+        return rows
+    return [row for row in epoch_rows(above / "metrics.csv") if row["stage"] == "victim"] + rows
 
 
 def write_evidence(
-    result, labels: Tensor, classes: Sequence[str], last_steps_m: int, record: Record
+    result: Result, labels: Tensor, classes: Sequence[str], last_steps_m: int, record: Record
 ) -> None:
-    """classes.json (names and, of each class, what target-label detection saw) and examples.npz (rounds of changed samples).
+    """classes.json (their names, what target-label detection saw) and examples.npz (rounds).
 
     Args:
-        result: the defence's Result.
         labels: int64 (N,), as given.
         classes: their names.
         last_steps_m: intermediaries of a round; the last of each round is kept.
@@ -87,27 +95,16 @@ def write_evidence(
     write_json(record / "classes.json", {"names": list(classes), **_seen(result.discrepancy)})
     if result.decisions is None:
         return
-    changed = (
-        ((result.decisions.column > 0) | (result.decisions.new_labels != labels))
-        .nonzero()
-        .flatten()
-    )
-    picked = (
-        changed[torch.linspace(0, len(changed) - 1, min(EXAMPLES, len(changed))).long()]
-        if len(changed)
-        else changed
-    )
-    examples = result.examples(picked)
+    changed = (result.decisions.column > 0) | (result.decisions.new_labels != labels)
+    examples = result.drawn(changed, ON_PAGE)
     if examples:
-        ends = [0, *range(last_steps_m, len(examples[0].images), last_steps_m)]
-        save_arrays(
-            record / "examples.npz",
-            index=np.array([e.index for e in examples]),
-            images=torch.stack([e.images[ends] for e in examples]),
-        )
+        ends = _ends(last_steps_m, len(examples[0].images))
+        images = torch.stack([e.images[ends] for e in examples])
+        index = np.array([e.index for e in examples])
+        save_arrays(record / "examples.npz", index=index, images=images)
 
 
-def _seen(found: Discrepancy | None) -> dict[str, object]:
+def _seen(found: Discrepancy | None) -> dict[str, Any]:
     if found is None:
         return {}
     return {

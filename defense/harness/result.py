@@ -4,82 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from defense.elixir.decisions import Decisions, Example
 from defense.elixir.target_label import Discrepancy
+from utils.classifier.networks import Classifier
 from utils.images.data import LabeledImages
-from utils.late import Tensor, torch
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """One row for each of N samples; what a method does not know is nan or -1.
-
-    Attributes:
-        verdict: int64 (N,) of Verdict.
-        new_labels: int64 (N,).
-        is_target: bool (N,), the given label is a detected target label.
-        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label; -1 where a sample was not purified.
-        pixel, feature: float64 (N,), distances of the chosen image from the original; nan where the original stayed.
-        column: int64 (N,), the chosen image among the intermediaries; 0 = the original.
-        intermediaries: int64 (N,), how many of each sample the victim read.
-    """
-
-    verdict: Tensor
-    new_labels: Tensor
-    is_target: Tensor
-    votes_old: Tensor
-    votes_new: Tensor
-    pixel: Tensor
-    feature: Tensor
-    column: Tensor
-    intermediaries: Tensor
-
-    def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
-        """Columns of decisions.csv; round counts from 1, step is the noise level left (0 = none), -1 = the original."""
-        from defense.elixir.verdict import Verdict
-        from defense.harness.evidence import confidence, reasons
-
-        moved = self.column > 0
-        round_ = torch.where(moved, (self.column - 1) // last_steps_m + 1, -1)
-        step = torch.where(moved, last_steps_m - 1 - (self.column - 1) % last_steps_m, -1)
-        names = np.array([verdict.name for verdict in Verdict])
-        return {
-            "index": np.arange(len(labels)),
-            "given_label": labels.numpy(),
-            "new_label": self.new_labels.numpy(),
-            "verdict": names[self.verdict.numpy()],
-            "target_class": self.is_target.int().numpy(),
-            "votes_old": self.votes_old.numpy(),
-            "votes_new": self.votes_new.numpy(),
-            "pixel_distance": self.pixel.numpy(),
-            "feature_distance": self.feature.numpy(),
-            "round": round_.numpy(),
-            "step": step.numpy(),
-            "confidence": confidence(self.votes_new, self.intermediaries).numpy(),
-            "reason": reasons(
-                self.verdict,
-                self.is_target,
-                self.new_labels != labels,
-                moved,
-                self.votes_old,
-                self.votes_new,
-                self.intermediaries,
-            ),
-        }
-
-
-@dataclass(frozen=True)
-class Example:
-    """One purified sample for the report: its index and all its intermediaries uint8 (1+nm, 3, H, W)."""
-
-    index: int
-    images: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,19 +21,20 @@ class Result:
 
     Attributes:
         model: the benign model, in eval mode.
-        purified: the sanitized training set, N samples in the order received; None where only a model is given.
+        purified: the sanitized training set, N samples in the order received; None where only a
+            model is given.
         keep: bool (N,), the samples of `purified` that are given out; None = all.
-        flagged: bool (N,), samples taken for poisoned; None where the method does not judge samples.
+        flagged: bool (N,), samples taken for poisoned; None where the method does not judge them.
         score: float64 (N,), finite, suspicion of each sample: the higher, the more suspicious.
         targets: the classes taken for target labels, ascending.
         decisions: how each sample was treated, where that is more than kept or dropped.
         stage1: the benign model before fine-tuning.
         discrepancy: DataElixir's target-label detection.
         votes: int64 (N, 1+nm), the victim's labels of originals (column 0) and intermediaries.
-        power: size of a backdoor -> how often it would have been found, where none was (power.py).
-        notes: sentences on what the verdict is worth (doubt.py).
+        power: size of a backdoor -> how often it would have been found, where none was.
+        notes: sentences on what the verdict is worth.
         unet_passes: denoiser passes spent, over all images.
-        examples: a few purified samples, drawn when the report wants them.
+        examples: purified samples with the given indices, drawn when the page wants them.
     """
 
     model: Classifier
@@ -118,32 +52,38 @@ class Result:
     unet_passes: int = 0
     examples: Callable[[Tensor], list[Example]] = lambda _: []
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for mask in (self.keep, self.flagged):
-            assert mask is None or mask.dtype == torch.bool and mask.ndim == 1, mask
-        assert (
-            self.score is None or self.score.dtype == torch.float64 and self.score.isfinite().all()
-        ), self.score
+            assert mask is None or (mask.dtype == torch.bool and mask.ndim == 1), mask
+        if self.score is not None:
+            assert self.score.dtype == torch.float64, self.score.dtype
+            assert self.score.isfinite().all(), self.score
 
     @property
-    def given_out(self) -> Tensor:
-        """bool (N,): the samples of `purified` that are in the sanitized set."""
-        return (
-            torch.ones_like(self.purified.labels, dtype=torch.bool)
-            if self.keep is None
-            else self.keep
-        )
+    def product(self) -> tuple[LabeledImages, Tensor] | None:
+        """The sanitized set, and bool (N,) which samples of it are given out; None without a set."""
+        if self.purified is None:
+            return None
+        every = torch.ones(len(self.purified), dtype=torch.bool)
+        return self.purified, every if self.keep is None else self.keep
 
     def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
         """Columns of decisions.csv, a row for each of N samples; `labels` are the given ones."""
         if self.decisions:
             return self.decisions.table(labels, last_steps_m)
         columns = {"index": np.arange(len(labels)), "given_label": labels.numpy()}
-        if self.purified:
-            columns |= {
-                "new_label": self.purified.labels.numpy(),
-                "kept": self.given_out.int().numpy(),
-            }
+        if self.product:
+            purified, out = self.product
+            columns |= {"new_label": purified.labels.numpy(), "kept": out.int().numpy()}
         if self.flagged is not None:
             columns["flagged"] = self.flagged.int().numpy()
-        return columns | ({} if self.score is None else {"suspicion": self.score.numpy()})
+        if self.score is not None:
+            columns["suspicion"] = self.score.numpy()
+        return columns
+
+    def drawn(self, which: Tensor, most: int) -> list[Example]:
+        """At most that many of the samples that a mask names, evenly spread, with their rounds."""
+        index = which.nonzero().flatten()
+        if len(index):
+            index = index[torch.linspace(0, len(index) - 1, min(most, len(index))).long()]
+        return self.examples(index)
