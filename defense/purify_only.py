@@ -119,6 +119,7 @@ def purified(data, victim, config: PurifyOnly, run):
     parts = split_into_blocks(store.missing(every), config.purify_batch_size)
     plan = PurifyOnlyPlan(data, victim, denoiser, replace(config, steps_T=level))
     with workers_for(plan) as workers:
+        assert isinstance(workers.work, LastStates)
         passes = workers.work.purifier.passes_per_image
         log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, passes)
         blocks = workers.blocks(parts, None)

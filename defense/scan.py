@@ -54,10 +54,8 @@ class Scan(ToldCleanImages, Detector):
 
     def inspect(self, data, victim, run):
         clean = clean_images(run.dataset, self.clean_share, self.random_seed)
-        received, clean = (
-            Labeled(run.features(victim, part), part.labels.numpy()) for part in (data, clean)
-        )
-        return self.find_poison(received, clean)
+        of = lambda part: Labeled(run.features(victim, part), part.labels.numpy())
+        return self.find_poison(of(data), of(clean))
 
     def find_poison(self, received: Labeled, clean: Labeled) -> Findings:
         """Split every class, and flag the suspect group of those that stand out."""

@@ -25,10 +25,8 @@ MEASURED, VOTE_BYTES = 512, 50  # images that are timed; bytes of a vote with it
 
 
 @torch.inference_mode()
-def purifying(
-    purifier: Purifier, victim: Classifier, data: LabeledImages, least: int
-) -> tuple[float, str]:
-    """Seconds of an image that is given all rounds, and lines for `least` to all images."""
+def purifying(purifier: Purifier, victim: Classifier, data: LabeledImages, least: int):
+    """Seconds of an image that is given all rounds, and a line for `least` to all images."""
     config, device, n = purifier.config, purifier.device, len(data)
     batch, each = config.purify_batch_size, 1 + config.rounds_n * config.last_steps_m
     rows = torch.arange(min(n, batch, ROWS if device.type == "cpu" else batch))
