@@ -1,17 +1,16 @@
-"""What a dry run says, on toys whose cost is known: every piece of work that is timed takes a second."""
+"""What a dry run says, on toys of known cost: every piece of work that is timed takes a second."""
 
 import re
 
 import pytest
 import torch
 
-from defense import strip
+from defense.elixir import forecast
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.purifier import Purifier
-from defense.harness import forecast
 from defense.harness.defense import find_defense
 from tests.toys import FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
-from utils.compiled import ROWS
+from utils.compiled import ROWS, FixedRows
 from utils.cost import format_duration
 
 CPU, DATASET = torch.device("cpu"), toy_dataset(per_class=30)
@@ -39,70 +38,71 @@ def a_second_for_each(monkeypatch):
     monkeypatch.setattr(forecast, "seconds", lambda work, device: work() is None or 1.0)
 
 
+def purifying(network, least=len(DATA), **keys):
+    purifier = Purifier(network, DataElixirConfig(**KEYS, **PURIFY | keys), 0, CPU)
+    return forecast.purifying(purifier, PatchReader().eval(), DATA, least)
+
+
 def lines(name, **keys):
-    config = find_defense(name)(**KEYS, **keys)
-    return forecast.defense_lines(name, DATA, None, config, DATASET, CPU)
+    return find_defense(name)(**KEYS, **keys).costs(DATA, DATASET)
 
 
-@pytest.mark.parametrize("batch", [16, 50, 64, 100])
+@pytest.mark.parametrize("batch", [16, 100])
 def test_a_pass_is_measured_as_it_will_be_made(batch):
     """On a CPU always with ROWS rows, so that a batch of fewer images pays for ROWS."""
-    denoiser, reader = Counting(), PatchReader().eval()
-    config = DataElixirConfig(**KEYS, **PURIFY, purify_batch_size=batch)
-    told = forecast.purifying_lines(DATA, denoiser, config, DATASET, CPU)
+    denoiser, n = Counting(), len(DATA)
+    pace, line = purifying(FixedRows(denoiser), purify_batch_size=batch)
     assert set(denoiser.rows) == {ROWS}
-    passes, images, n = 2 * 20, 1 + 2 * 4, len(DATA)
-    expected = passes / min(batch, ROWS) + images / n
-    assert f"time {format_duration(n * expected)} on cpu" in told[1]
-    assert forecast.purifying_pace(
-        Purifier(denoiser, config, 0, CPU), reader, DATA
-    ) == pytest.approx(expected)
+    passes, images = 2 * 20, 1 + 2 * 4
+    assert pace == pytest.approx(passes / min(batch, ROWS) + images / n)
+    assert f"{n} images at T = 20, {passes} denoiser passes for each" in line
+    assert f": {n * passes:,} passes, {format_duration(n * pace)} on cpu" in line
 
 
-def test_a_gpu_is_measured_on_a_whole_batch():
-    config = DataElixirConfig(purify_batch_size=256)
-    assert [
-        forecast.rows_at_once(config, torch.device(name)) for name in ("cuda", "cuda:1", "cpu")
-    ] == [256, 256, ROWS]
+def test_targets_first_are_told_from_the_least_to_the_most():
+    pace, line = purifying(Counting(), least=50)
+    assert f": 2,000 to {len(DATA) * 40:,} passes" in line
+    assert f"{format_duration(50 * pace)} to {format_duration(len(DATA) * pace)} on cpu" in line
 
 
 def test_what_memory_does_not_hold_is_measured_on_fewer_rows():
-    denoiser, config = Counting(most=40), DataElixirConfig(**KEYS, **PURIFY, purify_batch_size=64)
-    pace = forecast.purifying_pace(Purifier(denoiser, config, 0, CPU), PatchReader().eval(), DATA)
+    denoiser = Counting(most=40)
+    pace, _ = purifying(denoiser, purify_batch_size=64)
     assert set(denoiser.rows) == {32}
     assert pace == pytest.approx(40 / 32 + 9 / len(DATA))
 
 
-def test_memory_counts_the_set_the_block_and_the_votes(monkeypatch):
+@pytest.mark.parametrize(("rounds", "batch"), [(1, 7), (5, 7), (5, 900)])
+def test_memory_counts_the_set_the_block_and_the_votes(monkeypatch, rounds, batch):
+    """Beside what the process holds: bytes of the images thrice over, and 50 of each vote."""
     monkeypatch.setattr(forecast, "peak_rss_bytes", lambda: 10**9)
-    picture, n = DATA.images[0].numel(), len(DATA)
-    for rounds, images in ((1, 11), (5, 51)):
-        config = DataElixirConfig(rounds_n=rounds, last_steps_m=10, purify_batch_size=7)
-        assert (
-            forecast.purifying_bytes(config, DATA)
-            == 10**9 + 3 * picture * (n + 7 * images) + forecast.VOTE_BYTES * n * images
-        )
+    n, images = len(DATA), 1 + rounds * 4
+    held = 10**9 + 3 * 3 * 8 * 8 * (n + batch * images) + 50 * n * images
+    _, line = purifying(Counting(), rounds_n=rounds, purify_batch_size=batch)
+    assert line.endswith(f"about {held / 1e9:.1f} GB")
 
 
 def test_strip_is_told_with_its_inspection():
     """A vote for each image and each clean image that calibrates, under each overlay."""
     n = len(DATA)
     for share, overlays, count, clean in ((0.2, 100, 15, 30), (0.2, 4, 4, 30), (0.1, 100, 7, 15)):
-        found = lines("strip", clean_share=share, overlays=overlays)
+        inspection, training = lines("strip", clean_share=share, overlays=overlays)
         took = format_duration(count * (n + clean - count) / n)
-        assert (
-            found[0]
-            == f"strip: inspection, {count} overlays on each of {n} images and {clean - count} clean ones, about {took} on cpu"
+        assert inspection == (
+            f"strip: inspection, {count} overlays on each of {n} images and {clean - count} clean "
+            f"ones, about {took} on cpu"
         )
-        assert len(found) == 2
-        assert found[1].startswith("strip: at most: preactresnet_small, 3 epochs")
-        assert strip.Strip(overlays=overlays).overlay_count(clean) == count
+        assert training.startswith("strip: at most: preactresnet_small, 3 epochs")
 
 
-def test_the_inspection_of_spectre_is_told_to_take_longer_than_is_counted():
-    assert re.match(
-        "spectre: inspection, which takes minutes more.*; then at most: preactresnet_small",
-        lines("spectre")[0],
-    )
-    assert lines("spectral")[0].startswith("spectral: at most: preactresnet_small")
+def test_each_defence_says_what_is_dearer_about_it(monkeypatch):
+    monkeypatch.setattr(forecast, "open_denoiser", lambda *words: FlatDenoiser())
+    [line] = lines("spectre")
+    assert re.match("spectre: inspection, which takes minutes more.*; then at most: pre", line)
+    assert lines("spectral")[0].startswith("spectral: at most: preactresnet_small, 3 epochs")
+    assert "8 epochs" in lines("train_longer", ft_epochs=5)[0]
     assert lines("none") == ["none: nothing"]
+    for name, training in (("dataelixir", "6 epochs"), ("purify_only", "3 epochs")):
+        first, second = lines(name, steps_T=20, rounds_n=1)
+        assert first.startswith(f"purify: {len(DATA)} images at T = 20, 20 denoiser passes")
+        assert training in second

@@ -14,8 +14,8 @@ from utils.classifier.models import build_classifier
 from utils.classifier.networks import Classifier
 from utils.classifier.training import Trainer, predict
 from utils.compiled import ROWS
-from utils.cost import format_duration, seconds
-from utils.devices import pick_device
+from utils.cost import format_duration
+from utils.devices import pick_device, seconds
 from utils.images.data import Dataset, LabeledImages
 from utils.memory import Halving
 from utils.processes import world_size
