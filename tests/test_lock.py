@@ -90,11 +90,9 @@ def test_two_runs_on_one_record_and_on_two_that_share_caches(world):
     while not (world.record("a") / "stages.json").exists():
         assert os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     code, _ = world.run("a")
-    assert (
-        code == 2
-        and f"a is in use by process {children[0]} on" in world.said()
-        and "another --save_folder_name" in world.said()
-    ), world.said()
+    assert code == 2, world.said()
+    assert f"a is in use by process {children[0]} on" in world.said()
+    assert "another --save_folder_name" in world.said()
     assert [world.finish(child)[0] for child in children] == [0, 0]
     assert differences(before, world.record("a")) == differences(before, world.record("b")) == []
     assert not [

@@ -132,9 +132,10 @@ def test_a_config_that_is_damaged_or_gone_cannot_be_made_again(records):
 
 def test_between_the_checksum_and_the_rename_either_file_is_whole(records, monkeypatch):
     record = made()
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as killed:
         killed.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        save_arrays(record / "one.npz", a=np.zeros(5))
+        with pytest.raises(KeyboardInterrupt):
+            save_arrays(record / "one.npz", a=np.zeros(5))
     assert load_arrays(record / "one.npz")["a"].tolist() == list(range(9))
     save_arrays(record / "one.npz", a=np.zeros(5))
     assert load_arrays(record / "one.npz")["a"].tolist() == [0] * 5
@@ -215,8 +216,7 @@ def test_what_a_killed_run_left_half_written_goes(records):
 @pytest.mark.parametrize(
     "harmed",
     [
-        ["victim.safetensors", "trigger.png", "poisoned.npz"],
-        ["purified.npz", "decisions.csv", "benign_stage1.safetensors"],
+        ["victim.safetensors", "trigger.png", "decisions.csv", "benign_stage1.safetensors"],
         ["report.json", "stages.json"],
     ],
 )
@@ -228,9 +228,8 @@ def test_a_finished_record_with_damage_is_made_whole_again(world, whole, harmed)
         mending.require_whole(folder)
     assert all(f"{name} (damaged)" in str(told.value) for name in harmed)
     code, _ = world.run(folder.name)
-    assert code == 0 and all(f"{folder / name}: damaged" in world.said() for name in harmed), (
-        world.said()
-    )
+    assert code == 0, world.said()
+    assert all(f"{folder / name}: damaged" in world.said() for name in harmed)
     assert differences(copy, folder) == []
     mending.require_whole(folder)
 
@@ -248,12 +247,10 @@ def test_damaged_blocks_and_checkpoints_are_made_again_and_foreign_blocks_are_no
     (folder / "benign_stage1.checkpoint.pt").write_bytes(b"foreign")
     code, _ = world.run("half")
     said = world.said()
-    assert (
-        code == 0
-        and f"{first}: damaged" in said
-        and f"{second}: damaged" in said
-        and "benign_stage1.checkpoint.pt: foreign" in said
-    ), said
+    assert code == 0, said
+    assert f"{first}: damaged" in said
+    assert f"{second}: damaged" in said
+    assert "benign_stage1.checkpoint.pt: foreign" in said
     assert differences(world.record("whole"), folder) == []
 
 

@@ -1,13 +1,18 @@
-"""Several processes of a script, or of a toy of a test, as torchrun starts them.
+"""Several processes of a script as torchrun starts them, or of a toy of a test, forked with what torchrun tells its own.
 
-As a script: torchrun tests/torchrun.py MODULE FUNCTION FOLDER KIND lets process 0 call FUNCTION(FOLDER, KIND) while the others help.
+Forks need not import torch again; like torchrun, whoever forks them keeps the store in which they meet.
 """
 
 import os
+import signal
 import subprocess
 import sys
-from importlib import import_module
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch.distributed import TCPStore
 
 from utils.command import command_line
 from utils.config import ROOT
@@ -16,54 +21,85 @@ from utils.processes import leading_process, rank
 
 def torchrun(processes, *words):
     """The ended torchrun of a script and its words, each process with one thread."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        processes,
-        *words,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", processes, *words]
     return subprocess.run(
         [str(word) for word in command],
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
 
 
+@dataclass
+class Ended:
+    """Exit codes by rank, minus the signal where one ended the process, and what was printed."""
+
+    codes: list[int]
+    stdout: str
+    stderr: str
+
+    @property
+    def returncode(self):
+        """0 where every process ended well, like torchrun's."""
+        return next(filter(None, self.codes), 0)
+
+
 def together(processes, toy, folder, kind="good"):
-    """toy(folder, kind), a module's function, in process 0 of several. Each says "left" where it ends well, and which threads it kept."""
+    """toy(folder, kind) in process 0 of several, whose workers the others are.
+
+    Each says "left" where it ends well, and which threads of the process group it kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    return torchrun(processes, __file__, toy.__module__, toy.__name__, folder, kind)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": processes}
+    told |= {"LOCAL_WORLD_SIZE": processes, "TORCHELASTIC_USE_AGENT_STORE": True}
+    children = []
+    for number in range(processes):
+        own = told | {"RANK": number, "LOCAL_RANK": number}
+        if (child := os.fork()) == 0:
+            _in_fork(toy, folder, kind, {key: str(value) for key, value in own.items()})
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    read = lambda name: "".join(f.read_text() for f in sorted(folder.glob(f"*.{name}.txt")))
+    return Ended(codes, read("stdout"), read("stderr"))
 
 
-def say(*words):
-    """A line in one write: print writes it in pieces where Python does not buffer, and those of several processes mix."""
-    sys.stdout.write(" ".join(str(word) for word in words) + "\n")
-    sys.stdout.flush()
+def _in_fork(toy, folder, kind, told):
+    code = 70
+    signal.alarm(300)
+    try:
+        os.environ |= told
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        for handle, name in ((1, "stdout"), (2, "stderr")):
+            file = os.open(
+                folder / f"{told['RANK']}.{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            )
+            os.dup2(file, handle)
+            setattr(sys, name, os.fdopen(handle, "w", buffering=1))
+        run(toy, folder, kind)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:  # noqa: BLE001 a fork must not go on as its parent does
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
 
 
 @command_line
-def main():
-    module, function, folder, kind = sys.argv[1:]
+def run(toy, folder, kind):
+    """What a script of this project does around its work."""
     try:
         with leading_process() as leading:
             if leading:
-                getattr(import_module(module), function)(Path(folder), kind)
-        say("left")
+                toy(folder, kind)
+        print("left")
     finally:
-        threads = (
-            task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").glob("*")
-        )
-        say(
-            "threads of",
-            rank(),
-            *sorted(name for name in threads if "gloo" in name or "tcpstore" in name),
-        )
-
-
-if __name__ == "__main__":
-    main()
+        tasks = Path("/proc/self/task").glob("*")
+        names = [task.joinpath("comm").read_text().strip() for task in tasks]
+        kept = sorted(name for name in names if "gloo" in name or "tcpstore" in name)
+        print("threads of", rank(), *kept)
