@@ -109,13 +109,12 @@ def test_replacing_is_all_or_nothing(tmp_path):
         (ValueError, ValueError),
         (OSError, UserError),
     ):
-        with pytest.raises(told):  # noqa: PT012 the block itself is tested
-            with replacing(path) as temporary:
-                temporary.write_text("half")
-                assert path.read_text() == "old"
-                assert temporary.parent == path.parent
-                assert temporary.suffix == path.suffix
-                raise error
+        with pytest.raises(told), replacing(path) as temporary:  # noqa: PT012 the block is tested
+            temporary.write_text("half")
+            assert path.read_text() == "old"
+            assert temporary.parent == path.parent
+            assert temporary.suffix == path.suffix
+            raise error
     assert path.read_text() == "old"
     with replacing(path) as temporary:
         temporary.write_text("new")

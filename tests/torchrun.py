@@ -17,6 +17,7 @@ from torch.distributed import TCPStore
 from utils.command import command_line
 from utils.config import ROOT
 from utils.processes import leading_process, rank
+from utils.storage.record import start_logging
 
 
 def torchrun(processes, *words):
@@ -79,6 +80,7 @@ def _in_fork(toy, folder, kind, told):
             )
             os.dup2(file, handle)
             setattr(sys, name, os.fdopen(handle, "w", buffering=1))
+        start_logging(None)
         run(toy, folder, kind)
         code = 0
     except SystemExit as ended:
