@@ -49,7 +49,7 @@ class Given:
 
 
 def open_given(text: str) -> Given:
-    """The set that `--data` means: a path, or the name of a record (record/NAME is a path to one, too).
+    """The set that `--data` means: a path, or the name of a record (record/NAME is one, too).
 
     Raises:
         UserError: nothing there, nothing that can be read, or too few classes.
@@ -88,7 +88,7 @@ def refuse_few(labels: Tensor, count: int) -> None:
 
 
 def fitting_denoiser(given: Given, config: PurifyConfig, resize: bool) -> Denoiser:
-    """The denoiser that `config.ddpm` names, if it serves images of this size or `resize` allows others.
+    """The denoiser that `config.ddpm` names, if it serves this size or `resize` allows others.
 
     Raises:
         UserError: no denoiser named or known for the set, images of other sizes; says which cards
@@ -102,8 +102,9 @@ def fitting_denoiser(given: Given, config: PurifyConfig, resize: bool) -> Denois
         )
     if card and side and not resize and card.resolution != side:
         raise UserError(
-            f"ddpm: the card {card.name} works on {card.resolution}x{card.resolution} images, these "
-            f"are {side}x{side}; give --resize, or another denoiser. {_cards(side)}\n{_advice(given)}"
+            f"ddpm: the card {card.name} works on {card.resolution}x{card.resolution} images, "
+            f"these are {side}x{side}; give --resize, or another denoiser. "
+            f"{_cards(side)}\n{_advice(given)}"
         )
     denoiser = open_denoiser(config, None if resize else side, given.dataset)
     if not resize and side != denoiser.resolution:

@@ -1,4 +1,4 @@
-"""A set that is in memory, as tensors, arrays, pictures or a torch Dataset, brought to uint8 and int64."""
+"""A set in memory, as tensors, arrays, pictures or a torch Dataset, as uint8 and int64 tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from utils.images.data import LabeledImages, to_uint8
 from utils.images.decoding import as_rgb
 from utils.storage.files import shortened
 
-# labels beyond are numbers of something else; tables of all pairs of classes would not fit into memory
+# labels beyond are numbers of something else, and tables of all pairs of classes fit no memory
 MOST_CLASSES = 100_000
 
 
 def as_labeled(data: Any, labels: Any) -> LabeledImages:
-    """A set in memory as uint8 (N, 3, H, W) and int64 (N,); `defense.purify.clean` says what it may be.
+    """A set as uint8 (N, 3, H, W) and int64 (N,); `defense.purify.clean` says what it may be.
 
     Raises:
         UserError: shapes, types or labels that do not fit.
@@ -130,15 +130,15 @@ def _item(value: Any, what: str) -> np.ndarray:
             value = value.detach().cpu()
             return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:  # PIL's and BadImage among them
+    except (TypeError, ValueError, RuntimeError, OSError) as error:  # BadImage is a ValueError
         raise UserError(
-            f"data: {what} cannot be used ({shortened(error)}); give tensors, arrays or PIL images, "
-            "and integers for labels"
+            f"data: {what} cannot be used ({shortened(error)}); give tensors, arrays or PIL "
+            "images, and integers for labels"
         ) from None
 
 
 def _rounded(pixels: np.ndarray) -> Tensor:
-    """uint8 of floats in [0, 1]; less than half a level outside is the rounding of whoever made them.
+    """uint8 of floats in [0, 1]; less than half a level outside is rounding of whoever made them.
 
     Raises:
         UserError: floats of another range, or nan.

@@ -1,4 +1,4 @@
-"""The output folder of defense/purify.py: a record that lies where the user wants it, with the cleaned set beside its files."""
+"""The output folder of defense/purify.py: a record where the user wants it, and the cleaned set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from utils.config import UserError
 from utils.images.data import LabeledImages
 from utils.images.layout import Layout, Outcome
-from utils.late import Tensor, torch
 from utils.page.source import Source
 from utils.storage import checksums, lock
 from utils.storage.record import DATA_KEY, Record, load_arrays
@@ -36,7 +38,7 @@ class OutputFolder(Record):
         path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Take the folder, or go on with the run that it holds; what lies in cleaned/ is left as it is.
+        """Take the folder, or go on with the run that it holds; cleaned/ is left as it is.
 
         Raises:
             UserError: it holds something else, or the run of another config or another set.
@@ -45,7 +47,8 @@ class OutputFolder(Record):
             others = [path.name for path in self.path.iterdir()]
             if others and DATA_KEY not in (self.config() if "config.yaml" in others else {}):
                 raise UserError(
-                    f"out: {self.path} is not empty and holds no run of this command; name a new or an empty folder"
+                    f"out: {self.path} is not empty and holds no run of this command; "
+                    "name a new or an empty folder"
                 )
         self.lock = lock.acquire(self.path, self.key)
         for left in self.path.glob(f".{CLEANED}.*"):  # of a run that was killed
@@ -54,18 +57,16 @@ class OutputFolder(Record):
         super().claim(config)
 
     def note_cleaned(self) -> None:
-        """Note the checksums of what lies in cleaned/, and in what was put aside, now: it is the user's, so it is neither judged nor set aside by `mend`.
+        """Note the checksums of what lies in cleaned/, and in what was put aside, as it is now.
 
-        Files in deeper folders, as those of an image folder, are never looked at there.
+        It is the user's, so `mend` neither judges it nor sets it aside. Files in deeper folders, as
+        those of an image folder, are never looked at there.
         """
         listed = checksums.read(self.path)
         if listed is None:
             return
-        names = {
-            path.relative_to(self.path).as_posix(): path
-            for path in sorted(self.path.glob(f"{CLEANED}*/*"))
-            if path.is_file()
-        }
+        files = (path for path in sorted(self.path.glob(f"{CLEANED}*/*")) if path.is_file())
+        names = {path.relative_to(self.path).as_posix(): path for path in files}
         new = [
             f"{checksums.sha256_of(path)}  {name}"
             for name, path in names.items()
@@ -75,88 +76,86 @@ class OutputFolder(Record):
             checksums.note(self.path, *new)
 
     def holds(self) -> str | None:
-        """The action whose set lies in cleaned/; None where nothing lies there, or where nobody knows what."""
+        """The action whose set lies in cleaned/; None where none does, or nobody knows which."""
         summary = Source(self.path).json(SUMMARY) if (self / CLEANED).exists() else {}
-        return summary.get(
-            CLEANED, summary.get("action")
-        )  # without the key where an older version wrote it
+        return summary.get(CLEANED, summary.get("action"))  # older versions wrote only the second
 
     def forget(self) -> None:
         """Take the summary away: what it says of cleaned/ is about to be true no more."""
         (self / SUMMARY).unlink(missing_ok=True)
 
     def put_aside(self) -> None:
-        """cleaned/ becomes cleaned-1/, or the next number that is free: files that the user changed or added there stay."""
-        if os.path.lexists(self / CLEANED):
-            aside = next(
-                path
-                for k in itertools.count(1)
-                if not os.path.lexists(path := self / f"{CLEANED}-{k}")
-            )
-            os.replace(self / CLEANED, aside)
-            log.info(
-                "what was in %s is kept in %s; delete it if you do not need it",
-                self / CLEANED,
-                aside,
-            )
+        """cleaned/ becomes cleaned-1/, or the next free number; what was changed there stays."""
+        if not os.path.lexists(self / CLEANED):
+            return
+        numbered = (self / f"{CLEANED}-{k}" for k in itertools.count(1))
+        aside = next(path for path in numbered if not os.path.lexists(path))
+        os.replace(self / CLEANED, aside)
+        told = "what was in %s is kept in %s; delete it if you do not need it"
+        log.info(told, self / CLEANED, aside)
 
 
 def refuse_overlap(given: Path, out: Path) -> None:
-    """The input is never written to: raises UserError where one folder lies in the other, or `out` is a file."""
+    """Raises UserError where one folder lies in the other, or `out` is a file.
+
+    The input is never written to.
+    """
     a, b = given.resolve(), out.resolve()
-    if a == b or b.is_relative_to(a) or a.is_relative_to(b):
+    if b.is_relative_to(a) or a.is_relative_to(b):
         raise UserError(
-            f"out: {out} and the data at {given} lie in each other; name a folder apart from the data"
+            f"out: {out} and the data at {given} lie in each other; "
+            "name a folder apart from the data"
         )
     if out.exists() and not out.is_dir():
         raise UserError(f"out: {out} is a file; name a new or an empty folder")
 
 
 def differing(a: Tensor, b: Tensor) -> Tensor:
-    """bool (N,): whether images uint8 (N, 3, H, W) differ from those of another set; in parts, as the comparison takes as much memory as they do."""
-    return torch.cat(
-        [(x != y).flatten(1).any(1) for x, y in zip(a.split(COMPARED), b.split(COMPARED))]
-    )
+    """bool (N,): whether images uint8 (N, 3, H, W) differ from those of another set.
+
+    The comparison takes as much memory as the images, so it goes in parts.
+    """
+    parts = zip(a.split(COMPARED), b.split(COMPARED))
+    return torch.cat([(x != y).flatten(1).any(1) for x, y in parts])
 
 
 def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
     """What a finished analysis and an action ("relabel", "drop") make of each sample.
 
-    "relabel" gives what purified.npz holds, also of images that were not purified but requantised (`index0`). Where images were scaled for
-    the analysis (`resize`), these stay as they were given: scaling them down and up again would change them far more.
+    "relabel" gives what purified.npz holds, also of images that were not purified but requantised
+    (preset published). Where images were scaled for the analysis (`resize`), these stay as they
+    were given: scaling them down and up again would change them far more.
 
     Args:
         given: int64 (N,), the labels as given.
     """
-    purified, table = (
-        LabeledImages(**load_arrays(folder / "purified.npz")),
-        Source(folder.path).decisions,
-    )
-    chosen, relabelled = torch.from_numpy(table["round"] != -1), purified.labels != given
+    purified = LabeledImages(**load_arrays(folder / "purified.npz"))
+    chosen = torch.from_numpy(Source(folder.path).decisions["round"] != -1)
     none = torch.zeros_like(chosen)
     if action == "drop":
-        return Outcome(given, purified.images, none, chosen | relabelled)
+        return Outcome(given, purified.images, none, chosen | (purified.labels != given))
     replaced = differing(purified.images, load_arrays(folder / "poisoned.npz", "images")["images"])
-    return Outcome(
-        purified.labels,
-        purified.images,
-        replaced & chosen if folder.config().get("resize") else replaced,
-        none,
-    )
+    if folder.config().get("resize"):
+        replaced &= chosen
+    return Outcome(purified.labels, purified.images, replaced, none)
 
 
 def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor) -> str | None:
-    """Write cleaned/ as the action wants it, where it is not there; returns the action whose set lies in cleaned/ then, None where nobody knows.
+    """Write cleaned/ as the action wants it, where it is not there.
 
     Args:
         action: relabel, drop or report.
         labels: int64 (N,), as given.
+
+    Returns:
+        The action whose set lies in cleaned/ then, None where nobody knows.
     """
     if action == "report":
         return folder.holds()
     if action == folder.holds():
         log.info(
-            "the set is in %s since an earlier run; it is left as it is, with what was changed there (delete it to have it anew)",
+            "the set is in %s since an earlier run; it is left as it is, with what was changed "
+            "there (delete it to have it anew)",
             folder / CLEANED,
         )
     else:
@@ -165,12 +164,13 @@ def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor)
 
 
 def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> Path:
-    """cleaned/: the set in its own layout, all of it or nothing; what lay there before is put aside."""
+    """cleaned/: all of the set or nothing; what lay there before is put aside."""
     target, temporary = folder / CLEANED, folder / f".{CLEANED}.{os.getpid()}"
     temporary.mkdir()
     try:
         layout.write(temporary, result)
-        folder.forget()  # a run that ends before it has written another leaves a set that nobody takes for an action's
+        # a run that ends before the next summary leaves a set that nobody takes for an action's
+        folder.forget()
         folder.put_aside()
         os.replace(temporary, target)
         folder.note_cleaned()

@@ -1,9 +1,10 @@
-"""summary.json of defense/purify.py: what was found and done, in numbers and in sentences, without any truth."""
+"""summary.json of defense/purify.py: what was found and done, in numbers and in sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from defense.elixir.noise_level import rounds_survived
 from defense.elixir.verdict import UNKNOWN
@@ -11,7 +12,6 @@ from defense.harness.result import Result
 from defense.own_data.given import Given
 from defense.own_data.output_folder import OutputFolder, outcome
 from utils.images.data import LabeledImages
-from utils.late import torch
 from utils.storage.record import environment, peak_rss_bytes
 
 SCHEMA = 1
@@ -19,16 +19,17 @@ SCHEMA = 1
 
 def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str) -> dict[str, Any]:
     """What an analysis found, for stages.json."""
-    purified = result.votes[:, 0] != UNKNOWN
-    votes, labels = result.votes[purified], data.labels[purified]
-    survived = rounds_survived(
-        result.votes, data.labels, last_steps_m, result.discrepancy.is_target
-    )
+    found, votes = result.discrepancy, result.votes
+    assert found is not None
+    assert votes is not None
+    purified = votes[:, 0] != UNKNOWN
+    agrees = votes[purified, 0] == data.labels[purified]
+    survived = rounds_survived(votes, data.labels, last_steps_m, found.is_target)
     return {
-        "target_labels": list(result.discrepancy.targets),
+        "target_labels": list(found.targets),
         "prediction_survives": survived.tolist(),
-        "classifier_agrees": (votes[:, 0] == labels).double().mean().item(),
-        "purified": len(votes),
+        "classifier_agrees": agrees.double().mean().item(),
+        "purified": len(agrees),
         "power": result.power,
         "notes": list(result.notes),
         "unet_passes": result.unet_passes,
@@ -38,12 +39,7 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
 
 
 def summarise(
-    given: Given,
-    labels: torch.Tensor,
-    folder: OutputFolder,
-    action: str,
-    resolution: int,
-    seed: int,
+    given: Given, labels: Tensor, folder: OutputFolder, action: str, resolution: int, seed: int
 ) -> dict[str, Any]:
     """The content of summary.json.
 
@@ -94,35 +90,31 @@ def notes(
     given: Given, found: dict[str, Any], counts: dict[str, int], action: str, resolution: int
 ) -> list[str]:
     """What a person has to know to read the result rightly."""
+    layout, labels, images = given.layout, counts["labels"], counts["images"]
     done = {
-        "relabel": f"cleaned/ holds the set with {counts['labels']:,} labels and {counts['images']:,} images changed; every other file is a copy.",
-        "drop": f"cleaned/ holds the set without the {counts['dropped']:,} samples under suspicion; every other file is a copy.",
-        "report": "This is an analysis only: no images were written.",
+        "relabel": f"cleaned/ holds the set with {labels:,} labels and {images:,} images changed",
+        "drop": f"cleaned/ holds the set without the {counts['dropped']:,} samples under suspicion",
+        "report": "This is an analysis only: no images were written",
     }[action]
-    said = [
-        done,
+    copied = action != "report" and not layout.remark
+    truth = (
         "The truth about this set is not known here: these are verdicts, not measurements. "
-        f"{found['purified']:,} images were purified; the classifier reads {found['classifier_agrees']:.1%} of them as they are labelled.",
-    ]
+        f"{found['purified']:,} images were purified; the classifier reads "
+        f"{found['classifier_agrees']:.1%} of them as they are labelled."
+    )
+    said = [done + ("; every other file is a copy." if copied else "."), truth]
     said += found.get("notes", [])  # not there where an older version analysed
-    if resized(given, resolution):
+    if any(size != (resolution, resolution) for size in layout.sizes):
         said.append(
-            f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled back to the size of "
-            "their originals and are coarser than these; all others are untouched."
+            f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled "
+            "back to the size of their originals and are coarser than these; all others are "
+            "untouched."
         )
-    said += [given.layout.remark] if given.layout.remark and action != "report" else []
-    left = given.layout.left_out
-    if left and action != "report":
+    if layout.remark and action != "report":
+        said.append(layout.remark)
+    if (left := layout.left_out) and action != "report":
+        named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         said.append(
-            f"{len(left):,} files that are no images of a class were not taken over: {_some(left)}."
+            f"{len(left):,} files that are no images of a class were not taken over: {named}."
         )
     return said
-
-
-def resized(given: Given, resolution: int) -> bool:
-    """Whether any image had another size than the one at which it was analysed."""
-    return any(size != (resolution, resolution) for size in given.layout.sizes)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

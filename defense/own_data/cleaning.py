@@ -1,0 +1,246 @@
+"""Cleaning a set: a classifier is trained on it, DataElixir decides, the outcome is written."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defense.elixir.config import DataElixirConfig
+from defense.harness.defense import Defense
+from defense.harness.defense_run import DefenseRun
+from defense.harness.evidence import write_evidence
+from defense.harness.forecast import classifier_lines, defense_lines
+from defense.harness.result import Result
+from defense.own_data.config import CleanConfig
+from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
+from defense.own_data.in_memory import as_labeled, class_names
+from defense.own_data.output_folder import (
+    CLEANED,
+    SUMMARY,
+    OutputFolder,
+    carry_out,
+    differing,
+    refuse_overlap,
+)
+from defense.own_data.summary import findings, summarise
+from diffusion.denoiser import Denoiser
+from utils.classifier.models import build_classifier, load_weights
+from utils.classifier.networks import Classifier
+from utils.classifier.trained import trained
+from utils.config import UserError, as_flat_dict, resolve_path
+from utils.devices import pick_device
+from utils.images.data import DATASETS, Dataset, LabeledImages
+from utils.report import write_page
+from utils.storage.checksums import of_tensors
+from utils.storage.files import printable, write_table
+from utils.storage.record import DATA_KEY, save_arrays, start_logging, write_json
+
+log = logging.getLogger("dataelixir")
+VICTIM_KEY = "victim_sha256"
+OWN = DATASETS["imagefolder"]  # the entry of a set that nobody knows
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `defense.purify.clean` gives back; N samples in the order given.
+
+    Attributes:
+        data: images uint8 (N, 3, H, W) and labels int64 (N,) after cleaning.
+        changed: bool (N,), label or image differs from what was given.
+        target_labels: the classes that a backdoor points to; empty = none found, nothing changed.
+        decisions: columns of decisions.csv, each (N,).
+        result: everything the defence gives back, the benign model (`result.model`) among it.
+    """
+
+    data: LabeledImages
+    changed: Tensor
+    target_labels: tuple[int, ...]
+    decisions: dict[str, np.ndarray]
+    result: Result
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is done in one run.
+
+    Attributes:
+        dataset: the set that is cleaned is its training set.
+        defense: DataElixir with its keys.
+        victim: a classifier trained on the set; None to have one trained.
+    """
+
+    dataset: Dataset
+    defense: Defense
+    victim: Classifier | None
+
+    @property
+    def data(self) -> LabeledImages:
+        return self.dataset.train
+
+    @property
+    def config(self) -> DataElixirConfig:
+        """The keys."""
+        assert isinstance(self.defense, DataElixirConfig)
+        return self.defense
+
+    def claim(self, folder: OutputFolder, told: dict[str, Any]) -> None:
+        """Take the folder for this run; `told` are keys beside those of the defence.
+
+        Raises:
+            UserError: it holds something else, or the run of other keys, another set or victim.
+        """
+        data, victim = self.data, self.victim and weights_digest(self.victim)
+        known = {DATA_KEY: of_tensors(data.images, data.labels), VICTIM_KEY: victim}
+        folder.claim(as_flat_dict(self.defense) | told | known)
+
+    def analyse(self, folder: OutputFolder, paths: Sequence[str] = ()) -> Result:
+        """Run the defence, and write what it decided and what the page is made of.
+
+        Args:
+            paths: N names of the samples, for decisions.csv.
+        """
+        data, dataset, config = self.data, self.dataset, self.config
+        save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
+        victim, device = self.victim, pick_device(config.device)
+        if victim is None:
+            with folder.stage("victim"):
+                victim = trained("victim", data, config, dataset, device, folder.path)
+        result = self.defense.defend(data, victim, DefenseRun(config, dataset, folder, device))
+        with folder.stage("report") as found:
+            purified, votes, steps = result.purified, result.votes, config.last_steps_m
+            assert purified is not None
+            assert votes is not None
+            save_arrays(folder / "purified.npz", images=purified.images, labels=purified.labels)
+            save_arrays(folder / "votes.npz", votes=votes.to(torch.int16))
+            names, columns = np.array(dataset.classes), result.table(data.labels, steps)
+            columns |= {f"{age}_class": names[columns[f"{age}_label"]] for age in ("given", "new")}
+            write_table(folder / "decisions.csv", ({"path": paths} if paths else {}) | columns)
+            write_evidence(result, data.labels, dataset.classes, steps, folder)
+            found |= findings(result, data, steps, str(victim.device))
+        return result
+
+
+def weights_digest(victim: Classifier) -> str:
+    """A hash of a classifier's weights, by which a run knows it again."""
+    found = hashlib.sha256(type(victim).__qualname__.encode())
+    for key, value in victim.state_dict().items():
+        found.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def clean_in_memory(
+    data: Any,
+    labels: Any,
+    defense: Defense,
+    victim: Classifier | None,
+    classes: Sequence[str] | None,
+    folder: Path | None,
+) -> Cleaned:
+    """What `defense.purify.clean` says; `defense` is DataElixir with its keys."""
+    given = as_labeled(data, labels)
+    dataset = Dataset(given, given[:0], class_names(given.labels, classes), "", OWN)
+    refuse_few(given.labels, dataset.num_classes)
+    defense.check(dataset)
+    if victim is not None:
+        victim = copy.deepcopy(victim).to(pick_device(defense.device)).eval()
+    cleaning = Cleaning(dataset, defense, victim)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as path:
+        place = OutputFolder(Path(path))
+        cleaning.claim(place, {"data": "in memory", "victim": victim is not None})
+        result = cleaning.analyse(place)
+        defense.clean_up(place)
+    cleaned = result.purified
+    assert cleaned is not None
+    changed = differing(cleaned.images, given.images) | (cleaned.labels != given.labels)
+    table = result.table(given.labels, cleaning.config.last_steps_m)
+    return Cleaned(cleaned, changed, result.targets or (), table, result)
+
+
+def clean_given(order: CleanConfig, defense: Defense) -> None:
+    """Read the set that `order` names, find its denoiser, and clean it or say what that costs."""
+    if not order.data or not (order.out or order.dry_run):
+        raise UserError(
+            "data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)"
+        )
+    start_logging(None)
+    given = open_given(order.data)
+    if order.out:
+        refuse_overlap(given.path, Path(os.path.expanduser(order.out)))
+    assert isinstance(defense, DataElixirConfig)
+    denoiser = fitting_denoiser(given, defense, order.resize)
+    data, info = given.layout.read(denoiser.resolution), DATASETS.get(given.dataset, OWN)
+    dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, info)
+    cleaning = Cleaning(dataset, defense, read_victim(order.victim, dataset, defense))
+    log.info(
+        f"{given.path}: {given.layout.kind}, {len(data)} images of {dataset.num_classes} classes, "
+        f"{given.shown_sizes}"
+    )
+    if order.dry_run:
+        log.info("\n".join(costs(cleaning, denoiser)))
+    else:
+        write_all(order, given, cleaning)
+
+
+def costs(cleaning: Cleaning, denoiser: Denoiser) -> list[str]:
+    """Lines that say what a run would cost."""
+    data, dataset, config = cleaning.data, cleaning.dataset, cleaning.config.resolved()
+    device = pick_device(config.device)
+    lines = defense_lines(cleaning.defense.name, data, denoiser, config, dataset, device)
+    if cleaning.victim:
+        return lines
+    return [classifier_lines("victim", data, config, dataset, device), *lines]
+
+
+def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
+    """Analyse what is not analysed yet, carry the action out, and write summary and page."""
+    folder, data = OutputFolder(Path(os.path.expanduser(order.out))), cleaning.data
+    place = {"data": printable(str(given.path)), "victim": order.victim, "resize": order.resize}
+    cleaning.claim(folder, place)
+    start_logging(folder / "log.txt")
+    if "report" in folder.finished():
+        log.info("analysed before: nothing to compute")
+    else:
+        folder.forget()
+        cleaning.analyse(folder, given.layout.paths)
+    held = carry_out(order.action, folder, given.layout, data.labels)
+    side, seed = data.images.shape[-1], cleaning.defense.random_seed
+    summary = summarise(given, data.labels, folder, order.action, side, seed)
+    write_json(folder / SUMMARY, summary | {CLEANED: held})
+    cleaning.defense.clean_up(folder)
+    log.info("%s", "\n".join(summary["notes"]))
+    targets = summary["target_labels"]["names"] or "none"
+    page = write_page(folder.path)
+    log.info(f"{summary['status']}: target labels {targets}; the page is {page}")
+
+
+def read_victim(text: str | None, dataset: Dataset, config: DataElixirConfig) -> Classifier | None:
+    """The classifier in the file that `--victim` means, checked against the set.
+
+    Raises:
+        UserError: no such file, or it does not fit.
+    """
+    if not text:
+        return None
+    file, classes = resolve_path(text, "victim"), dataset.num_classes
+    victim = build_classifier(config.model, classes, dataset.info, (0, "victim"))
+    device = pick_device(config.device)
+    try:
+        return load_weights(victim, file).to(device).eval()
+    except UserError:
+        raise UserError(
+            f"victim: {file} is no {config.model} for {classes} classes saved as .safetensors; "
+            "give the --model that it is, or leave --victim out to have one trained"
+        ) from None

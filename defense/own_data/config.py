@@ -1,0 +1,34 @@
+"""The keys of defense/purify.py, beside those of training, purification and DataElixir."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """Which set is cleaned, and what becomes of it.
+
+    Args:
+        data: folder of class folders, .npz file, folder of CIFAR's python files, or name of a
+            record.
+        out: new folder for the cleaned set, the decisions and the page; a run that was interrupted
+            goes on in its own. The same command again leaves cleaned/ as it is, another action puts
+            it aside as cleaned-1/.
+        victim: a classifier (.safetensors of this program, of the kind that `model` names) instead
+            of one trained on the set.
+        action: relabel (purified images under their new labels), drop (leave the changed samples
+            out) or report (write no images).
+        resize: analyse images of other sizes at the denoiser's; only purified ones are affected,
+            they are scaled back.
+        dry_run: count, measure a small batch and say what the run would cost, without writing
+            anything.
+    """
+
+    data: str = ""
+    out: str = ""
+    victim: str | None = None
+    action: Literal["relabel", "drop", "report"] = "relabel"
+    resize: bool = False
+    dry_run: bool = False
