@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from defense import dataelixir, purify
-from tests.test_layouts import contents
-from tests.test_purify import KEYS, POISONED, TRUTH, run
+from defense import purify
+from defense.own_data import cleaning
+from tests.cleaning import KEYS, POISON, POISONED, contents, run
 from utils.images.layouts import open_layout
 from utils.storage.record import save_arrays, write_json
 
@@ -20,70 +20,71 @@ def mine(cleaned):
     first.write_bytes(b"mine")
     second.unlink()
     (first.parent / "notes.txt").write_text("relabelled by hand")
+    np.savez(cleaned / "mine.npz", mine=np.zeros(2))
     return contents(cleaned)
 
 
-def test_the_same_command_leaves_the_cleaned_set_to_the_user(toy, tmp_path, capsys, monkeypatch):
-    data, out = toy(POISONED), tmp_path / "out"
-    run(data, out)
-    written = contents(out / "cleaned")
-    assert "left as it is" not in capsys.readouterr().out
-    before = mine(out / "cleaned")
-    monkeypatch.setattr(dataelixir, "defend", None)  # nothing is computed again
+def test_the_same_command_leaves_the_cleaned_set_to_the_user(finished, nothing_computed, capsys):
+    data, out = finished
+    written, before = contents(out / "cleaned"), mine(out / "cleaned")
+    (out / ".cleaned.1").mkdir()  # what a killed run leaves
     for words in ((), ("--action", "relabel"), ("--action", "report"), ()):
         assert run(data, out, *words)["cleaned"] == "relabel"
         assert contents(out / "cleaned") == before
         told = [line for line in capsys.readouterr().out.splitlines() if "left as it is" in line]
         assert len(told) == ("report" not in words)
         assert not list(out.glob("cleaned-*"))
+        assert not (out / ".cleaned.1").exists()
     shutil.rmtree(out / "cleaned")
     run(data, out)
     assert contents(out / "cleaned") == written
+    assert "left as it is" not in capsys.readouterr().out
 
 
-def test_another_action_puts_the_cleaned_set_aside(toy, tmp_path, monkeypatch):
-    data, out = toy(POISONED), tmp_path / "out"
-    run(data, out)
+def test_another_action_puts_the_cleaned_set_aside(finished, nothing_computed):
+    data, out = finished
     written, before = contents(out / "cleaned"), mine(out / "cleaned")
-    monkeypatch.setattr(dataelixir, "defend", None)
     assert run(data, out, "--action", "drop")["cleaned"] == "drop"
     assert contents(out / "cleaned-1") == before
     dropped = contents(out / "cleaned")
-    assert len(dropped) == len(POISONED) - int(TRUTH.poison.sum())
+    assert len(dropped) == len(POISONED) - POISON
     run(data, out)
-    assert (
-        contents(out / "cleaned"),
-        contents(out / "cleaned-1"),
-        contents(out / "cleaned-2"),
-    ) == (written, before, dropped)
+    found = [contents(out / name) for name in ("cleaned", "cleaned-1", "cleaned-2")]
+    assert found == [written, before, dropped]
     (out / "summary.json").unlink()  # nobody knows any more what lies there
     run(data, out)
     assert contents(out / "cleaned-3") == written == contents(out / "cleaned")
 
 
-def test_arrays_that_were_put_aside_are_the_users_too(toy, tmp_path, monkeypatch):
-    save_arrays(tmp_path / "set.npz", images=POISONED.images, labels=POISONED.labels)
-    out = tmp_path / "out"
-    run(tmp_path / "set.npz", out)
-    monkeypatch.setattr(dataelixir, "defend", None)
-    run(tmp_path / "set.npz", out, "--action", "drop")
-    np.savez(out / "cleaned-1" / "set.npz", mine=np.zeros(2))
-    before = contents(out / "cleaned-1")
-    assert run(tmp_path / "set.npz", out)["cleaned"] == "relabel"
+def test_arrays_in_cleaned_are_the_users_too(toy, tmp_path, monkeypatch):
+    """A .npz lies where the run's own files do, and is neither judged nor set aside with them."""
+    file, out = tmp_path / "set.npz", tmp_path / "out"
+    save_arrays(file, images=POISONED.images, labels=POISONED.labels)
+    run(file, out)
+    monkeypatch.setattr(cleaning.Cleaning, "analyse", None)
+    assert set(contents(out / "cleaned")) == {"set.npz"}
+    np.savez(out / "cleaned" / "set.npz", mine=np.zeros(2))
+    np.savez(out / "cleaned" / "more.npz", mine=np.ones(2))
+    before = contents(out / "cleaned")
+    run(file, out, "--action", "report")
+    assert contents(out / "cleaned") == before
+    run(file, out, "--action", "drop")
     assert contents(out / "cleaned-1") == before
-    assert set(before) == {"set.npz"}
+    np.savez(out / "cleaned-1" / "set.npz", mine=np.ones(3))
+    before = contents(out / "cleaned-1")
+    assert run(file, out)["cleaned"] == "relabel"
+    assert contents(out / "cleaned-1") == before
 
 
 @pytest.mark.parametrize("action", ["drop", "relabel"])
 def test_a_run_killed_between_two_actions_is_not_taken_for_either(
-    toy, tmp_path, monkeypatch, action
+    finished, nothing_computed, monkeypatch, action
 ):
     """The set of the second action is in place, and its summary is not written yet."""
-    data, out = toy(POISONED), tmp_path / "out"
-    run(data, out)
+    data, out = finished
     relabelled = contents(out / "cleaned")
     with monkeypatch.context() as killed, pytest.raises(KeyError):
-        killed.setattr(purify, "summarise", lambda *_: {}["killed"])
+        killed.setattr(cleaning, "summarise", lambda *_: {}["killed"])
         purify.main(["--data", str(data), "--out", str(out), *KEYS, "--action", "drop"])
     dropped = contents(out / "cleaned")
     assert run(data, out, "--action", action)["cleaned"] == action
@@ -91,20 +92,17 @@ def test_a_run_killed_between_two_actions_is_not_taken_for_either(
     assert [contents(out / name) for name in ("cleaned-1", "cleaned-2")] == [relabelled, dropped]
 
 
-def test_a_summary_from_before_it_spoke_of_cleaned_is_understood(toy, tmp_path):
-    data, out = toy(POISONED), tmp_path / "out"
-    summary = run(data, out)
-    before = mine(out / "cleaned")
-    write_json(
-        out / "summary.json", {key: value for key, value in summary.items() if key != "cleaned"}
-    )
+def test_a_summary_from_before_it_spoke_of_cleaned_is_understood(finished, nothing_computed):
+    data, out = finished
+    summary, before = run(data, out), mine(out / "cleaned")
+    del summary["cleaned"]
+    write_json(out / "summary.json", summary)
     assert run(data, out)["cleaned"] == "relabel"
     assert contents(out / "cleaned") == before
 
 
-def test_an_analysis_that_is_made_again_writes_its_own_set(toy, tmp_path):
-    data, out = toy(POISONED), tmp_path / "out"
-    run(data, out)
+def test_an_analysis_that_is_made_again_writes_its_own_set(finished):
+    data, out = finished
     written, before = contents(out / "cleaned"), mine(out / "cleaned")
     (out / "purified.npz").write_bytes(b"damaged")
     run(data, out)
@@ -114,28 +112,20 @@ def test_an_analysis_that_is_made_again_writes_its_own_set(toy, tmp_path):
 
 def test_requantised_images_are_given_out_unless_they_would_be_scaled(toy, tmp_path):
     """cleaned/ holds what purified.npz does; what is dropped are the samples under suspicion alone."""
-    data, out, poison = toy(POISONED), tmp_path / "out", int(TRUTH.poison.sum())
+    data, out = toy(POISONED), tmp_path / "out"
     summary = run(data, out, "--conform")
-    product, numbers = (
-        np.load(out / "purified.npz"),
-        [int(Path(path).stem) for path in open_layout(data).paths],
-    )
+    product = np.load(out / "purified.npz")
+    numbers = [int(Path(path).stem) for path in open_layout(data).paths]
     differs = (product["images"] != POISONED.images[numbers].numpy()).any((1, 2, 3))
-    assert differs.sum() > poison
+    assert differs.sum() > POISON
     assert summary["changed"]["images"] == differs.sum()
     for number, image, label in zip(numbers, product["images"], product["labels"]):
-        assert np.array_equal(
-            np.asarray(
-                Image.open(out / "cleaned" / f"grey{label}" / f"{number:03d}.png")
-            ).transpose(2, 0, 1),
-            image,
-        )
-    assert (
-        f"without the {poison} samples under suspicion"
-        in run(data, out, "--conform", "--action", "drop")["notes"][0]
-    )
+        file = out / "cleaned" / f"grey{label}" / f"{number:03d}.png"
+        assert np.array_equal(np.asarray(Image.open(file)).transpose(2, 0, 1), image)
+    told = run(data, out, "--conform", "--action", "drop")["notes"][0]
+    assert f"without the {POISON} samples under suspicion" in told
     kept, before = contents(out / "cleaned"), contents(data)
-    assert len(kept) == len(POISONED) - poison
+    assert len(kept) == len(POISONED) - POISON
     assert all(kept[name] == before[name] for name in kept)
     large = toy(POISONED, "large", side=16)
     scaled = run(large, tmp_path / "large_out", "--conform", "--resize")["changed"]

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from defense import purify
-from defense.own_data import in_memory
-from tests.test_purify import CONFIG, POISONED
+from defense.own_data import cleaning, in_memory
+from tests.cleaning import CONFIG, POISONED
 from tests.toys import random_images
 from utils.config import UserError
 from utils.images.decoding import open_image
@@ -139,16 +139,26 @@ def test_a_dataset_raises_its_own_errors():
         in_memory.as_labeled(Broken([1]), None)
 
 
+@pytest.mark.parametrize("change", [255.0, float("nan"), -1.0, 1.01])
+def test_floats_of_another_range_are_refused(change):
+    levels = IMAGES / 255
+    told = r"data: floats from .* to .*, expected \[0, 1\]; give uint8"
+    with pytest.raises(UserError, match=told):
+        in_memory.as_labeled(levels * change, LABELS)
+    # the rounding of a resize is none
+    assert torch.equal(in_memory.as_labeled(levels + 1e-5, LABELS).images, IMAGES)
+
+
 def test_the_classes_have_names(toy):
-    for classes in (np.array(list("abcde")), list("abcdef"), range(5), None):
-        assert purify.clean(
-            POISONED.images, POISONED.labels, config=CONFIG, classes=classes
-        ).target_labels == (0,)
+    labels = torch.tensor([0, 4, 2])
+    for classes in (np.array(list("abcde")), list("abcde"), tuple("abcde")):
+        assert in_memory.class_names(labels, classes) == tuple("abcde")
+    assert in_memory.class_names(labels, range(5)) == tuple("01234")
+    assert in_memory.class_names(labels, None) == tuple("01234")
+    assert in_memory.class_names(labels, list("abcdef")) == tuple("abcdef")
     for classes in (list("abc"), np.array(list("abcd")), ()):
-        with pytest.raises(
-            UserError,
-            match=f"^classes: {len(classes)} names, and labels up to 4; give 5 names or more",
-        ):
+        told = f"^classes: {len(classes)} names, and labels up to 4; give 5 names or more"
+        with pytest.raises(UserError, match=told):
             purify.clean(POISONED.images, POISONED.labels, config=CONFIG, classes=classes)
 
 
@@ -156,7 +166,7 @@ def test_the_classes_have_names(toy):
     ("present", "classes"), [((0, 3), None), ((0, 1), list("abcde")), ((1, 4), range(9))]
 )
 def test_classes_without_samples_are_none_to_compare_with(toy, monkeypatch, present, classes):
-    monkeypatch.setattr(purify, "trained", None)
+    monkeypatch.setattr(cleaning, "trained", None)
     two = POISONED[torch.isin(POISONED.labels, torch.tensor(present))]
     with pytest.raises(
         UserError, match="^data: only 2 of the . classes have samples; DataElixir tells"
@@ -169,22 +179,14 @@ def test_three_classes_with_samples_are_enough_whatever_their_numbers(toy):
     assert len(purify.clean(three.images, three.labels, config=CONFIG).data) == len(three)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        CONFIG,
-        replace(CONFIG, conform=True),
-        replace(CONFIG, index0="requantised"),
-        replace(CONFIG, original_eligible=True),
-    ],
-)
-def test_changed_is_what_differs_from_what_was_given(toy, config):
+@pytest.mark.parametrize("published", [False, True])
+def test_changed_is_what_differs_from_what_was_given(toy, published):
+    """As published, images that stay are requantised, and so differ too."""
+    config = replace(CONFIG, preset="published") if published else CONFIG
     cleaned = purify.clean(POISONED.images, POISONED.labels, config=config)
-    differs = (cleaned.data.images != POISONED.images).flatten(1).any(1) | (
-        cleaned.data.labels != POISONED.labels
-    )
+    images = (cleaned.data.images != POISONED.images).flatten(1).any(1)
+    differs = images | (cleaned.data.labels != POISONED.labels)
     assert torch.equal(cleaned.changed, differs)
     assert differs.any()
-    assert (differs & (torch.from_numpy(cleaned.decisions["round"]) == -1)).any() == (
-        config.resolved().index0 == "requantised"
-    )
+    kept = torch.from_numpy(cleaned.decisions["round"] == -1)
+    assert (differs & kept).any() == published

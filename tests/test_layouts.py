@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from defense.own_data.in_memory import as_labeled
+from tests.cleaning import contents
 from tests.toys import random_images
 from utils.config import DataConfig, UserError
 from utils.images import decoding
@@ -21,14 +22,6 @@ from utils.images.layouts import free_name, open_layout
 from utils.storage.files import load_arrays, save_arrays
 
 N, SIDE = 6, 32
-
-
-def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def unchanged(layout, size):
@@ -146,33 +139,34 @@ def test_arrays_keep_axes_label_values_and_everything_else(tmp_path, shape, valu
         assert not np.array_equal(found["images"][1], pixels[1])
 
 
-def cifar_folder(root, labels="labels", names="label_names"):
-    """Two small batches, a test batch and the names of the classes."""
-    rng = np.random.default_rng(0)
+def cifar_folder(root, images, labels, fine="", names=("plane", "car", "bird")):
+    """Two batches of images uint8 (N, 3, 32, 32), a test batch, and the names of the classes."""
     root.mkdir()
-    for k in (1, 2):
-        pixels = rng.integers(0, 256, (4, 3 * SIDE * SIDE), dtype=np.uint8)
-        batch = {b"batch_label": b"part", b"data": pixels, labels.encode(): [0, 1, 2, 1]}
-        (root / f"data_batch_{k}").write_bytes(pickle.dumps(batch, protocol=2))
+    for k, rows in enumerate(np.array_split(np.arange(len(labels)), 2)):
+        pixels = np.asarray(images)[rows].reshape(len(rows), -1)
+        numbers = np.asarray(labels)[rows].tolist()
+        batch = {b"batch_label": b"part", b"data": pixels, f"{fine}labels".encode(): numbers}
+        (root / f"data_batch_{k + 1}").write_bytes(pickle.dumps(batch, protocol=2))
     (root / "test_batch").write_bytes(b"left alone")
-    meta = {names: ["plane", "car", "bird"]} if names else {}
+    meta = {f"{fine}label_names": list(names)} if names else {}
     (root / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
     return root
 
 
+IMAGES, LABELS = random_images(8, 3, SIDE, SIDE), [0, 1, 2, 1] * 2
+
+
 @pytest.fixture
 def cifar(tmp_path):
-    return cifar_folder(tmp_path / "cifar-10-batches-py")
+    return cifar_folder(tmp_path / "cifar-10-batches-py", IMAGES, LABELS)
 
 
 def test_cifar_is_read_and_written_as_one_file_of_arrays(cifar, tmp_path):
     before, layout, out = contents(cifar), open_layout(cifar), tmp_path / "out"
     assert layout.classes == ("plane", "car", "bird")
-    assert layout.labels.tolist() == [0, 1, 2, 1] * 2
+    assert layout.labels.tolist() == LABELS
     assert layout.paths[5] == "data_batch_2#1"
-    pixels = [pickle.loads(before[f"data_batch_{k}"])[b"data"] for k in (1, 2)]
-    pixels = np.concatenate(pixels).reshape(-1, 3, SIDE, SIDE)
-    assert np.array_equal(layout.images(SIDE), pixels)
+    assert torch.equal(layout.images(SIDE), IMAGES)
     out.mkdir()
     result = with_changes(layout, SIDE, {5: 2}, replaced=[5], dropped=[7])
     layout.write(out, result)
@@ -183,16 +177,16 @@ def test_cifar_is_read_and_written_as_one_file_of_arrays(cifar, tmp_path):
         assert found["labels"].tolist() == [0, 1, 2, 1, 0, 2, 2]
         assert found["images"].shape == (7, SIDE, SIDE, 3)
     again = open_layout(out / "cifar-10-batches-py.npz")
-    expected = torch.from_numpy(pixels.copy())
+    expected = IMAGES.clone()
     expected[5] = result.images[5]
     assert torch.equal(again.images(SIDE), expected[:7])
     assert again.labels.tolist() == [0, 1, 2, 1, 0, 2, 2]
 
 
 def test_cifar_100_has_fine_labels_and_names_are_numbers_where_there_are_none(tmp_path):
-    fine = open_layout(cifar_folder(tmp_path / "fine", "fine_labels", "fine_label_names"))
-    assert (fine.labels.tolist(), fine.classes) == ([0, 1, 2, 1] * 2, ("plane", "car", "bird"))
-    bare = open_layout(cifar_folder(tmp_path / "bare", names=None))
+    fine = open_layout(cifar_folder(tmp_path / "fine", IMAGES, LABELS, "fine_"))
+    assert (fine.labels.tolist(), fine.classes) == (LABELS, ("plane", "car", "bird"))
+    bare = open_layout(cifar_folder(tmp_path / "bare", IMAGES, LABELS, names=()))
     assert bare.classes == ("0", "1", "2")
     bare.write(tmp_path, unchanged(bare, SIDE))
     with np.load(tmp_path / "bare.npz") as found:

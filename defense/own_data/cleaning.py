@@ -42,7 +42,7 @@ from utils.classifier.trained import trained
 from utils.config import UserError, as_flat_dict, resolve_path
 from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages
-from utils.report import write_page
+from utils.page.record_page import write_page
 from utils.storage.checksums import of_tensors
 from utils.storage.files import printable, write_table
 from utils.storage.record import DATA_KEY, save_arrays, start_logging, write_json
