@@ -19,6 +19,7 @@ import torch
 
 from attack.poisoning import fitting
 from tests import world as small_world
+from tests.cleaning import finished, nothing_computed, toy, whole_run  # noqa: F401 fixtures
 from utils.config import ROOT
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
