@@ -36,9 +36,8 @@ from defense.own_data.output_folder import (
 )
 from defense.own_data.summary import findings, summarise
 from diffusion.denoiser import Denoiser
-from utils.classifier.models import build_classifier, load_weights
+from utils.classifier.models import build_classifier, load_weights, trained
 from utils.classifier.networks import Classifier
-from utils.classifier.trained import trained
 from utils.config import UserError, as_flat_dict, resolve_path
 from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages

@@ -97,12 +97,12 @@ def notes(
         "report": "This is an analysis only: no images were written",
     }[action]
     copied = action != "report" and not layout.remark
-    truth = (
+    meant = (
         "The truth about this set is not known here: these are verdicts, not measurements. "
         f"{found['purified']:,} images were purified; the classifier reads "
         f"{found['classifier_agrees']:.1%} of them as they are labelled."
     )
-    said = [done + ("; every other file is a copy." if copied else "."), truth]
+    said = [done + ("; every other file is a copy." if copied else "."), meant]
     said += found.get("notes", [])  # not there where an older version analysed
     if any(size != (resolution, resolution) for size in layout.sizes):
         said.append(
