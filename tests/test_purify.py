@@ -10,10 +10,10 @@ from PIL import Image
 
 from defense import purify
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.decisions import confidence, reason
 from defense.elixir.power import in_words
 from defense.elixir.verdict import Verdict
 from defense.harness.defense import find_defense
-from defense.harness.evidence import confidence, reason
 from defense.own_data import cleaning, given
 from diffusion import train
 from tests.cleaning import (

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.forecast import training_line
 from defense.harness.defense import Defense
 from defense.harness.defense_run import DefenseRun
 from defense.harness.evidence import write_evidence
-from defense.harness.forecast import classifier_lines, defense_lines
 from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
@@ -35,7 +35,6 @@ from defense.own_data.output_folder import (
     refuse_overlap,
 )
 from defense.own_data.summary import findings, summarise
-from diffusion.denoiser import Denoiser
 from utils.classifier.models import build_classifier, load_weights, trained
 from utils.classifier.networks import Classifier
 from utils.config import UserError, as_flat_dict, resolve_path
@@ -188,19 +187,10 @@ def clean_given(order: CleanConfig, defense: Defense) -> None:
         f"{given.shown_sizes}"
     )
     if order.dry_run:
-        log.info("\n".join(costs(cleaning, denoiser)))
+        lines = [] if cleaning.victim else [training_line("victim", data, defense, dataset)]
+        log.info("\n".join([*lines, *defense.costs(data, dataset)]))
     else:
         write_all(order, given, cleaning)
-
-
-def costs(cleaning: Cleaning, denoiser: Denoiser) -> list[str]:
-    """Lines that say what a run would cost."""
-    data, dataset, config = cleaning.data, cleaning.dataset, cleaning.config.resolved()
-    device = pick_device(config.device)
-    lines = defense_lines(cleaning.defense.name, data, denoiser, config, dataset, device)
-    if cleaning.victim:
-        return lines
-    return [classifier_lines("victim", data, config, dataset, device), *lines]
 
 
 def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
