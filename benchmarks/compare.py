@@ -11,7 +11,7 @@ A finished run that was made with other keys than are asked for stops the compar
 Seeds count up from the record's own. They repeat a defence's random choices and trainings on one and the same victim;
 what another poison or victim would change, only more records tell. Words after `--` go to every defence.
 
-The last epoch of every training counts. Results: benchmarks/results/NAME.csv (mean, deviation and number of runs of each
+The last epoch of every training counts. Results, in --out: NAME.csv (mean, deviation and number of runs of each
 case and defence), NAME_runs.csv (each run), NAME.md and NAME.html.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -110,6 +111,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each defence on each record")
     parser.add_argument("--name", default="compare", help="of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument(
         "--only_finished", action="store_true", help="run nothing, tabulate what is there"
     )
@@ -254,7 +256,9 @@ def defend(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return None
-    code = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
+    code = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    ).returncode
     if code == 130:
         raise KeyboardInterrupt
     return finished(record, spec, seed, args.extra)
@@ -286,9 +290,9 @@ def main() -> None:
         [(record, spec, seed + k) for spec in specs for k in range(args.seeds)]
         for record, seed in zip(records, first)
     ]
-    for case in sum(wanted, []):
+    for case in itertools.chain(*wanted):
         finished(*case, args.extra)  # runs with other keys are told of now, not after hours
-    RESULTS.mkdir(exist_ok=True)
+    args.out.mkdir(exist_ok=True)
     runs, absent = [], []
     for cases in wanted:
         for record, spec, seed in cases:
@@ -298,9 +302,9 @@ def main() -> None:
             else:
                 absent.append(f"{record.name}: {spec.text}, seed {seed}")
         if runs:
-            write_results(RESULTS / args.name, runs, absent)
+            write_results(args.out / args.name, runs, absent)
     print(
-        (RESULTS / f"{args.name}.md").read_text(encoding="utf-8") if runs else "no run is finished"
+        (args.out / f"{args.name}.md").read_text(encoding="utf-8") if runs else "no run is finished"
     )
     if absent:
         raise UserError(

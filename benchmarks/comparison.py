@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 import math
 import statistics
@@ -12,11 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from utils.page.figures import embedded
+from utils.page.record_page import render
+from utils.page.source import dig
 from utils.storage.record import RUNTIME_KEYS, replacing
 
 BEFORE = ("poison", "victim")  # stages that are no part of a defence
@@ -29,7 +30,6 @@ NOT_THE_CASE = (
     "environment",
     *RUNTIME_KEYS,
 )
-PAGE = Path(__file__).with_suffix(".html")
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,7 @@ class Column:
 
 def at(*path: str) -> Callable[[dict[str, Any]], float | None]:
     """The number at a path of keys; None where there is none."""
-
-    def read(report: dict[str, Any]) -> float | None:
-        for key in path:
-            report = (report or {}).get(key)
-        return report
-
-    return read
+    return lambda report: dig(report, path)
 
 
 def own_seconds(report: dict[str, Any]) -> float:
@@ -116,12 +110,9 @@ class Cell:
     def show(self, digits: int) -> str:
         if self.mean is None:
             return "n/a"
+        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
         some = "" if self.n == self.runs else f" ({self.n} of {self.runs})"
-        return (
-            f"{self.mean:.{digits}f}"
-            + ("" if self.deviation is None else f" ± {self.deviation:.{digits}f}")
-            + some
-        )
+        return f"{self.mean:.{digits}f}{spread}{some}"
 
 
 @dataclass(frozen=True)
@@ -187,10 +178,10 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
         seeds = {(run.record, run.seed) for run in runs if cases[run.record] == case}
         victims = [run.report["victim"] for run in own.values()]
         clean, n = victims[0]["n_clean"], victims[0]["n_triggered"]
-        mean = lambda key: Cell.of([victim[key] for victim in victims]).show(4)
+        mean = {key: Cell.of([v[key] for v in victims]).show(4) for key in ("c_acc", "asr")}
         failed = any(run.report["status"] == "attack-failed" for run in own.values())
         told.append(
-            f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; victim C-Acc {mean('c_acc')}, ASR {mean('asr')}; "
+            f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; victim C-Acc {mean['c_acc']}, ASR {mean['asr']}; "
             f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: {98 / math.sqrt(clean):.1f} and "
             f"{98 / math.sqrt(max(1, n)):.1f} points)."
             + (" The attack failed here: what a defence reaches means little." if failed else "")
@@ -209,10 +200,10 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
 def write_results(stem: Path, runs: Sequence[Run], absent: Sequence[str]) -> None:
     """STEM.csv, STEM_runs.csv, STEM.md and STEM.html."""
     table, told = lines(runs), notes(runs, absent)
-    spread = [[f"{c.name} mean", f"{c.name} sd", f"{c.name} n"] for c in COLUMNS]
+    spread = [f"{c.name} {part}" for c in COLUMNS for part in ("mean", "sd", "n")]
     _write_csv(
         stem.with_name(f"{stem.name}.csv"),
-        ["case", "defense", "runs", "knowledge", *sum(spread, [])],
+        ["case", "defense", "runs", "knowledge", *spread],
         [
             [
                 line.case,
@@ -255,9 +246,10 @@ def write_results(stem: Path, runs: Sequence[Run], absent: Sequence[str]) -> Non
         stem.with_name(f"{stem.name}.md"),
         "\n\n".join([*told, short, _markdown([heads, *cells])]) + "\n",
     )
-    _write_text(
-        stem.with_name(f"{stem.name}.html"), page(stem.name, told, heads, cells, heat_maps(table))
-    )
+    words = "Heat maps of C-Acc, ASR, R-Acc and DER: a row for each defence, a column for each case"
+    content = {"title": f"Defences compared: {stem.name}", "notes": told, "heads": heads}
+    content |= {"lines": cells, "picture": embedded(words, heat_maps, table)}
+    render(stem.with_name(f"{stem.name}.html"), table=content)
 
 
 def _in_order(table: Sequence[Line]) -> tuple[list[str], list[str]]:
@@ -308,83 +300,32 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def page(
-    name: str,
-    told: Sequence[str],
-    heads: Sequence[str],
-    cells: Sequence[Sequence[str]],
-    picture: bytes,
-) -> str:
-    """A page that needs no other file."""
-    row = lambda words, tag: "".join(f"<{tag}>{html.escape(word)}</{tag}>" for word in words)
-    starts = [i == 0 or cells[i - 1][0] != line[0] for i, line in enumerate(cells)]
-    rows = "\n".join(
-        f"<tr{' class=first' if first else ''}>{row(line, 'td')}</tr>"
-        for first, line in zip(starts, cells)
-    )
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"Defences compared: {name}"),
-        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in told),
-        picture=base64.b64encode(picture).decode(),
-        heads=row(heads, "th"),
-        rows=rows,
-    )
-
-
-def heat_maps(table: Sequence[Line]) -> bytes:
-    """PNG: a map for each of DRAWN, defences down, cases across, the mean written into each cell; blank where there is none."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def heat_maps(target: io.BytesIO, table: Sequence[Line]) -> None:
+    """Write a PNG: a map for each of DRAWN, defences down, cases across, each cell's mean in percent, blank where there is none."""
     cases, defenses = _in_order(table)
-    width, across = (
-        max(1.6, 0.75 * len(cases) + 0.4),
-        len(DRAWN) if len(cases) <= 3 else 2,
-    )  # maps side by side
+    across = len(DRAWN) if len(cases) <= 3 else 2  # maps side by side
     down = len(DRAWN) // across
-    figure, axes = plt.subplots(
-        down,
-        across,
-        figsize=(width * across + 2.6, (0.34 * len(defenses) + 1.9) * down),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    width = across * max(1.6, 0.75 * len(cases) + 0.4) + 2.6
+    figure = Figure(figsize=(width, (0.34 * len(defenses) + 1.9) * down), layout="constrained")
+    axes = figure.subplots(down, across, sharey=True, squeeze=False)
     for axis, (name, colours) in zip(axes.flat, DRAWN):
         values = np.full((len(defenses), len(cases)), np.nan)
         for line in table:
             mean = line.cells[name].mean
-            values[defenses.index(line.defense), cases.index(line.case)] = (
-                np.nan if mean is None else mean
-            )
-        axis.imshow(values, cmap=colours, vmin=0.5 if name == "DER" else 0, vmax=1, aspect="auto")
+            place = defenses.index(line.defense), cases.index(line.case)
+            values[place] = np.nan if mean is None else mean
+        least = 0.5 if name == "DER" else 0
+        axis.imshow(values, cmap=colours, vmin=least, vmax=1, aspect="auto")
         for (y, x), value in np.ndenumerate(values):
-            dark = (
-                1 - value
-                if colours.endswith("_r")
-                else (value - 0.5) * 2
-                if name == "DER"
-                else value
-            ) > 0.6
-            axis.text(
-                x,
-                y,
-                "" if np.isnan(value) else f"{100 * value:.1f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if dark else "black",
-            )
+            shade = (value - least) / (1 - least)
+            dark = (1 - shade if colours.endswith("_r") else shade) > 0.6
+            text, colour = f"{100 * value:.1f}", "white" if dark else "black"
+            if not np.isnan(value):
+                axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
         axis.set_xticks(range(len(cases)), cases, rotation=35, ha="right", fontsize=7)
         axis.set_yticks(range(len(defenses)), defenses, fontsize=8)
-        axis.set_title(
-            f"{name}, % ({'lower' if name == 'ASR' else 'higher'} is better)", fontsize=8
-        )
+        better = "lower" if name == "ASR" else "higher"
+        axis.set_title(f"{name}, % ({better} is better)", fontsize=8)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    with io.BytesIO() as out:
-        figure.savefig(out, format="png", dpi=140, bbox_inches="tight")
-        plt.close(figure)
-        return out.getvalue()
+    figure.savefig(target, format="png", dpi=150, bbox_inches="tight")
