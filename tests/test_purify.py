@@ -29,7 +29,7 @@ from tests.cleaning import (
     run,
 )
 from tests.test_layouts import cifar_folder
-from tests.toys import CLASSES, random_images
+from tests.toys import random_images
 from utils.config import ROOT, UserError
 from utils.images.layouts import open_layout
 from utils.page.record_page import write_page
@@ -129,9 +129,7 @@ def test_a_dry_run_counts_and_writes_nothing(toy, tmp_path, capsys):
     before = contents(tmp_path)
     purify.main(["--data", str(data), "--dry_run", *KEYS])
     told = capsys.readouterr().out
-    assert f"40 images of {CLASSES} classes, 40 denoiser passes for each" in told
-    assert ": 1,600 passes" in told
-    assert "memory about" in told
+    assert "40 images at T = 20, 40 denoiser passes for each purified: 1,600 passes" in told
     assert "victim: " in told
     assert contents(tmp_path) == before
 
