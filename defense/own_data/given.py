@@ -130,5 +130,5 @@ def _advice(given: Given) -> str:
     words = ["python", "diffusion/train.py", "--data", str(given.path), *size, "--out", "DENOISER"]
     return (
         f"Train one: {shlex.join(words)}   then --ddpm DENOISER. Give it other images of the same "
-        'kind: one trained on the suspect set learns to redraw the trigger (docs/denoisers.md).'
+        "kind: one trained on the suspect set learns to redraw the trigger (docs/denoisers.md)."
     )
