@@ -1,4 +1,4 @@
-"""Denoisers from every kind of source: the numbers are right, and what cannot be used is refused in words."""
+"""Denoisers from every source: the numbers are right, what cannot be used is refused in words."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints in Ho et al.'s layout: every tensor finds its place, and the network computes what theirs does."""
+"""Checkpoints in Ho et al.'s layout: every tensor finds its place, the network computes as theirs."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "ddpm_ho_small.safetensors"
 
 
 def ho_shapes(ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,)):
-    """Names and shapes of Ho et al.'s U-Net, written down from the paper's description: (name, shape) pairs."""
+    """(name, shape) of each tensor of Ho et al.'s U-Net, after the paper's description."""
     conv = lambda name, a, b, k=3: [(f"{name}.weight", (b, a, k, k)), (f"{name}.bias", (b,))]
     vector = lambda name, a: [(f"{name}.weight", (a,)), (f"{name}.bias", (a,))]
     linear = lambda name, a, b: [(f"{name}.weight", (b, a)), (f"{name}.bias", (b,))]

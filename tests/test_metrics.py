@@ -185,7 +185,8 @@ def test_epochs_are_logged_as_they_come(tmp_path):
         "asr": "1",
         "r_acc": "0",
     }
-    assert list(csv.DictReader(open(tmp_path / "metrics.csv"))) == epoch_rows(log.file)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == epoch_rows(log.file)
     assert len(epoch_rows(log.file)) == 2
 
 
@@ -233,7 +234,7 @@ def test_suspicion_is_over_all_thresholds_and_leaves_cover_samples_out():
 
 @pytest.mark.parametrize(("above", "tpr"), [(0, 0.8), (1, 0.8), (2, 0.8), (3, 0.3)])
 def test_tpr_at_one_percent_of_false_alarms(above, tpr):
-    """Of 200 clean samples two may be flagged: `above` lie above five of ten poisoned ones, three of which lie above all."""
+    """Of 200 clean samples two may be flagged; `above` lie above all poisoned ones but three."""
     score = torch.cat(
         [
             torch.full((3,), 9.0),

@@ -1,4 +1,4 @@
-"""Classifiers: normalisation inside, features before the head, weights keyed by their seed, and files that must fit."""
+"""Classifiers: normalisation inside, features before the head, keyed weights, files that must fit."""
 
 import pytest
 import torch

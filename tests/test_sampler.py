@@ -1,4 +1,4 @@
-"""Laws of the noise schedule and of the reverse process, on noise predictors that are known in closed form."""
+"""Laws of the noise schedule and the reverse process, on noise predictors in closed form."""
 
 import itertools
 from math import sqrt
@@ -19,7 +19,7 @@ def gaussian_noise(seed):
 
 
 def gaussian_denoiser(mean, std):
-    """The exact noise predictor of data N(mean, std^2) per pixel; std = 0 is a data set of one point."""
+    """The exact noise predictor of data N(mean, std^2) per pixel; std = 0 is one point."""
 
     def predict(x, t):
         ab = SCHEDULE.alpha_bar(int(t[0]))
