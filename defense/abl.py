@@ -1,14 +1,15 @@
-"""Anti-backdoor learning: Li et al., "Anti-Backdoor Learning: Training Clean Models on Poisoned Data", NeurIPS 2021,
-https://arxiv.org/abs/2110.11571
+"""Anti-backdoor learning: Li et al., "Anti-Backdoor Learning: Training Clean Models on Poisoned
+Data", NeurIPS 2021, https://arxiv.org/abs/2110.11571
 
-Poison is learned faster than clean data. So a fresh model is trained with a loss that is kept from falling below gamma
-(by flooding, the simpler one of the two ways that the paper compares), and the samples with the lowest cross-entropy are
-isolated (Section 3.3). The model is then trained normally on the rest, and at last away from the isolated samples, by
-gradient ascent (Section 3.4).
+Poison is learned faster than clean data. So a fresh model is trained with a loss that is kept from
+falling below gamma (by flooding, the simpler one of the two ways that the paper compares), and the
+samples with the lowest cross-entropy are isolated (Section 3.3). The model is then trained normally
+on the rest, and at last away from the isolated samples, by gradient ascent (Section 3.4).
 
-The victim's epochs are divided as in the paper, 20 % and 60 %; the ascent has 20 epochs over the isolated few. Deviations: what
-the paper fixes for its own networks is the victim's here. Isolation and ascent take its optimizer and momentum, at a constant
-rate (its initial one, and a hundredth of that); the training between them is by its recipe, with augmentation and schedule.
+The victim's epochs are divided as in the paper, 20 % and 60 %; the ascent has 20 epochs over the
+isolated few. Deviations: what the paper fixes for its own networks is the victim's here. Isolation
+and ascent take its optimizer and momentum, at a constant rate (its initial one, and a hundredth of
+that); the training between them is by its recipe, with augmentation and schedule.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class AntiBackdoorLearning(Defense):
         return part(self.isolation_epochs, 0.2), part(self.tuning_epochs, 0.6)
 
     def defend(self, data, victim, run):
-        """Isolate what is learned first, train on the rest, unlearn what was isolated; the victim is not used."""
+        """Isolate what is learned first, train on the rest, unlearn the isolated; no victim."""
         import torch
 
         from defense.harness.result import Result

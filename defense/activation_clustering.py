@@ -1,15 +1,17 @@
-"""Activation clustering: Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering",
-SafeAI 2019, https://arxiv.org/abs/1811.03728
+"""Activation clustering: Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by
+Activation Clustering", SafeAI 2019, https://arxiv.org/abs/1811.03728
 
-Poisoned and clean samples of one class reach it by different features. So the features of each class (by given label)
-are reduced to ten dimensions and split in two by k-means, and the smaller cluster is poison where it is clearly the
-smaller one (Section 3.3, relative size). All samples of a class are clustered at once.
+Poisoned and clean samples of one class reach it by different features. So the features of each
+class (by given label) are reduced to ten dimensions and split in two by k-means, and the smaller
+cluster is poison where it is clearly the smaller one (Section 3.3, relative size). All samples of a
+class are clustered at once.
 
-Deviation. The paper reduces by independent component analysis; here it is principal components, which keep their variances.
-So k-means splits along the directions of large variance, where the independent ones would all count alike.
+Deviation. The paper reduces by independent component analysis; here it is principal components,
+which keep their variances. So k-means splits along the directions of large variance, where the
+independent ones would all count alike.
 
-A target class that is half poison splits into equal clusters, and the rule then flags nothing, by construction: at 10 %
-of all samples that is the usual case. The sizes are logged.
+A target class that is half poison splits into equal clusters, and the rule then flags nothing, by
+construction: at 10 % of all samples that is the usual case. The sizes are logged.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class ActivationClustering(Detector):
 
     Args:
         components: dimensions that each class's features are reduced to.
-        size_threshold: a class's smaller cluster is flagged if it holds less than this share of the class.
+        size_threshold: a class's smaller cluster is flagged if it holds less than this share of the
+            class.
     """
 
     components: PositiveInt = 10
@@ -42,7 +45,9 @@ class ActivationClustering(Detector):
         return self.find_poison(run.features(victim, data), data.labels.numpy())
 
     def find_poison(self, features: np.ndarray, labels: np.ndarray) -> Findings:
-        """Cluster each class and flag the small clusters; the score is the share of the class in the other cluster.
+        """Cluster each class and flag the small clusters.
+
+        The score is the share of the class in the other cluster.
 
         Args:
             features: float (N, D).

@@ -1,9 +1,10 @@
-"""Fine-tuning: the victim is trained further on a few clean images, by its own recipe; nothing is detected.
+"""Fine-tuning: the victim is trained further, by its own recipe, on a few clean images.
 
-The simplest repair of a model, a baseline of Liu, Dolan-Gavitt, Garg, "Fine-Pruning", RAID 2018,
-https://arxiv.org/abs/1805.12185
+Nothing is detected. The simplest repair of a model, a baseline of Liu, Dolan-Gavitt, Garg,
+"Fine-Pruning", RAID 2018, https://arxiv.org/abs/1805.12185
 
-Epochs, rate, schedule and augmentation are those that the victim was trained with, where benchmarks choose others for this step.
+Epochs, rate, schedule and augmentation are those that the victim was trained with, where benchmarks
+choose others for this step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Control, an oracle: every poisoned sample gets its true label back and keeps its trigger.
 
-What perfect relabelling reaches without purification; the trigger then stands for every class alike.
+What perfect relabelling reaches without purification; the trigger then stands for every class
+alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Control, an oracle: exactly the poisoned samples are removed. What the best possible detection reaches."""
+"""Control, an oracle: exactly the poisoned samples are removed.
+
+What the best possible detection reaches.
+"""
 
 from __future__ import annotations
 

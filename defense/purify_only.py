@@ -1,8 +1,9 @@
-"""Purification alone: every image is replaced by its purified version, every label stays; no detection, no relabelling.
+"""Purification alone: every image is replaced by its purified version, every label stays.
 
-DataElixir's own purification without its decisions, which is how diffusion is used by Nie et al., "DiffPure", ICML 2022,
-https://arxiv.org/abs/2205.07460 (at test time) and Bhat et al., "PureGen", NeurIPS 2024,
-https://arxiv.org/abs/2405.18627 (on training sets, one round). Of a dirty-label attack it leaves label noise.
+DataElixir's own purification without its decisions, which is how diffusion is used by Nie et al.,
+"DiffPure", ICML 2022, https://arxiv.org/abs/2205.07460 (at test time) and Bhat et al., "PureGen",
+NeurIPS 2024, https://arxiv.org/abs/2405.18627 (on training sets, one round). Of a dirty-label
+attack it leaves label noise.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class PurifyOnlyPlan:
 
 
 def purified(data, victim, config: PurifyOnly, run):
-    """The set with every image purified, block by block, and the denoiser passes that this costs."""
+    """The set with every image purified, block by block, and the denoiser passes of that."""
     import torch
 
     from defense.elixir.noise_level import settled_level

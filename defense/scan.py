@@ -1,14 +1,15 @@
-"""SCAn: Tang et al., "Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection",
-USENIX Security 2021, https://arxiv.org/abs/1908.00686
+"""SCAn: Tang et al., "Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor
+Contamination Detection", USENIX Security 2021, https://arxiv.org/abs/1908.00686
 
-Features are a class mean plus a variation that all classes share: x = mu + eps, mu ~ N(0, Su), eps ~ N(0, Se), fitted on
-clean images by expectation maximisation. Under Se, each class of (received + clean) samples is split in two; the gain in
-likelihood J of two groups over one is an outlier among classes where the class holds two kinds (Section 4). There the
-group with fewer of the clean images is poison.
+Features are a class mean plus a variation that all classes share: x = mu + eps, mu ~ N(0, Su), eps
+~ N(0, Se), fitted on clean images by expectation maximisation. Under Se, each class of (received +
+clean) samples is split in two; the gain in likelihood J of two groups over one is an outlier among
+classes where the class holds two kinds (Section 4). There the group with fewer of the clean images
+is poison.
 
-Three deviations: Se is shrunk towards a multiple of the identity (Ledoit and Wolf), so that it is regular however few
-clean images there are; only classes with an unusually *large* J are flagged (a small one speaks for one group); and a class
-of which one sample is received is passed over.
+Three deviations: Se is shrunk towards a multiple of the identity (Ledoit and Wolf), so that it is
+regular however few clean images there are; only classes with an unusually *large* J are flagged (a
+small one speaks for one group); and a class of which one sample is received is passed over.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from utils.config import PositiveFloat
 
 log = logging.getLogger("dataelixir")
 ITERATIONS, TOLERANCE = 100, 1e-5
-# of the features' mean variance: what does not vary within classes of clean images has no scale of its own
+# of the features' mean variance: what does not vary within classes of clean images has no scale of
+# its own
 FLOOR = 1e-6
 MAD_TO_SIGMA = 1.4826
 
@@ -47,7 +49,8 @@ class Scan(ToldCleanImages, Detector):
     """SCAn.
 
     Args:
-        scan_threshold: robust standard deviations above the median class beyond which a class is flagged (e squared).
+        scan_threshold: robust standard deviations above the median class beyond which a class is
+            flagged (e squared).
     """
 
     scan_threshold: PositiveFloat = 7.389
@@ -87,7 +90,8 @@ class Split:
 
     Attributes:
         gain: J, the mean gain in squared distance of two groups over one.
-        score: float (n,), how much nearer a received sample is to the group with fewer clean images than to the other.
+        score: float (n,), how much nearer a received sample is to the group with fewer clean images
+            than to the other.
         fewer: bool (n,), received samples in the group with fewer clean images.
     """
 
@@ -116,14 +120,11 @@ def shared_variation(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         new_between, new_within = np.zeros_like(between), np.zeros_like(within)
         for group, mean in zip(groups, means):
             gain = np.linalg.solve(between + within / len(group), between).T
-            left, centre = (
-                between - gain @ between,
-                gain @ mean,
-            )  # posterior covariance and mean of the class's mu
+            # Posterior covariance and mean of the class's mu.
+            left, centre = between - gain @ between, gain @ mean
             new_between += (np.outer(centre, centre) + left) / len(groups)
-            new_within += ((group - centre).T @ (group - centre) + len(group) * left) / len(
-                features
-            )
+            spread = (group - centre).T @ (group - centre)
+            new_within += (spread + len(group) * left) / len(features)
         new_within = shrunk(new_within)
         change = max(np.abs(new_between - between).max(), np.abs(new_within - within).max())
         between, within = new_between, new_within
@@ -133,7 +134,7 @@ def shared_variation(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def split_class(received: np.ndarray, clean: np.ndarray, seed: int) -> Split:
-    """Two groups of whitened features: received (n, D), and clean (c, D) of the same class, n + c >= 2."""
+    """Two groups of one class's whitened features: received (n, D), clean (c, D), n + c >= 2."""
     from sklearn.cluster import KMeans
 
     points = np.concatenate([received, clean])

@@ -1,13 +1,14 @@
 """Spectral signatures: Tran, Li, Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018,
 https://arxiv.org/abs/1811.00636
 
-In the class that the poison is labelled as, two groups with different means make a direction of large variance. So in
-each class (by given label) the features are centred, and a sample's score is the square of its coordinate along the top
-right singular vector (Algorithm 1). The highest scores are removed from every class, 1.5 times as many as there is
-poison; that number has to be told.
+In the class that the poison is labelled as, two groups with different means make a direction of
+large variance. So in each class (by given label) the features are centred, and a sample's score is
+the square of its coordinate along the top right singular vector (Algorithm 1). The highest scores
+are removed from every class, 1.5 times as many as there is poison; that number has to be told.
 
-Where poison is half of a class or more, both groups lie equally far from the mean and the score cannot tell them apart,
-and at 10 % of all samples the budget is half of every class: the method was made for rarer poison.
+Where poison is half of a class or more, both groups lie equally far from the mean and the score
+cannot tell them apart, and at 10 % of all samples the budget is half of every class: the method was
+made for rarer poison.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class Spectral(Detector):
     """Spectral signatures.
 
     Args:
-        budget: what is removed from each class: 1.5 times the number of poisoned samples in all, at most half of the class
-            (rate; is told the poison rate), or class_share of it (share; is told nothing).
+        budget: what is removed from each class: 1.5 times the number of poisoned samples in all, at
+            most half of the class (rate; is told the poison rate), or class_share of it (share; is
+            told nothing).
         class_share: share of every class that is removed under budget share.
     """
 
@@ -50,7 +52,7 @@ class Spectral(Detector):
 
 
 def spectral_scores(features: np.ndarray) -> np.ndarray:
-    """Squared coordinates (n,) of one class's features (n, D), centred, along their top right singular vector."""
+    """Squared coordinates (n,) of one class's centred features (n, D) along the top direction."""
     centred = features - features.mean(0)
     return (centred @ np.linalg.svd(centred, full_matrices=False)[2][0]) ** 2
 

@@ -1,12 +1,14 @@
 """STRIP: Gao et al., "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", ACSAC 2019,
 https://arxiv.org/abs/1902.06531, used on a training set
 
-A trigger that holds under superimposed images keeps the prediction where it is. So every image is overlaid with clean
-ones, and the mean entropy of the predictions is low for triggered images (Section IV). The threshold is the entropy that
-a given share of clean images falls below: that share of the clean samples is lost, by construction.
+A trigger that holds under superimposed images keeps the prediction where it is. So every image is
+overlaid with clean ones, and the mean entropy of the predictions is low for triggered images
+(Section IV). The threshold is the entropy that a given share of clean images falls below: that
+share of the clean samples is lost, by construction.
 
-By default overlays are added and a tenth of the clean samples may be lost, as in the benchmarks that use STRIP on training sets;
-the paper mixes half and half and loses 1 % (overlay_mode: mix, false_alarms: 0.01).
+By default overlays are added and a tenth of the clean samples may be lost, as in the benchmarks
+that use STRIP on training sets; the paper mixes half and half and loses 1 % (overlay_mode: mix,
+false_alarms: 0.01).
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ class Strip(ToldCleanImages, Detector):
     """STRIP.
 
     Args:
-        overlays: clean images that each image is overlaid with; at most half of the given clean images, the others calibrate.
-        overlay_mode: add the overlay to the normalised image (as in the benchmarks), or mix both half and half (as in the paper).
+        overlays: clean images that each image is overlaid with; at most half of the given clean
+            images, the others calibrate.
+        overlay_mode: add the overlay to the normalised image (as in the benchmarks), or mix both
+            half and half (as in the paper).
         false_alarms: share of clean samples that may be flagged; sets the entropy threshold.
     """
 
@@ -60,7 +64,12 @@ class Strip(ToldCleanImages, Detector):
         return self.find_poison(data.images, clean.images, victim, mean)
 
     def find_poison(self, images, clean, victim, mean) -> Findings:
-        """Flag the images uint8 (N, 3, H, W) whose predictions vary less than most clean images' (M, 3, H, W) do.
+        """Flag images whose predictions vary less than most clean images' do.
+
+        Args:
+            images: uint8 (N, 3, H, W).
+            clean: uint8 (M, 3, H, W).
+            mean: (3,), see `mean_entropies`.
 
         Raises:
             UserError: fewer than two clean images.
@@ -86,12 +95,13 @@ class Strip(ToldCleanImages, Detector):
         return min(self.overlays, clean // 2)
 
     def mean_entropies(self, victim, images, overlays, mean):
-        """Mean entropy in nats, float64 (N,), of the victim's predictions on each image under each overlay.
+        """Mean entropy in nats, float64 (N,), of predictions on each image under each overlay.
 
         Args:
             images: uint8 (N, 3, H, W).
             overlays: uint8 (M, 3, H, W).
-            mean: (3,), which normalisation subtracts: adding normalised images is adding images less one mean.
+            mean: (3,), which normalisation subtracts: adding normalised images is adding images
+                less one mean.
         """
         import torch
 

@@ -1,6 +1,8 @@
-"""Control: trains as DataElixir does, from scratch and then at its fine-tuning rate, on the set as it was received.
+"""Control: trains as DataElixir does, from scratch and then at its fine-tuning rate, on the set as
+it was received.
 
-What this reaches, DataElixir owes to the epochs that it spends and not to what it changed in the set.
+What this reaches, DataElixir owes to the epochs that it spends and not to what it changed in the
+set.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
-"""Detectors and fine-tuning against a backdoor that a real, tiny victim has learned: what is found, and what the model that follows reads."""
+"""Detectors against a backdoor that a trained victim has: what they find, what the next model reads.
+
+Only the last layer of the toy is trained, so the training has one end, which no processor changes much.
+"""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 from defense.harness.case import save_case
 from defense.harness.defense import Defense, find_defense
 from defense.harness.defense_run import DefenseRun
 from defense.harness.result import Result
-from tests.toys import CLASSES, INFO, SIDE, flat_images
+from tests.toys import CLASSES, INFO, LEVELS, SIDE, flat_images
+from utils.classifier import models
 from utils.classifier.metrics import Truth
 from utils.classifier.networks import Classifier
 from utils.classifier.training import predict
@@ -17,16 +22,28 @@ from utils.images.data import Dataset, LabeledImages, TriggeredImages
 from utils.storage import record as record_module
 from utils.storage.record import Record
 
-KEYS = {
-    "model": "preactresnet_small",
-    "epochs": 8,
-    "batch_size": 25,
-    "lr": 0.05,
-    "device": "cpu",
-    "amp": False,
-    "random_seed": 1,
-}
+KEYS = {"epochs": 12, "batch_size": 25, "lr": 2.0, "wd": 0.0, "device": "cpu", "amp": False}
 PER_CLASS, POISON, RED = 100, 46, torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+
+
+class Histogram(nn.Module):
+    """Shares of pixels with about the grey level of each class, and how red an image is."""
+
+    width = CLASSES + 1
+
+    def forward(self, x):
+        x = x * 0.25 + 0.5
+        grey, red = x.mean(1).flatten(1), (x[:, 0] - x[:, 1:].mean(1)).flatten(1)
+        near = (-(((grey[..., None] - LEVELS / 255) / 0.08) ** 2)).exp()
+        near = near * (red < 0.5)[..., None]
+        return torch.cat([near.mean(1), 8 * red.clamp(min=0).mean(1, keepdim=True)], dim=1)
+
+
+def build(name, classes, info, seed):
+    model = Classifier(Histogram(), Histogram.width, classes, info)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    return model
 
 
 def noisy(labels, seed):
@@ -62,21 +79,15 @@ class World:
 
     def rates(self, flagged):
         """(TPR, FPR)."""
-        return flagged[self.truth.poison].double().mean(), flagged[
-            ~self.truth.poison
-        ].double().mean()
+        poison = self.truth.poison
+        return flagged[poison].double().mean(), flagged[~poison].double().mean()
 
     def reads(self, model):
-        """(accuracy on clean images, triggered images read as the target, triggered images read as what they are)."""
-        read = predict(model, self.triggered.images)
-        return tuple(
-            round(right.double().mean().item(), 3)
-            for right in (
-                predict(model, self.dataset.test.images) == self.dataset.test.labels,
-                read == 0,
-                read == self.triggered.original_labels,
-            )
-        )
+        """Shares of clean images read right, of triggered ones read as the target, and as they are."""
+        test, read = self.dataset.test, predict(model, self.triggered.images)
+        right = (predict(model, test.images) == test.labels, read == 0)
+        right += (read == self.triggered.original_labels,)
+        return [share.double().mean() for share in right]
 
 
 @pytest.fixture(scope="module")
@@ -84,41 +95,34 @@ def world(tmp_path_factory):
     """46 of 500 images with the trigger and label 0, in a folder of records of their own."""
     patch = pytest.MonkeyPatch()
     patch.setattr(record_module, "RECORDS", tmp_path_factory.mktemp("records"))
+    patch.setattr(models, "build_classifier", build)
     labels, test_labels = torch.arange(CLASSES).repeat(PER_CLASS), torch.arange(CLASSES).repeat(20)
     dataset = Dataset(noisy(labels, 1), noisy(test_labels, 2), tuple("abcde"), "toy", INFO)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))
     poison = torch.zeros(len(labels), dtype=torch.bool)
     poison[order[labels[order] != 0][:POISON]] = True
-    images = torch.where(
-        poison[:, None, None, None], with_red_corner(dataset.train.images), dataset.train.images
-    )
-    data, index = (
-        LabeledImages(images, torch.where(poison, 0, labels)),
-        (test_labels != 0).nonzero().flatten(),
-    )
+    clean, index = dataset.train.images, (test_labels != 0).nonzero().flatten()
+    images = torch.where(poison[:, None, None, None], with_red_corner(clean), clean)
+    data = LabeledImages(images, torch.where(poison, 0, labels))
     triggered = TriggeredImages(
         with_red_corner(dataset.test.images[index]),
         torch.zeros_like(index),
         test_labels[index],
         index,
     )
+    truth = Truth(labels, poison, torch.zeros_like(poison), [0])
     run = DefenseRun(Defense(**KEYS), dataset, Record("victim"), torch.device("cpu"))
-    victim = run.train("victim", data)
-    yield World(
-        dataset, data, Truth(labels, poison, torch.zeros_like(poison), [0]), triggered, victim
-    )
+    yield World(dataset, data, truth, triggered, run.train("victim", data))
     patch.undo()
 
 
 def test_the_victim_has_the_backdoor_and_a_smaller_set_alone_does_not_take_it_away(world):
     """So that what detectors reach below is owed to what they found."""
-    clean, asr, right = world.reads(world.victim)
-    assert clean > 0.95
-    assert asr > 0.95
-    assert right < 0.05
-    clean, asr, _ = world.reads(world.defend("random_remove", remove_count=POISON * 2).model)
-    assert clean > 0.95
-    assert asr > 0.9
+    for model in (world.victim, world.defend("random_remove", remove_count=POISON).model):
+        clean, asr, right = world.reads(model)
+        assert clean > 0.95
+        assert asr > 0.95
+        assert right < 0.05
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,6 @@ def test_the_victim_has_the_backdoor_and_a_smaller_set_alone_does_not_take_it_aw
         ("spectral", {}, 0.45),
         ("activation_clustering", {}, 0.1),
         ("scan", {"clean_share": 0.2}, 0.01),
-        ("strip", {"clean_share": 0.2, "overlays": 20}, 0.2),
     ],
 )
 def test_a_detector_hits_the_poison_and_the_model_that_follows_reads_triggered_images_right(
@@ -152,14 +155,3 @@ def test_spectre_removes_poison_and_little_else_within_what_it_credits_a_small_c
     assert result.flagged.sum() == 21
     assert tpr > 0.9 * 21 / POISON
     assert fpr < 0.01
-
-
-def test_fine_tuning_on_clean_images_takes_the_backdoor_away(world):
-    before = {key: value.clone() for key, value in world.victim.state_dict().items()}
-    clean, asr, right = world.reads(
-        world.defend("ft", clean_share=0.2, lr=0.1, batch_size=16, epochs=12).model
-    )
-    assert clean > 0.95
-    assert asr < 0.2
-    assert right > 0.8
-    assert all(torch.equal(before[key], value) for key, value in world.victim.state_dict().items())

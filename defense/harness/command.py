@@ -1,4 +1,4 @@
-"""The command that every defense/<name>.py is: defend a record again, by its own keys unless others are given."""
+"""The command that every defense/<name>.py is: defend a record again, with its keys or others."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ class AgainConfig:
 
     Args:
         result_file: name of the record, below record/.
-        run_name: folder for the results below record/NAME/defense/; by default the defence's name and a hash of its keys.
-        dry_run: say what the defence would cost, from a little of it measured on the spot, and stop.
+        run_name: folder for the results below record/NAME/defense/; by default the defence's name
+            and a hash of its keys.
+        dry_run: say what the defence would cost, from a little of it measured on the spot, and
+            stop.
     """
 
     result_file: str = ""
@@ -26,7 +28,7 @@ class AgainConfig:
 
 @dataclass(frozen=True)
 class Order:
-    """A command line that was read: the defence, the record's own keys `kept`, and where the data lie."""
+    """A command line that was read; `kept` are the record's own keys."""
 
     again: AgainConfig
     data: DataConfig

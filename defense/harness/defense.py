@@ -1,6 +1,7 @@
-"""What a defence is: a frozen dataclass whose fields are its keys, with `check`, `defend` and `clean_up`.
+"""What a defence is: a frozen dataclass whose fields are its keys, with a method `defend`.
 
-Imports no torch, so that --help and a mistaken key are answered at once; what computes imports it where it does.
+Imports no torch, so that --help and a mistaken key are answered at once; what computes imports it
+where it does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NO_DEFENSE = ("__init__", "purify")  # files of defense/ that define none
 
 @dataclass(frozen=True)
 class Defense(TrainConfig):
-    """Base of all defences; a subclass adds its keys as fields, and is trained by the victim's recipe.
+    """Base of all defences; a subclass adds its keys to those of the victim's training.
 
     Class attributes:
         name: the module's name, in configs and records.
@@ -48,7 +49,7 @@ class Defense(TrainConfig):
         return self.KNOWLEDGE
 
     def check(self, dataset: Dataset) -> None:
-        """Fail before anything is computed: raises UserError where the defence cannot serve this data set."""
+        """Raises UserError where the defence cannot serve this data set."""
 
     def defend(self, data: LabeledImages, victim: Classifier, run: DefenseRun) -> Result:
         """Give back a benign model and, where the method makes one, a sanitized training set.
@@ -95,7 +96,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Detector(Defense):
-    """Base of defences that judge samples: what is flagged is dropped, and a model is trained on the rest from scratch."""
+    """Base of defences that drop the samples they flag, and train on the rest from scratch."""
 
     def numpy_seed(self, *key: int | str) -> int:
         """The seed of the stream that `key` names, as scikit-learn takes it."""

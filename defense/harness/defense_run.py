@@ -1,4 +1,4 @@
-"""What a defence works with in one run: the record, the device, and the victim's recipe for further trainings."""
+"""What a defence works with in one run: record, device, and the victim's training recipe."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DefenseRun:
     def train(
         self, stage: str, data: LabeledImages, start: Classifier | None = None, **changes: Any
     ) -> Classifier:
-        """The model of that stage from the record, or trained now, from scratch or from a copy of `start`.
+        """The model of that stage: from the record, or trained now, maybe from a copy of `start`.
 
         Args:
             stage: names the model's file, its random stream and its stage in the record.

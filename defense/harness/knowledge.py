@@ -1,8 +1,10 @@
-"""What a defence can be told beyond the data and the victim. Whoever takes something from here declares it in KNOWLEDGE.
+"""What a defence can be told beyond the data and the victim.
 
-DataElixir's reading of the problem gives a defence a training set and no more. Other methods ask for a few images that
-are surely clean, or for the share of poison; oracles, which mark what is reachable at all, ask for everything. Every
-report and table prints what a method was told, since methods that were told different things do not compete.
+Whoever takes something from here declares it in KNOWLEDGE.
+DataElixir's reading of the problem gives a defence a training set and no more. Other methods ask
+for a few images that are surely clean, or for the share of poison; oracles, which mark what is
+reachable at all, ask for everything. Every report and table prints what a method was told, since
+methods that were told different things do not compete.
 """
 
 from __future__ import annotations
@@ -58,8 +60,9 @@ def poison_rate(record: Record) -> float:
 def clean_images(dataset: Dataset, share: float, seed: int) -> LabeledImages:
     """CLEAN_IMAGES: `share` of every class of the clean training set, drawn by `seed`.
 
-    One or more of each class, but none of a class with a single image. The test images stay out of it, so that accuracy is
-    measured on images that no defence has seen. An image of which the poisoned set holds a triggered copy may be among them.
+    One or more of each class, but none of a class with a single image. The test images stay out of
+    it, so that accuracy is measured on images that no defence has seen. An image of which the
+    poisoned set holds a triggered copy may be among them.
     """
     import torch
 

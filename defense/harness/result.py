@@ -61,7 +61,7 @@ class Result:
 
     @property
     def product(self) -> tuple[LabeledImages, Tensor] | None:
-        """The sanitized set, and bool (N,) which samples of it are given out; None without a set."""
+        """The sanitized set, and bool (N,), what of it is given out; None without a set."""
         if self.purified is None:
             return None
         every = torch.ones(len(self.purified), dtype=torch.bool)

@@ -62,7 +62,8 @@ def defend_again(order: Order) -> None:
     """Defend a record again, as the command line says.
 
     Raises:
-        UserError: a record that cannot be defended, or a folder for the results that is another run's.
+        UserError: a record that cannot be defended, or a folder for the results that is another
+            run's.
     """
     again, kept, defense = order.again, order.kept, order.defense
     source, dataset = Record(again.result_file, must_exist=True), load_dataset(order.data)
