@@ -1,4 +1,5 @@
-"""Anti-backdoor learning: its losses by hand, that what is learned first is isolated, and that it is unlearned.
+"""Anti-backdoor learning: its losses by hand, that what is learned first is isolated, and that it
+is unlearned.
 
 Only the last layer of the toy is trained, so that no processor changes much of where it ends.
 """
@@ -50,7 +51,7 @@ def world(tmp_path, monkeypatch):
 
 
 def hard_set_with_easy_poison(poison=24, others=136):
-    """Noise with labels that mean nothing, and among it the trigger with one label: only that can be learned quickly."""
+    """Noise with random labels, and the trigger with one: only that can be learned quickly."""
     images, labels = (
         random_images(poison + others, 3, 8, 8, seed=1),
         torch.randint(0, CLASSES, (poison + others,), generator=torch.Generator().manual_seed(1)),

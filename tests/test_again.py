@@ -15,7 +15,10 @@ from utils.storage import record
 
 @pytest.fixture
 def again(tmp_path, monkeypatch):
-    """A record that was made with the digits' config for the defence `none`, and has no victim; defends it, returns the configs of its defences."""
+    """Defends a record of the digits' config that has no victim; returns the configs of its defences.
+
+    The record was made for the defence `none`.
+    """
     monkeypatch.setattr(record, "RECORDS", tmp_path)
     main(
         BadNet,
@@ -89,7 +92,7 @@ def test_other_images_than_the_record_was_made_from_are_refused(again, monkeypat
     monkeypatch.setattr(sys, "argv", ["again", "--result_file", "x"])
     with pytest.raises(
         UserError,
-        match="dataset_path: the images or labels there are others than those that record x was made from",
+        match="dataset_path: .* are others than those that record x was made from",
     ):
         defend_again(read_order("dataelixir"))
 

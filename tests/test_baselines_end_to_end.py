@@ -1,6 +1,8 @@
-"""Detectors against a backdoor that a trained victim has: what they find, what the next model reads.
+"""Detectors against a backdoor that a trained victim has: what they find, what the next model
+reads.
 
-Only the last layer of the toy is trained, so the training has one end, which no processor changes much.
+Only the last layer of the toy is trained, so the training has one end, which no processor changes
+much.
 """
 
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ class World:
         return flagged[poison].double().mean(), flagged[~poison].double().mean()
 
     def reads(self, model):
-        """Shares of clean images read right, of triggered ones read as the target, and as they are."""
+        """Shares of clean images read right, of triggered ones read as the target, as they are."""
         test, read = self.dataset.test, predict(model, self.triggered.images)
         right = (predict(model, test.images) == test.labels, read == 0)
         right += (read == self.triggered.original_labels,)

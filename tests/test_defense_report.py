@@ -1,4 +1,4 @@
-"""The report of every defence and its files, on toys: one schema, nothing that the truth could change but the report."""
+"""The report of every defence and its files, on toys: one schema, and the truth in it alone."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from defense.elixir import purifier
 from defense.harness.case import Case, save_case
 from defense.harness.run import run_defense
 from tests.test_baselines import (
@@ -17,10 +18,22 @@ from tests.test_baselines import (
     TRIGGERED,
     TRUTH,
     config_of,
-    small_net,
+    pooled_net,
 )
-from utils.classifier.metrics import Truth
+from tests.toys import FlatDenoiser
+from utils.classifier import models
+from utils.classifier.metrics import Truth, epoch_rows
+from utils.storage import record as record_module
 from utils.storage.record import Record
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path, monkeypatch):
+    """Records of their own, a denoiser of flat images, and networks that are quickly trained."""
+    monkeypatch.setattr(record_module, "RECORDS", tmp_path)
+    monkeypatch.setattr(purifier, "open_denoiser", lambda *words: FlatDenoiser())
+    monkeypatch.setattr(models, "build_classifier", pooled_net)
+
 
 REPORT = {
     "schema",
@@ -48,7 +61,7 @@ REPORT = {
 }
 
 
-def report_of(name, truth=TRUTH, folder=None, victim=small_net, **changes):
+def report_of(name, truth=TRUTH, folder=None, victim=pooled_net, **changes):
     folder = folder or f"record-{name}"
     save_case(Record(folder), POISONED, truth, TRIGGERED)
     return run_defense(
@@ -74,16 +87,10 @@ def test_every_report_has_the_same_keys_and_names_what_was_told(name):
     assert set(report["relabel"]) == {"accuracy_on_poison", "label_accuracy", "collateral"}
     assert report["knowledge"] == list(config_of(name).knowledge)
     assert report["benign"]["n_clean"] == 20
-    rows = (
-        list(csv.DictReader(open(Record(f"record-{name}") / "metrics.csv")))
-        if (Record(f"record-{name}") / "metrics.csv").exists()
-        else []
-    )
-    assert report["training_epochs"] == len(rows)
-    assert (Record(f"record-{name}") / "benign.safetensors").exists()
-    assert json.loads((Record(f"record-{name}") / "report.json").read_text())[
-        "training_epochs"
-    ] == len(rows)
+    record = Record(f"record-{name}")
+    assert report["training_epochs"] == len(epoch_rows(record / "metrics.csv"))
+    assert (record / "benign.safetensors").exists()
+    assert json.loads((record / "report.json").read_text()) == json.loads(json.dumps(report))
 
 
 @pytest.mark.parametrize(
@@ -101,10 +108,9 @@ def test_epochs_are_counted(name, changes, epochs):
 
 def test_the_product_of_a_filter_is_the_kept_samples_with_their_places():
     report, folder = report_of("oracle_remove"), Record("record-oracle_remove")
-    product, table = (
-        np.load(folder / "purified.npz"),
-        list(csv.DictReader(open(folder / "decisions.csv"))),
-    )
+    product = np.load(folder / "purified.npz")
+    with open(folder / "decisions.csv") as file:
+        table = list(csv.DictReader(file))
     kept = (~TRUTH.poison).nonzero().flatten().numpy()
     assert np.array_equal(product["index"], kept)
     assert np.array_equal(product["images"], POISONED.images[kept].numpy())
@@ -132,14 +138,11 @@ def test_where_nothing_is_flagged_all_poison_is_missed():
 def test_what_judges_no_sample_has_no_rates():
     for name in ("none", "ft", "purify_only", "train_longer"):
         report = report_of(name)
-        assert set(report["detection"].values()) == {None} and set(
-            report["suspicion"].values()
-        ) == {None}, name
+        for part in ("detection", "suspicion"):
+            assert set(report[part].values()) == {None}, (name, part)
 
 
-@pytest.mark.parametrize(
-    "name", ["activation_clustering", "strip", "abl", "spectral", "random_remove"]
-)
+@pytest.mark.parametrize("name", ["strip", "abl", "spectral"])
 def test_a_false_truth_changes_the_report_and_nothing_else(name):
     changes = {"budget": "share"} if name == "spectral" else {}
     false = Truth(TRUTH.original_labels.flip(0), TRUTH.poison.roll(2), TRUTH.cover, [4])

@@ -38,9 +38,9 @@ def a_second_for_each(monkeypatch):
     monkeypatch.setattr(forecast, "seconds", lambda work, device: work() is None or 1.0)
 
 
-def purifying(network, least=len(DATA), **keys):
+def purifying(network, least=None, **keys):
     purifier = Purifier(network, DataElixirConfig(**KEYS, **PURIFY | keys), 0, CPU)
-    return forecast.purifying(purifier, PatchReader().eval(), DATA, least)
+    return forecast.purifying(purifier, PatchReader().eval(), DATA, least or len(DATA))
 
 
 def lines(name, **keys):

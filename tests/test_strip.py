@@ -16,7 +16,10 @@ STRIP = strip.Strip(device="cpu", amp=False, random_seed=3)
 
 
 class Holding(nn.Module):
-    """Reads the mean level as one of 8 classes, softly; a corner that is bright, be it by half, holds class 0 under any overlay."""
+    """Reads the mean level as one of 8 classes, softly.
+
+    A corner that is bright, be it by half, holds class 0 under any overlay.
+    """
 
     device = torch.device("cpu")
 
