@@ -1,18 +1,20 @@
 """Defends records with several defences and writes one table that compares them.
 
-    python benchmarks/compare.py --records badnet_0 badnet_1 --defenses none spectral dataelixir --seeds 3 --name badnet
+    python benchmarks/compare.py --records badnet_0 badnet_1 --defenses none spectral --name badnet
 
-A record is a folder below record/ that an attack script made, with its victim; records that differ in nothing but their
-seed count as repetitions of one case. A defence is a name; with keys of its own it is NAME:KEY=VALUE,KEY=VALUE, and
-random_remove@NAME removes as many samples as NAME did. Each run is a process of its own in record/RECORD/defense/, so
-runs that are finished are not made again (delete a folder to have it made again), and one that fails stops no other.
-A finished run that was made with other keys than are asked for stops the comparison; a damaged report counts as absent.
+A record is a folder below record/ that an attack script made, with its victim; records that differ
+in nothing but their seed count as repetitions of one case. A defence is a name; with keys of its
+own it is NAME:KEY=VALUE,KEY=VALUE, and random_remove@NAME removes as many samples as NAME did. Each
+run is a process of its own in record/RECORD/defense/, so runs that are finished are not made again
+(delete a folder to have it made again), and one that fails stops no other. A finished run that was
+made with other keys than are asked for stops the comparison; a damaged report counts as absent.
 
-Seeds count up from the record's own. They repeat a defence's random choices and trainings on one and the same victim;
-what another poison or victim would change, only more records tell. Words after `--` go to every defence.
+Seeds count up from the record's own. They repeat a defence's random choices and trainings on one
+and the same victim; what another poison or victim would change, only more records tell. Words after
+`--` go to every defence.
 
-The last epoch of every training counts. Results, in --out: NAME.csv (mean, deviation and number of runs of each
-case and defence), NAME_runs.csv (each run), NAME.md and NAME.html.
+The last epoch of every training counts. Results, in --out: NAME.csv (mean, deviation and number of
+runs of each case and defence), NAME_runs.csv (each run), NAME.md and NAME.html.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class Spec:
         matched = re.fullmatch(r"(\w+)(?::(\w+=[^=,]+(?:,\w+=[^=,]+)*))?", text)
         if not matched or not (ROOT / "defense" / f"{matched[1]}.py").exists():
             raise UserError(
-                f"defenses: '{text}' is neither NAME, NAME:KEY=VALUE,KEY=VALUE nor random_remove@NAME for a NAME in defense/"
+                f"defenses: '{text}' is neither NAME, NAME:KEY=VALUE,KEY=VALUE nor "
+                "random_remove@NAME for a NAME in defense/"
             )
         return cls(
             text,
@@ -141,7 +144,8 @@ def read_report(file: Path) -> dict[str, Any]:
 
 
 def own_keys(record: Record, spec: Spec, seed: int, extra: Sequence[str]) -> dict[str, str]:
-    """Keys that only this defence is told; of one that removes as many samples as another, none where that one has not run."""
+    """Keys that only this defence is told; of one that removes as many samples as another, none
+    where that one has not run."""
     if not spec.alike:
         return spec.keys
     removed = (finished(record, spec.alike, seed, extra) or {}).get("removed")
@@ -149,7 +153,8 @@ def own_keys(record: Record, spec: Spec, seed: int, extra: Sequence[str]) -> dic
 
 
 def told(keys: dict[str, str], extra: Sequence[str]) -> dict[str, str]:
-    """{key: word} of all that a run is told: `keys`, and then the words after `--`, as --KEY WORD or --KEY=WORD."""
+    """{key: word} of all that a run is told: `keys`, and then the words after `--`, as --KEY WORD
+    or --KEY=WORD."""
     keys = dict(keys)
     for word, following in zip(extra, [*extra[1:], "--"]):
         key, equals, value = word.removeprefix("--").partition("=")
@@ -169,7 +174,8 @@ def is_meant(word: str, value: Any) -> bool:
 
 
 def other_key(config: dict[str, Any], keys: dict[str, str]) -> str | None:
-    """A key that a run was not made with: the first of `keys` whose value in its config is another; None where there is none."""
+    """A key that a run was not made with: the first of `keys` whose value in its config is another;
+    None where there is none."""
     return next(
         (
             key
@@ -183,7 +189,8 @@ def other_key(config: dict[str, Any], keys: dict[str, str]) -> str | None:
 def finished(
     record: Record, spec: Spec, seed: int, extra: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The report of a run that is complete, from its folder or, for the record's own defence, from the record; else None.
+    """The report of a run that is complete, from its folder or, for the record's own defence, from
+    the record; else None.
 
     Raises:
         UserError: the run in that folder was made with other keys than are asked for now.
@@ -200,14 +207,10 @@ def finished(
             else {}
         )
         if key := other_key(config, keys):
-            apart = (
-                ""
-                if spec.alike
-                else f", or give the other run keys of its own: {spec.text}{',' if spec.keys else ':'}{key}={keys[key]}"
-            )
-            raise UserError(
-                f"{key}: {run} was made with {config[key]!r}, and {keys[key]} is asked for now;\ndelete that folder{apart}"
-            )
+            own = f"{spec.text}{',' if spec.keys else ':'}{key}={keys[key]}"
+            apart = "" if spec.alike else f", or give the other run keys of its own: {own}"
+            made = f"{run} was made with {config[key]!r}, and {keys[key]} is asked for now"
+            raise UserError(f"{key}: {made};\ndelete that folder{apart}")
         return report
     own = (
         record.config().get("random_seed") == seed
@@ -267,7 +270,8 @@ def defend(
 def knowledge(
     record: Record, spec: Spec, seed: int, report: dict[str, Any], extra: Sequence[str]
 ) -> list[str]:
-    """What a run was told: as its report says, or where it took a count over, what the other was told, and that."""
+    """What a run was told: as its report says, or where it took a count over, what the other was
+    told, and that."""
     if not spec.alike:
         return report["knowledge"]
     other = finished(record, spec.alike, seed, extra)

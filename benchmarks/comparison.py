@@ -1,4 +1,5 @@
-"""One table of case x defence from the reports of many runs: as CSV, as Markdown, and as a page with heat maps."""
+"""One table of case x defence from the reports of many runs: as CSV, as Markdown, and as a page
+with heat maps."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ NOT_THE_CASE = (
 
 @dataclass(frozen=True)
 class Run:
-    """One defence of one record: the record's name and keys, the defence as it was asked for, the seed, and report.json."""
+    """One defence of one record: the record's name and keys, the defence as it was asked for, the
+    seed, and report.json."""
 
     record: str
     config: dict[str, Any]
@@ -90,7 +92,8 @@ DRAWN = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A number over the n of `runs` runs that have it: mean and, from two on, sample standard deviation; None where it is undefined."""
+    """A number over the n of `runs` runs that have it: mean and, from two on, sample standard
+    deviation; None where it is undefined."""
 
     mean: float | None
     deviation: float | None
@@ -148,7 +151,8 @@ def case_names(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
-    """A line for each case and defence, in the order of their first runs; the victim of each case comes first."""
+    """A line for each case and defence, in the order of their first runs; the victim of each case
+    comes first."""
     cases, found = case_names(runs), []
     for case in dict.fromkeys(cases[run.record] for run in runs):
         of_case = [run for run in runs if cases[run.record] == case]
@@ -181,9 +185,10 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
         mean = {key: Cell.of([v[key] for v in victims]).show(4) for key in ("c_acc", "asr")}
         failed = any(run.report["status"] == "attack-failed" for run in own.values())
         told.append(
-            f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; victim C-Acc {mean['c_acc']}, ASR {mean['asr']}; "
-            f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: {98 / math.sqrt(clean):.1f} and "
-            f"{98 / math.sqrt(max(1, n)):.1f} points)."
+            f"{case}: {len(own)} record(s), {len(seeds)} run(s) of each defence; "
+            f"victim C-Acc {mean['c_acc']}, ASR {mean['asr']}; "
+            f"{clean} clean and {n} triggered test images (95 % half-width of a share near one half: "
+            f"{98 / math.sqrt(clean):.1f} and {98 / math.sqrt(max(1, n)):.1f} points)."
             + (" The attack failed here: what a defence reaches means little." if failed else "")
         )
     devices = dict.fromkeys(
@@ -191,7 +196,8 @@ def notes(runs: Sequence[Run], absent: Sequence[str]) -> list[str]:
         for run in runs
     )
     told.append(
-        "Mean ± sample standard deviation over runs, or over those that have the number (1 of 2); one run has none. TPR and FPR are over training samples. "
+        "Mean ± sample standard deviation over runs, or over those that have the number (1 of 2); "
+        "one run has none. TPR and FPR are over training samples. "
         f"The last epoch of every training counts. Device: {'; '.join(devices)}."
     )
     return told + ([f"Absent: {'; '.join(absent)}."] if absent else [])
@@ -261,7 +267,8 @@ def _in_order(table: Sequence[Line]) -> tuple[list[str], list[str]]:
 
 
 def overview(table: Sequence[Line]) -> list[list[str]]:
-    """Heads and rows: defences down, cases across, mean C-Acc / mean ASR in percent; "-" where there is no run."""
+    """Heads and rows: defences down, cases across, mean C-Acc / mean ASR in percent; "-" where
+    there is no run."""
     cases, defenses = _in_order(table)
     percent = lambda mean: "n/a" if mean is None else f"{100 * mean:.1f}"
     shown = {
@@ -301,7 +308,8 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def heat_maps(target: io.BytesIO, table: Sequence[Line]) -> None:
-    """Write a PNG: a map for each of DRAWN, defences down, cases across, each cell's mean in percent, blank where there is none."""
+    """Write a PNG: a map for each of DRAWN, defences down, cases across, each cell's mean in
+    percent, blank where there is none."""
     cases, defenses = _in_order(table)
     across = len(DRAWN) if len(cases) <= 3 else 2  # maps side by side
     down = len(DRAWN) // across

@@ -1,4 +1,5 @@
-"""A headless Chromium for tests, spoken to over a pipe in the DevTools protocol, so that no driver package is needed."""
+"""A headless Chromium for tests, spoken to over a pipe in the DevTools protocol, so that no driver
+package is needed."""
 
 import base64
 import fcntl
@@ -19,7 +20,8 @@ def find_browser():
 
 
 class Browser:
-    """One page in a headless Chromium; `problems` collects console errors, exceptions, and requests for anything but files."""
+    """One page in a headless Chromium; `problems` collects console errors, exceptions, and requests
+    for anything but files."""
 
     def __init__(self, width=1200, height=900, dark=False):
         self.profile, self.problems, self.number = tempfile.mkdtemp(), [], 0
@@ -115,7 +117,8 @@ class Browser:
         """Load a file and wait until it is there."""
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.evaluate(
-            "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))"
+            "new Promise(done => document.readyState === 'complete' ? done()"
+            " : addEventListener('load', done))"
         )
 
     def evaluate(self, expression):

@@ -1,4 +1,5 @@
-"""benchmarks/compare.py, run as a program on finished records: a table that can be recomputed by hand."""
+"""benchmarks/compare.py, run as a program on finished records: a table that can be recomputed by
+hand."""
 
 import csv
 import json
@@ -39,7 +40,8 @@ def write_run(folder, seed, defense, asr):
 
 @pytest.fixture
 def records(tmp_path):
-    """Two records of one case that differ in their seed, each defended by spectral; the second one's own run is `none`."""
+    """Two records of one case that differ in their seed, each defended by spectral; the second
+    one's own run is `none`."""
     for name, seed, asr in (("a", 4, 0.1), ("b", 5, 0.3)):
         write_run(tmp_path / "record" / name, seed, "none" if name == "b" else "other", 1.0)
         write_run(

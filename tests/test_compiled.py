@@ -1,4 +1,5 @@
-"""Compiling changes the speed, not what comes out; where it is impossible, everything goes on. Bits depend on no batch size."""
+"""Compiling changes the speed, not what comes out; where it is impossible, everything goes on. Bits
+depend on no batch size."""
 
 import shutil
 
@@ -109,7 +110,7 @@ def test_on_a_cpu_a_network_always_gets_the_same_number_of_rows():
 
 
 def test_purified_bits_and_votes_depend_on_no_division_into_batches():
-    """A U-Net of real layers: called with the batches as they come, it gives other bits for small ones."""
+    """A U-Net of real layers, which gives other bits for small batches than for large ones."""
     torch.manual_seed(0)
     denoiser = Denoiser(
         build_unet(DenoiserConfig(out="", channels="32,32", layers_per_block=1), 16), 1, 50

@@ -1,4 +1,5 @@
-"""Configuration: who wins over whom, what is refused and in which words, and what every key promises."""
+"""Configuration: who wins over whom, what is refused and in which words, and what every key
+promises."""
 
 import dataclasses
 import errno
@@ -36,10 +37,33 @@ CONFIGS = sorted(
     path for path in (ROOT / "config").glob("*/*.yaml") if path.parent.name != "purify"
 )
 ATTACKS = sorted(p.stem for p in (ROOT / "attack").glob("*.py") if "\n    main(" in p.read_text())
-PUBLISHED = """amp: true\ndevice: cuda\nattack_label_trans: all2one\nattack_target: 0\nclient_optimizer: sgd\ndataset: cifar10
-dataset_path: ../data\nfrequency_save: 0\nbatch_size: 128\nlr: 0.01\nlr_scheduler: CosineAnnealingLR\nmodel: preactresnet18
-pratio: 0.1\nrandom_seed: 2022\nsgd_momentum: 0.9\nwd: 0.0005\nattack: badnet\npatch_mask_path: ../resource/badnet/mask.npy
-epochs: 100\npurify_batch_size: 1024\nsteps_T: 150\nrounds_n: 5\nlast_steps_m: 10\nthreshold_tau: 5\nft_lr: 0.002\n"""
+PUBLISHED = """\
+amp: true
+device: cuda
+attack_label_trans: all2one
+attack_target: 0
+client_optimizer: sgd
+dataset: cifar10
+dataset_path: ../data
+frequency_save: 0
+batch_size: 128
+lr: 0.01
+lr_scheduler: CosineAnnealingLR
+model: preactresnet18
+pratio: 0.1
+random_seed: 2022
+sgd_momentum: 0.9
+wd: 0.0005
+attack: badnet
+patch_mask_path: ../resource/badnet/mask.npy
+epochs: 100
+purify_batch_size: 1024
+steps_T: 150
+rounds_n: 5
+last_steps_m: 10
+threshold_tau: 5
+ft_lr: 0.002
+"""
 
 
 def trigger_class(name):

@@ -1,4 +1,5 @@
-"""One run at a time in a record: the second is refused with who holds it, and what a dead run held is free."""
+"""One run at a time in a record: the second is refused with who holds it, and what a dead run held
+is free."""
 
 import errno
 import fcntl
@@ -13,7 +14,8 @@ from utils.storage import lock
 
 
 def in_a_fork(work):
-    """Exit code of `work` in a process of its own; it lives until its pipe is closed if it returns None."""
+    """Exit code of `work` in a process of its own; it lives until its pipe is closed if it returns
+    None."""
     child = os.fork()
     if child == 0:
         code = 99

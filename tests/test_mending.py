@@ -1,4 +1,5 @@
-"""Damaged, foreign and missing files in a record: found by checksum, named, never used, made again or refused."""
+"""Damaged, foreign and missing files in a record: found by checksum, named, never used, made again
+or refused."""
 
 import json
 import os
@@ -35,7 +36,7 @@ def records(tmp_path, monkeypatch):
 
 @pytest.fixture
 def whole(world, tmp_path):
-    """The finished record, to be damaged, and a copy of it, which is put back in its place at the end."""
+    """The finished record, to be damaged, and a copy of it, which is put back at the end."""
     folder = world.record("whole")
     shutil.copytree(folder, tmp_path / "copy")
     yield folder, tmp_path / "copy"
@@ -84,9 +85,7 @@ def test_what_is_damaged_is_set_aside_and_its_stage_run_again(records, kind):
     assert (record / "one.npz.damaged").read_bytes() == DAMAGE[kind](good)
 
 
-def test_a_stage_that_comes_out_the_same_leaves_later_ones_alone_and_one_that_does_not_takes_them_along(
-    records,
-):
+def test_a_stage_that_comes_out_different_takes_later_ones_along(records):
     for content, left in ((np.arange(9), ["two", "one"]), (np.arange(1, 10), ["one"])):
         record = made(f"run{content[0]}")
         damage(record / "one.npz", "flipped")

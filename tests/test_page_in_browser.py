@@ -1,4 +1,5 @@
-"""report.html in a headless Chromium: no console error, nothing asked of a network, filters and numbers as in the record."""
+"""report.html in a headless Chromium: no console error, nothing asked of a network, filters and
+numbers as in the record."""
 
 import time
 
@@ -45,14 +46,16 @@ def common(browser, pages):
 def choose(browser, which, value):
     """Set a control as a person would; returns the words under the controls."""
     browser.evaluate(
-        f"(() => {{ const e = document.getElementById('{which}'); e.value = '{value}'; e.dispatchEvent(new Event('change')); }})()"
+        f"(() => {{ const e = document.getElementById('{which}'); e.value = '{value}';"
+        "e.dispatchEvent(new Event('change')); })()"
     )
     return browser.evaluate("document.getElementById('count').textContent")
 
 
 def test_numbers_are_the_reports(common):
     found = common.evaluate(
-        "Object.fromEntries([...document.querySelectorAll('[data-key]')].map(e => [e.dataset.key, e.textContent]))"
+        "Object.fromEntries([...document.querySelectorAll('[data-key]')]"
+        ".map(e => [e.dataset.key, e.textContent]))"
     )
     assert len(found) > 15
     assert found == {key: number(dig(REPORT, key.split("."))) for key in found}
@@ -99,8 +102,10 @@ def test_pages_turn_by_keyboard(common):
 
 
 def test_pictures_are_drawn(common):
-    tiles = common.evaluate("""Promise.all([...document.querySelectorAll('.tile')].slice(0, 6).map(e => new Promise(done => {
-        const i = new Image(); i.onload = () => done([i.naturalWidth, i.naturalHeight]); i.onerror = () => done(null);
+    tiles = common.evaluate("""Promise.all([...document.querySelectorAll('.tile')].slice(0, 6)
+        .map(e => new Promise(done => {
+        const i = new Image(); i.onload = () => done([i.naturalWidth, i.naturalHeight]);
+        i.onerror = () => done(null);
         i.src = e.style.backgroundImage.slice(5, -2); })))""")
     assert None not in tiles
     assert all(w % 8 == 0 and h % 8 == 0 and w > 0 for w, h in tiles)
@@ -137,7 +142,10 @@ def test_ten_thousand_samples_are_no_burden(browser, pages):
     assert "10,000 most confident of 10,500" in browser.evaluate(
         "document.querySelector('#gallery + .note').textContent"
     )
-    script = "(() => { const t = performance.now(); const e = document.getElementById('order'); e.value = 'up'; e.onchange(); return performance.now() - t; })()"
+    script = (
+        "(() => { const t = performance.now(); const e = document.getElementById('order');"
+        "e.value = 'up'; e.onchange(); return performance.now() - t; })()"
+    )
     assert browser.evaluate(script) < 2000
     assert time.monotonic() - started < 20
     assert browser.problems == []

@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
 
 
 def plain():
-    """A classifier without batch statistics, so that a batch can be cut into shares without a trace."""
+    """A classifier without batch statistics, so that a batch can be cut into shares."""
     body = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
     )
@@ -41,7 +41,8 @@ def toy(n=53):
 
 
 class Breaks(nn.Module):
-    """A layer that fails in process 0, in the middle of the second epoch, while the others go on to share their gradients."""
+    """A layer that fails in process 0, in the middle of the second epoch, while the others go on to
+    share their gradients."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Keyed randomness: streams that are the same for the same key, differ for any other, and look independent."""
+"""Keyed randomness: streams that are the same for the same key, differ for any other, and look
+independent."""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""Records: names that stay inside, files that are whole or absent, and folders that belong to one config."""
+"""Records: names that stay inside, files that are whole or absent, and folders that belong to one
+config."""
 
 import json
 import pickle

@@ -1,4 +1,5 @@
-"""The page of a record: what it shows is what the record holds, whatever is missing, and nothing in it is taken for markup."""
+"""The page of a record: what it shows is what the record holds, whatever is missing, and nothing in
+it is taken for markup."""
 
 import base64
 import csv
@@ -48,7 +49,8 @@ REPORT = {
 
 
 def write_record(folder, changed=12, n=N, side=SIDE, **without):
-    """A record with `changed` of n samples relabelled, their images inverted; `without` names files that are left out."""
+    """A record with `changed` of n samples relabelled, their images inverted; `without` names files
+    that are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     images, given = random_images(n, 3, side, side), np.arange(n) % K
     moved = np.arange(n) < changed
@@ -101,7 +103,8 @@ def write_record(folder, changed=12, n=N, side=SIDE, **without):
     )
     (folder / "config.yaml").write_text(yaml.safe_dump({"steps_T": 60, "ddpm": "toy"}))
     (folder / "metrics.csv").write_text(
-        "stage,epoch,lr,train_loss,c_acc,asr,r_acc\nvictim,1,.1,1,0.5,,\nvictim,2,.1,1,0.91,0.875,0.125\n"
+        "stage,epoch,lr,train_loss,c_acc,asr,r_acc\n"
+        "victim,1,.1,1,0.5,,\nvictim,2,.1,1,0.91,0.875,0.125\n"
     )
     write_json(folder / "report.json", REPORT)
     for file in without.get("files", ()):

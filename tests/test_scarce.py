@@ -1,4 +1,5 @@
-"""What runs short: disk, files, memory, permission. A clear line, a whole record, and the same command goes on."""
+"""What runs short: disk, files, memory, permission. A clear line, a whole record, and the same
+command goes on."""
 
 import os
 import resource

@@ -1,6 +1,8 @@
-"""Several processes of a script as torchrun starts them, or of a toy of a test, forked with what torchrun tells its own.
+"""Several processes of a script as torchrun starts them, or of a toy of a test, forked with what
+torchrun tells its own.
 
-Forks need not import torch again; like torchrun, whoever forks them keeps the store in which they meet.
+Forks need not import torch again; like torchrun, whoever forks them keeps the store in which they
+meet.
 """
 
 import os

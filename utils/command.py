@@ -1,6 +1,7 @@
-"""How a command ends: what the user can mend in one line, an interruption with the command that goes on.
+"""How a command ends: in one line where the user can mend it, or with the command that goes on.
 
-Ctrl-C and SIGTERM end a run cleanly, a second one ends it at once. Either is safe, since files are complete or absent.
+Ctrl-C and SIGTERM end a run cleanly, a second one ends it at once. Either is safe, since files are
+complete or absent.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ALLOCATOR_WORDS = (
 
 
 class UserError(Exception):
-    """Something the user can mend: one or two lines that name the key or file, what is wrong and what to do."""
+    """Something the user can mend: one or two lines with the key or file, and what to do."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def command_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorator for a script's entry: what the user can mend ends in one line and exit code 2, never in a traceback."""
+    """Decorator for a script's entry: what the user can mend ends in one line and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*words: Any) -> None:
@@ -61,7 +62,7 @@ def command_line(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def stopped_by(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interruption that an error is or comes from; a library that is stopped while it writes may raise its own error."""
+    """The interruption that an error is or comes from: a stopped library may raise its own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
@@ -69,7 +70,7 @@ def stopped_by(error: BaseException | None) -> KeyboardInterrupt | None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within the block the first Ctrl-C or SIGTERM raises Interrupted, and the second ends the program at once.
+    """Within the block the first Ctrl-C or SIGTERM raises Interrupted, the second ends the program.
 
     Signals that whoever started the program told it to ignore stay ignored.
     """
@@ -94,7 +95,7 @@ def stoppable() -> Iterator[None]:
 
 
 def this_command() -> str:
-    """The command line of this program, as a shell would read it; under torchrun with as many processes on this machine."""
+    """This program's command line, as a shell reads it, with torchrun and its processes."""
     python, here = Path(sys.executable), Path.cwd()
     words = [str(python.relative_to(here) if python.is_relative_to(here) else python)]
     if processes := os.environ.get("LOCAL_WORLD_SIZE"):

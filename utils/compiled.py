@@ -1,7 +1,8 @@
-"""How networks are called: compiled where that works, and on a CPU always with the same number of rows.
+"""How networks are called: compiled where that works, on a CPU always with as many rows.
 
-The bits of a row depend on how many rows there are: below some number, libraries take other ways. What must not depend on how
-samples are divided into batches (a smaller batch where memory ends, more processes) is therefore computed in batches of one size.
+The bits of a row depend on how many rows there are: below some number, libraries take other ways.
+What must not depend on how samples are divided into batches (a smaller batch where memory ends,
+more processes) is therefore computed in batches of one size.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class FixedRows:
 class Compiled:
     """Calls like `network(x, t)`, compiled on the first call.
 
-    A row's result does not depend on how a batch was filled up. Where no compiler is found, or it fails, one warning
-    says so and the network is called as it is.
+    A row's result does not depend on how a batch was filled up. Where no compiler is found, or it
+    fails, one warning says so and the network is called as it is.
 
     Args:
         network: x float (B, ...), t (B,) -> float (B, ...), each row for itself.

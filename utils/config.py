@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, read in the order defaults < YAML file < command line.
 
-A stage declares what it can be told as a frozen dataclass; `parse_config` turns several of them into one command
-line whose flags are the field names. jsonargparse checks types and ranges; here are only the rules of this project:
-where paths are looked for, which known key an unknown one is nearest to, and how an error is told.
+A stage declares its keys as a frozen dataclass; `parse_config` turns several of them into one
+command line whose flags are the field names. jsonargparse checks types and ranges; here are the
+rules of this project: where paths are looked for, and how an error is told.
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ class DataConfig:
 
     Args:
         dataset: cifar10, cifar100, gtsrb, digits (embedded, no download) or imagefolder.
-        dataset_path: folder of the data sets, tried as given, then relative to attack/; missing ones are downloaded there.
+        dataset_path: folder of the data sets, tried as given, then relative to attack/; missing
+            ones are downloaded there.
         image_size: side in pixels to which images are resized (PIL bilinear).
         test_fraction: share of each class kept as test set when an image folder has no test/.
-        on_bad_image: stop or skip at image files that cannot be read or lead out of the data folder; both list them.
+        on_bad_image: stop or skip at image files that cannot be read or lead out of the data
+            folder; both list them.
     """
 
     dataset: str = "digits"
@@ -89,9 +91,10 @@ class TrainConfig:
         lr_scheduler: CosineAnnealingLR (to 0 over all epochs) or constant; stepped once an epoch.
         sgd_momentum: momentum of SGD.
         wd: weight decay.
-        frequency_save: a checkpoint, from which a training continues, is written after every epoch (0, 1) or every k-th.
+        frequency_save: a checkpoint, from which a training continues, is written after every epoch
+            (0 or 1) or every k-th.
         amp: mixed precision (float16 with loss scaling on CUDA, bfloat16 on a CPU).
-        device: auto, cpu, cuda, cuda:1, ...; falls back to the CPU with a warning where there is no GPU.
+        device: auto, cpu, cuda, cuda:1, ...; falls back to the CPU with a warning.
         random_seed: seed of every random choice.
     """
 
@@ -115,10 +118,10 @@ class TrainConfig:
 
 
 def resolve_path(text: str, key: str) -> Path:
-    """The existing path that `text` means: as given, else relative to attack/ (where the published commands run).
+    """The existing path that `text` means: as given, else relative to attack/, as published.
 
     Raises:
-        UserError: nothing is there (the message lists every place tried), or a device or a pipe, which may never end.
+        UserError: nothing is there (the message lists every place tried), or a device or a pipe.
     """
     places = candidate_paths(text)
     for place in places:
@@ -137,7 +140,7 @@ def candidate_paths(text: str) -> list[Path]:
 
 
 def choose_by_name(name: str, known: dict[str, Any], key: str) -> Any:
-    """`known[name]`; raises UserError that names the key, the nearest known name and all of them."""
+    """`known[name]`; raises UserError that names the key, the nearest name and all of them."""
     if name in known:
         return known[name]
     raise UserError(
@@ -164,7 +167,7 @@ class _Parser(ArgumentParser):
     old_keys = OldKeys()
 
     def error(self, message, ex=None):
-        """Every complaint of the parser becomes one UserError; unknown flags get the nearest known one."""
+        """Every complaint becomes one UserError; unknown flags get the nearest known one."""
         lines = [line.strip() for line in str(message).splitlines() if line.strip()]
         flags = [o.lstrip("-") for action in self._actions for o in action.option_strings]
         unknown = re.findall(r"--?([\w]+)", lines[0]) if "nrecognized" in lines[0] else []
@@ -181,9 +184,9 @@ def parse_config(
 
     Args:
         argv: the command line without the program name; None means sys.argv[1:].
-        classes: frozen dataclasses whose fields (together without repetition) are the flags; that of a bool may stand
-            alone. Keys in a class's PASSED_OVER, if it has one, may stand in the YAML file all the same: they are for
-            others. Earlier keys are in its ALIASES and REMOVED_KEYS (utils/old_keys.py).
+        classes: frozen dataclasses whose fields (together without repetition) are the flags; that
+            of a bool may stand alone. Keys in a class's PASSED_OVER may stand in the YAML file too:
+            they are for others. Earlier keys are in its ALIASES and REMOVED_KEYS (old_keys.py).
         description: first lines of --help.
         defaults: values that replace the classes' own; keys that no class has are passed over.
 
@@ -221,7 +224,7 @@ def parse_config(
 
 
 def _plain(cls: type, key: str, value: Any) -> Any:
-    """A value of a restricted type (PositiveInt, ...) as the plain number or string, which YAML and pickles know."""
+    """A value of a restricted type (PositiveInt, ...) as the plain number or string."""
     if value is None and type(None) not in get_args(get_type_hints(cls)[key]):
         raise UserError(
             f"{key}: null is no value for this key; leave the key out to have its default"
@@ -233,7 +236,7 @@ def _plain(cls: type, key: str, value: Any) -> Any:
 
 
 def _yaml_first(argv: Sequence[str] | None) -> list[str]:
-    """The words with every --yaml_path moved to the front: the parser lets the later one win, and flags must."""
+    """The words with every --yaml_path in front: the later one wins, and that must be the flag."""
     words = list(sys.argv[1:] if argv is None else argv)
     first: list[str] = []
     rest: list[str] = []
@@ -253,7 +256,7 @@ def _switched(words: Sequence[str], switches: set[str]) -> list[str]:
 
 
 def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
-    """The value that `key` will have, read before the parser exists (used for keys that decide which keys exist)."""
+    """The value that `key` will have, where it decides which keys there are, and so the parser."""
     words = list(sys.argv[1:] if argv is None else argv)
     if (given := last_value(words, key)) is not None:
         return given
@@ -264,7 +267,7 @@ def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
 
 
 def passed_over(argv: Sequence[str] | None, cls: type) -> dict[str, Any]:
-    """{key: value} of the YAML file of a command line that were for others than `cls`, as its PASSED_OVER allows."""
+    """{key: value} of a command line's YAML file that are not for `cls` (its PASSED_OVER)."""
     file = peek(argv, "yaml_path", "")
     content = mapping(resolve_path(file, "--yaml_path")) if file else {}
     others = set(getattr(cls, "PASSED_OVER", ())) - {f.name for f in fields(cls)}

@@ -1,4 +1,4 @@
-"""One training in several processes: each has its rows of every batch, and gradients are averaged."""
+"""One training in several processes: each has its rows of a batch, gradients are averaged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.processes import rank, world_size
 
 
 def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
-    """`network` with its gradients averaged over the processes of a job; itself where there is one."""
+    """`network` with gradients averaged over the processes of a job; itself where there is one."""
     if world_size() == 1:
         return network
     own = [device] if device.type == "cuda" else None

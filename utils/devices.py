@@ -52,7 +52,7 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def mixed_precision(device: torch.device) -> torch.dtype:
-    """What mixed precision computes in: float16 on CUDA, bfloat16 on a CPU that multiplies it, else float32."""
+    """Of mixed precision: float16 on CUDA, bfloat16 on a CPU that multiplies it, else float32."""
     if device.type != "cpu":
         return torch.float16
     return torch.bfloat16 if has_bfloat16() else torch.float32

@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 class Halving:
-    """Calls a function on parts of an index, and on parts half as large from where the memory did not suffice.
+    """Calls a function on parts of an index, half as large from where the memory did not suffice.
 
-    What is computed for a sample must not depend on the samples beside it; then the parts change no result.
+    A sample's result must not depend on the samples beside it; then the parts change nothing.
 
     Args:
         key: the key that sets the size of a part, for the messages.

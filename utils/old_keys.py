@@ -26,7 +26,7 @@ class RemovedKey(NamedTuple):
 
     Attributes:
         advice: what to use instead, as the end of a sentence.
-        harmless: values that a record may still have, since they say what is done anyway; None = any.
+        harmless: values that a record may have, since they say what is done anyway; None = any.
     """
 
     advice: str
@@ -52,7 +52,7 @@ class OldKeys:
 
         Args:
             values: {key: value}.
-            of_record: leave removed keys out where their value is harmless, instead of refusing them.
+            of_record: leave removed keys with a harmless value out, instead of refusing them.
 
         Raises:
             UserError: a removed key, or an alias that contradicts the key that it stands for.
@@ -109,7 +109,7 @@ class OldKeys:
 
 
 def last_value(words: Sequence[str], key: str) -> str | None:
-    """The value of the last --KEY VALUE or --KEY=VALUE of a command line; None where there is none."""
+    """The value of the last --KEY VALUE or --KEY=VALUE of a command line, if there is one."""
     found = None
     for word, following in zip(words, [*words[1:], ""]):
         flag, equals, value = word.partition("=")

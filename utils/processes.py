@@ -1,8 +1,8 @@
 """Several processes of one program (torchrun --nproc_per_node K attack/badnet.py ...).
 
-Process 0 (the rank of torch.distributed) runs the program and is the only one that reads, decides and writes. The others,
-its workers, wait for a job, do their part of it, and wait for the next. Gloo carries messages and what is on a CPU, nccl
-what is on GPUs.
+Process 0 (the rank of torch.distributed) runs the program and is the only one that reads, decides
+and writes. The others, its workers, wait for a job, do their part of it, and wait for the next.
+Gloo carries messages and what is on a CPU, nccl what is on GPUs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def init_process_group() -> None:
 def destroy_process_group() -> None:
     """Leave the other processes and end every thread of the group.
 
-    A thread of gloo that is still alive when the interpreter ends aborts the process (SIGABRT, exit code -6).
+    A thread of gloo that outlives the interpreter aborts the process (SIGABRT, exit code -6).
     """
     import torch.distributed
 
@@ -81,7 +81,8 @@ def destroy_process_group() -> None:
 def abort(error: BaseException) -> None:
     """Leave the workers because of an error in process 0.
 
-    In the middle of a step they cannot receive a message; they find the connection closed, and the reason in the store.
+    In the middle of a step they cannot receive a message; they find the connection closed, and
+    the reason in the store.
     """
     with contextlib.suppress(RuntimeError):  # the store is gone where torchrun is
         _stores[0].set(ABORTED, "")
@@ -98,7 +99,7 @@ def is_aborted() -> bool:
 
 
 def broadcast(message: Any = None) -> Any:
-    """The message of process 0, in every process; tensors on its GPU arrive on each process's own."""
+    """The message of process 0, in every process; tensors on its GPU arrive on each one's own."""
     if world_size() == 1:
         return message
     import torch.distributed
@@ -173,7 +174,7 @@ def run_in_workers(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def leading_process() -> Iterator[bool]:
-    """True for process 0, which runs the program; the others are its workers until it is done, and then get False."""
+    """True for process 0, which runs the program; the others first work for it, then get False."""
     if rank() > 0:
         _work()
         yield False

@@ -15,7 +15,8 @@ import torch
 def key_seed(*key: int | str) -> int:
     """A 63-bit seed from numbers and words: (seed, stage, index) names an independent stream.
 
-    It is splitmix64 over the key. torch's CPU generator takes the lower 32 bits of it: of 200,000 streams some five pairs are expected to be the same.
+    It is splitmix64 over the key. torch's CPU generator takes the lower 32 bits of it: of 200,000
+    streams some five pairs are expected to be the same.
     """
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     state = 0
@@ -36,7 +37,7 @@ def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torc
 def global_stream(
     *key: int | str, device: torch.device | str = "cpu", process: int = 0
 ) -> Iterator[None]:
-    """Within it, what a network draws from torch's global stream (first weights, dropout) is named by `key`.
+    """Within it, what a network draws from torch's global stream (weights, dropout) is keyed.
 
     Args:
         key: names the stream.
@@ -51,5 +52,5 @@ def global_stream(
 def per_sample(
     draw: Callable[[torch.Generator], torch.Tensor], index: torch.Tensor, *key: int | str
 ) -> torch.Tensor:
-    """(B, ...): what `draw` takes from each sample's own stream, named by `key` and the sample's index; never empty."""
+    """(B, ...): what `draw` takes from each sample's stream, of `key` and its index."""
     return torch.stack([draw(keyed_generator(*key, int(i))) for i in index])

@@ -1,4 +1,4 @@
-"""Makes the page of a record again: report.html, one file that shows what the run did to its set and why.
+"""Makes the page of a record again: report.html, which shows what the run did and why.
 
 python utils/report.py record/NAME
 """

@@ -1,4 +1,4 @@
-"""YAML files from users: a mapping of known keys to short values, or a line that says what is wrong."""
+"""YAML files from users: known keys with short values, or a line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
 
 
 def is_short(value: Any) -> bool:
-    """Whether a value read from YAML unfolds to at most MAX_VALUES; aliases can stand for more than memory holds."""
+    """Whether a value unfolds to at most MAX_VALUES; a few aliases can stand for too many."""
     left, stack = MAX_VALUES, [value]
     while stack and left >= 0:
         top, left = stack.pop(), left - 1

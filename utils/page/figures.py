@@ -1,4 +1,4 @@
-"""Charts and sheets of images, drawn with matplotlib: saved in a record, or embedded in its page."""
+"""Charts and sheets of images by matplotlib: saved in a record, or embedded in its page."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ Target = Path | io.BytesIO  # where a picture goes, as PNG
 
 
 def embedded(words: str, draw: Callable[..., None], *args: Any) -> Markup:
-    """An <img> that holds the picture which `draw` makes of `args`; `words` stand for it where it is not seen."""
+    """An <img> with the picture that `draw` makes of `args`; `words` stand for it if not seen."""
     buffer = io.BytesIO()
     draw(buffer, *args)
     png = buffer.getvalue()
     width = int.from_bytes(png[16:20], "big") // 2
     text = base64.b64encode(png).decode()
-    return Markup(
-        f'<img class="chart" width="{width}" alt="{escape(words)}" src="data:image/png;base64,{text}">'
-    )
+    source = f'src="data:image/png;base64,{text}"'
+    return Markup(f'<img class="chart" width="{width}" alt="{escape(words)}" {source}>')
 
 
 def _save(figure: Figure, target: Target) -> None:
@@ -55,7 +54,7 @@ def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Fig
 def image_grid(
     target: Target, rows: Sequence[tuple[str, Iterable[Tensor]]], columns: Sequence[str]
 ) -> None:
-    """A sheet of uint8 images (3, H, W): one named row per entry, one captioned column per image."""
+    """A sheet of uint8 images (3, H, W): a named row per entry, a captioned column per image."""
     width, height = 1.1 * len(columns) + 1.2, 1.25 * len(rows) + 0.4
     figure, axes = _subplots(len(rows), len(columns), width, height)
     for line, (name, images) in zip(axes, rows):
@@ -73,10 +72,10 @@ def image_grid(
 def trigger_sheet(
     target: Target, clean: Tensor, triggered: Tensor, captions: Sequence[str]
 ) -> None:
-    """Clean and triggered images uint8 (B, 3, H, W), and their difference around mid-grey, amplified.
+    """Clean and triggered images uint8 (B, 3, H, W), and their amplified difference.
 
-    The printed factor brings the changed pixels' 95th percentile to full contrast, so that a few strong pixels (a patch)
-    do not hide a faint pattern on the others; stronger ones are cut off.
+    The printed factor brings the changed pixels' 95th percentile to full contrast, so that a few
+    strong pixels (a patch) do not hide a faint pattern on the others; stronger ones are cut off.
     """
     difference = triggered.int() - clean.int()
     changed = difference.abs()[difference != 0].double()
@@ -92,10 +91,10 @@ def target_label_chart(
     flagged: Sequence[int],
     classes: Sequence[str],
 ) -> None:
-    """What target labels were found by: bars for each class, flagged ones coloured, thresholds as lines.
+    """What target labels were found by: a bar for each class, flagged ones coloured.
 
     Args:
-        measures: {name: (values of every class, threshold)}; an infinite value is drawn as high as the plot.
+        measures: {name: (values of every class, threshold)}; what is infinite is drawn to the top.
     """
     width, height = max(5, 0.28 * len(classes) + 2), 2.8 * len(measures) + 0.4
     figure, axes = _subplots(len(measures), 1, width, height)
@@ -122,7 +121,7 @@ def target_label_chart(
 def suspicion_chart(
     target: Target, score: np.ndarray, poison: np.ndarray, flagged: np.ndarray
 ) -> None:
-    """How the suspicion (N,) of poisoned and of other samples is distributed, by rank, and how many of each were flagged."""
+    """The suspicion (N,) of poisoned and of other samples by rank, and how many were flagged."""
     figure, axes = _subplots(1, 1, 5, 3.2)
     axis = axes[0, 0]
     rank = score.argsort(kind="stable").argsort(kind="stable") / max(1, len(score) - 1)
@@ -136,7 +135,7 @@ def suspicion_chart(
 
 
 def histograms(target: Target, measures: dict[str, np.ndarray]) -> None:
-    """How often values of each size occur, {name: values in [0, 1]}, side by side; nan is left out."""
+    """How often values of each size occur, {name: values in [0, 1]}; nan is left out."""
     figure, axes = _subplots(1, len(measures), 4.2 * len(measures), 2.6)
     for axis, (name, values) in zip(axes[0], measures.items()):
         known = values[np.isfinite(values)]
@@ -148,7 +147,7 @@ def histograms(target: Target, measures: dict[str, np.ndarray]) -> None:
 
 
 def training_curves(target: Target, rows: Sequence[dict[str, str]]) -> None:
-    """C-Acc and ASR over the epochs of every training stage, side by side, from the rows of metrics.csv."""
+    """C-Acc and ASR over the epochs of every training stage, from the rows of metrics.csv."""
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure, axes = _subplots(1, max(1, len(stages)), 3.2 * max(1, len(stages)), 2.8)
     for axis, stage in zip(axes[0], stages):

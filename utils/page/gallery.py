@@ -1,7 +1,7 @@
-"""The changed samples of a record, for the gallery of its page: columns of words and numbers, and pictures as sprite sheets.
+"""The changed samples of a record, for the gallery of its page: columns, and sprite sheets.
 
-A sheet is one picture with many samples' tiles, embedded as base64 text. The page decodes a sheet only when a sample on
-it is looked at, so ten thousand samples cost the reader's browser a file read and nothing else.
+A sheet is one picture with many samples' tiles, embedded as base64 text. The page decodes a sheet
+only when a sample on it is looked at, so ten thousand samples cost a browser no more than reading.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLUMNS = 32  # tiles side by side
 
 @dataclass(frozen=True)
 class Sheets:
-    """Sprite sheets: `texts` are base64, each of at most `per_sheet` runs of `tiles` tiles, COLUMNS tiles to a row."""
+    """Sprite sheets: base64 `texts`, each of at most `per_sheet` samples of `tiles` tiles."""
 
     texts: list[str]
     per_sheet: int
@@ -32,7 +32,7 @@ class Sheets:
 
 
 def is_changed(table: dict[str, np.ndarray]) -> np.ndarray:
-    """bool (N,): rows of decisions.csv whose label or image changed, or whose sample was removed."""
+    """bool (N,): rows of decisions.csv whose label or image changed or whose sample went."""
     return (
         (table["given_label"] != table["new_label"])
         | (table.get("round", -1) != -1)
@@ -48,7 +48,7 @@ def changed_rows(table: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def sheets(images: np.ndarray, lossless: bool = True) -> Sheets | None:
-    """Sheets of uint8 images (S, T, 3, H, W): S samples of T tiles each; None where there is none."""
+    """Sheets of uint8 images (S, T, 3, H, W): S samples of T tiles; None where S is 0."""
     if not len(images):
         return None
     tiles, (h, w) = images.shape[1], images.shape[-2:]

@@ -1,6 +1,7 @@
-"""report.html: one page that shows what a run did to its set and why, made from what the record holds and nothing else.
+"""report.html: what a run did to its set and why, from what the record holds and nothing else.
 
-The page is one file without any link to a network. What a record does not hold is left out, or said to be missing.
+The page is one file without any link to a network. What a record does not hold is left out, or said
+to be missing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def write_page(folder: Path) -> Path:
 
 
 def render(path: Path, **values: Any) -> Path:
-    """Write the template, filled with a `page` (`content`) or a `table` (benchmarks/comparison.py)."""
+    """Write the template, filled with a `page` (`content`) or a `table` (benchmarks)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,7 +73,7 @@ def content(source: Source) -> dict[str, Any]:
 
 
 def changes(table: dict[str, np.ndarray]) -> dict[str, int]:
-    """How many labels and images were changed and samples removed; empty where nothing is recorded."""
+    """How many labels and images were changed and samples removed; empty if not recorded."""
     if not table:
         return {}
     return {
@@ -109,7 +110,8 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     if not detected:
         return f"No backdoor was found: no class stands out from the others. {counts}"
     words = " and ".join(names[k] if k < len(names) else str(k) for k in detected)
-    said = f"A backdoor was found: samples seem to be poisoned so that a model reads the trigger as class {words}."
+    said = "A backdoor was found: samples seem to be poisoned so that a model reads the trigger"
+    said += f" as class {words}."
     for k in detected:
         if "by_inflow" in kept and kept["by_inflow"][k]:
             share = f"About {kept['inflow'][k]:.1%} of the other classes' samples"
@@ -118,7 +120,7 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
 
 
 def class_rows(source: Source) -> list[dict[str, Any]]:
-    """A row for each class: how many samples, purified, moved; discrepancy and inflow with their scores; target label or not."""
+    """A row for each class: its samples, discrepancy, inflow, scores, target label or not."""
     kept, given = source.classes, source.decisions.get("given_label", np.zeros(0, np.int64))
     detected = dig(source.report, ("target_labels", "detected")) or []
     purified = source.decisions.get("votes_old", np.zeros_like(given)) >= 0
@@ -136,7 +138,7 @@ def class_rows(source: Source) -> list[dict[str, Any]]:
 
 
 def transitions(table: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How many samples went from which given label to which new one: rows and columns where anything did, and counts."""
+    """{(given, new label): samples} where labels changed, and the labels that did."""
     if not table:
         return {}
     moved = table["given_label"] != table["new_label"]

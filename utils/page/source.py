@@ -1,4 +1,4 @@
-"""What lies in a folder of results, read without running anything that it says, for the pages made of it."""
+"""What lies in a folder of results, read without running anything, for the page of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = ("verdict", "reason", "path", "given_class", "new_class")
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with results: a record, one below record/NAME/defense/, or the output of defense/purify.py."""
+    """A folder with results: a record, one below record/NAME/defense/, or purify's output."""
 
     folder: Path
 
@@ -38,7 +38,7 @@ class Source:
         return next((folder / name for folder in folders if (folder / name).exists()), None)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file's mapping, empty where there is none; raises UserError where it is damaged."""
+        """A JSON file's mapping, empty where there is none; raises UserError if it is damaged."""
         path = self.find(name)
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if path else {}
@@ -58,7 +58,7 @@ class Source:
         try:
             with np.load(path, allow_pickle=False) as content:
                 return {key: content[key] for key in content.files} or None
-        except Exception as error:  # noqa: BLE001  zipfile, numpy and the system each raise their own
+        except Exception as error:  # noqa: BLE001  zipfile and numpy raise their own
             reason = shortened(error)
             raise UserError(f"{path}: cannot be read ({reason}); run again what made it") from None
 
@@ -93,7 +93,8 @@ class Source:
     def decisions(self) -> dict[str, np.ndarray]:
         """Columns of decisions.csv: words, int64, or float64 with nan where a cell is empty.
 
-        What a defence does not tell is filled in: labels that stay, no round, and KEPT, FLAGGED or REMOVED for a verdict.
+        What a defence does not tell is filled in: labels that stay, no round, and for a verdict
+        KEPT, FLAGGED or REMOVED.
         """
         rows, table = self.rows("decisions.csv"), {}
         for key in rows[0] if rows else ():
@@ -110,7 +111,7 @@ class Source:
 
     @cached_property
     def classes(self) -> dict[str, Any]:
-        """names, and where they were kept discrepancy, inflow, their scores, evidence (per class) and thresholds."""
+        """names and, if kept, discrepancy, inflow, scores, evidence (per class) and thresholds."""
         kept = self.json("classes.json")
         if kept.get("names"):
             return kept
@@ -131,7 +132,7 @@ def _completed(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _numbers(cells: Sequence[str]) -> np.ndarray:
-    """int64, float64 where cells are empty or have a point, or the words as they are where one is no number."""
+    """int64, float64 where cells are empty or have a point, or words where one is no number."""
     try:
         values = np.array([float(cell) if cell else np.nan for cell in cells])
     except ValueError:

@@ -1,9 +1,10 @@
-"""checksums.txt: what a record's files must hash to, so that a damaged or foreign one is never taken for a result.
+"""checksums.txt: what a record's files must hash to; a damaged or foreign one is no result.
 
-An append-only list. A file's line is written and synced before the file takes its place, so a run that is killed at any
-moment leaves no file without a line. A file is whole if its hash is any that was noted for its name: of two lines the
-older one is right when the run was killed between the second line and the file. "# stage NAME" says which stage made the
-files below it, "# done NAME" that the stage was finished with what is listed above.
+An append-only list. A file's line is written and synced before the file takes its place, so a run
+that is killed at any moment leaves no file without a line. A file is whole if its hash is any that
+was noted for its name: of two lines the older one is right when the run was killed between the
+second line and the file. "# stage NAME" says which stage made the files below it, "# done NAME"
+that the stage was finished with what is listed above.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Checksums:
 
 
 def read(folder: Path) -> Checksums | None:
-    """The folder's list, the caller's own; None where there is none. Lines that are damaged count as not there."""
+    """The folder's list, the caller's own, if there is one. Damaged lines count as not there."""
     try:
         text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -87,7 +88,7 @@ def read(folder: Path) -> Checksums | None:
 
 
 def _listed(folder: Path) -> Checksums | None:
-    """The same, not to be changed: a list that stays as it is is read once, however many files are verified by it."""
+    """The same, not to be changed: read once until the file changes."""
     try:
         return _read_once(folder, *_state(folder / FILE))
     except FileNotFoundError:
@@ -124,7 +125,7 @@ def note_written(path: Path, temporary: Path) -> None:
 
 
 def verify(path: Path, advice: str = ADVICE) -> None:
-    """Refuse a file whose content was never noted, where its folder, or the one above, keeps a list.
+    """Refuse a file whose content was never noted, where its folder or the one above has a list.
 
     Raises:
         UserError: damaged, or put there by something else.
@@ -151,7 +152,7 @@ def of_tensors(*tensors: Tensor) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal; of a file that has not changed it is computed once."""
+    """The sha256 of a file's content, in hexadecimal, computed once until the file changes."""
     return _sha256(path, *_state(path))
 
 

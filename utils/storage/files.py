@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a temporary name, synced, noted with their checksum, renamed."""
+"""Files that are complete or absent: written under another name, synced, noted, renamed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from utils.storage import checksums
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not.
+    """A temporary path beside `path` that takes its place when the block ends well, else goes.
 
     Args:
-        sync: file, checksum and the folder's entry reach the disk in this order, so a power cut leaves the old file or the new one.
+        sync: file, checksum and the folder's entry reach the disk in this order, so that a power
+            cut leaves the old file or the new one.
 
     Raises:
         UserError: the file could not be written (disk full, no permission).
@@ -63,7 +64,7 @@ def shortened(error: BaseException) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, complete or not at all; NaN and infinity become null, text is made `printable`."""
+    """Write JSON, complete or not at all; NaN and infinity become null, text `printable`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
 
@@ -82,7 +83,7 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text as UTF-8 can hold it: of a file name in another encoding, the bytes that are none are spelt out as in the log."""
+    """Text as UTF-8 can hold it: bytes of a file name that are none are spelt out."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -103,7 +104,7 @@ def _finite(value: Any) -> Any:
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write tensors or arrays as .npz, complete or not at all; the same arrays give the same bytes."""
+    """Write tensors or arrays as .npz, complete or not at all; equal arrays give equal bytes."""
     content: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
     with replacing(path) as temporary:
         np.savez(temporary, **content)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a file `.lock` that the system frees with the process that holds it, however that ends."""
+"""One run at a time in a folder: a file `.lock`, freed by the system when its process ends."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What becomes of damaged files in a record: each is named and set aside, and the stage that made it is run again.
+"""Damaged files in a record: each is named and set aside, and its stage is run again.
 
-A stage that is run again on the same machine writes what it wrote before, so the stages after it stand. Where what it
-writes is different (another machine, other data), what was made from the earlier files goes, and is made again as well.
-config.yaml cannot be made again; a record without its own is refused. metrics.csv is done without: the rows of trainings
-that are finished are missing from then on.
+A stage that is run again on the same machine writes what it wrote before, so the stages after it
+stand. Where what it writes is different (another machine, other data), what was made from the
+earlier files goes, and is made again as well. config.yaml cannot be made again; a record without
+its own is refused. metrics.csv is done without: the rows of finished trainings are then missing.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _set_aside(folder: Path, name: str, state: str, listed: Checksums, key: str)
 
 
 def _stage_again(folder: Path, stage: str, told: str, others: Collection[str] = ()) -> None:
-    """Strike a stage off the finished ones; with it `others` (what they left is gone, but was of use) and the report."""
+    """Strike a stage off the finished ones, with the report and `others`, whose files are gone."""
     log.warning("%s; stage '%s' is run again", told, stage)
     with contextlib.suppress(UserError):  # stages.json is damaged too: every stage is run again
         _keep_stages(folder, set(read_stages(folder)) - {stage, "report", *others})
@@ -123,7 +123,7 @@ def begin(folder: Path, stage: str) -> None:
 
 
 def end(folder: Path, stage: str) -> None:
-    """After a stage: if it was run again and came out different, what later stages made of the earlier results goes."""
+    """After a stage: if it came out different from before, what later stages made of it goes."""
     if not (folder / checksums.FILE).exists():
         return
     checksums.note(folder, f"# done {stage}")
@@ -159,7 +159,7 @@ def _is_read(path: Path) -> bool:
 
 
 def _states(folder: Path, listed: Checksums) -> dict[str, str]:
-    """{name: whole, damaged, foreign or missing} of every file that is listed or that a run would read."""
+    """{name: whole, damaged, foreign or missing} of every file that is listed or would be read."""
     found = {}
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
@@ -177,7 +177,7 @@ def _states(folder: Path, listed: Checksums) -> dict[str, str]:
 
 
 def inventory(folder: Path) -> str:
-    """A table of a record's files with size, stage and state, its finished stages, and who is using it."""
+    """A table of a record's files: state, size, stage; its finished stages, and who is using it."""
     kept, user = checksums.read(folder), holder(folder)
     listed, lines = kept or Checksums(), []
     for name, state in sorted(_states(folder, listed).items()):

@@ -1,8 +1,9 @@
 """A record: everything that one run produces, in `record/<save_folder_name>/`.
 
-Files are complete or absent (files.py) and listed with their checksums (checksums.py). `stages.json` names the stages that
-are finished and how long they took; a run that finds a stage there recomputes nothing of it, unless a file of it is
-damaged (mending.py). One run at a time uses a record (lock.py). As a script: python utils/storage/record.py check NAME
+Files are complete or absent (files.py) and listed with their checksums (checksums.py).
+`stages.json` names the finished stages and how long they took; a run recomputes nothing of them,
+unless a file is damaged (mending.py). One run at a time uses a record (lock.py).
+As a script: python utils/storage/record.py check NAME
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Record:
     Args:
         name: save_folder_name, letters, digits, '.', '_', '-' and '/' between parts.
         must_exist: raise instead of creating.
-        key: the key that a person names the folder with, for messages; save_folder_name, or result_file where it must exist.
+        key: the key that names the folder, for messages; by default save_folder_name, or
+            result_file where it must exist.
 
     Raises:
         UserError: a name that would leave record/, or (must_exist) one that is not there.
@@ -89,13 +91,14 @@ class Record:
         return self.path / file
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Take the folder for this config: write config.yaml, or check that it was written by the same one.
+        """Take the folder for this config: write config.yaml, or check that it says the same.
 
-        It is this run's alone from then on. Damaged files are set aside, so that their stage is run again. A folder that
-        holds nothing but a config and a log can be taken by any config.
+        It is this run's alone from then on. Damaged files are set aside, so that their stage is run
+        again. A folder that holds nothing but a config and a log can be taken by any config.
 
         Raises:
-            UserError: the folder belongs to another config (names the keys that differ) or is in use, or its config is damaged.
+            UserError: the folder belongs to another config (names the keys that differ) or is in
+                use, or its config is damaged.
         """
         self.lock = lock.acquire(self.path, self.key)
         if self._holds_results():
@@ -158,9 +161,9 @@ class Record:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Time a stage and note it as finished when the block ends well; what the block puts into the dict is kept too.
+        """Time a stage and note it as finished, with what the block puts into the dict.
 
-        A stage that was finished before is neither timed nor announced again; its block then finds its files there.
+        A stage that was finished before is neither timed nor announced; its block finds its files.
         """
         if name in self.finished():
             yield {}
@@ -227,7 +230,7 @@ def peak_rss_bytes() -> int:
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written (disk full) is told of once and then done without: results matter more."""
+        """A log that cannot be written (disk full) is told of once and then done without."""
         log.removeHandler(self)
         error = sys.exc_info()[1] or OSError()
         log.warning("%s: no more lines can be written (%s)", self.baseFilename, shortened(error))
