@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from defense.elixir.config import PurifyConfig
+from defense.elixir.config import PurifyingConfig
 from defense.harness.command import main
 from defense.harness.defense import Defense
 from defense.harness.knowledge import DENOISER
@@ -23,7 +23,7 @@ log = logging.getLogger("dataelixir")
 
 
 @dataclass(frozen=True)
-class PurifyOnly(Defense, PurifyConfig):
+class PurifyOnly(PurifyingConfig, Defense):
     """Purification of every image; the last state of the last round is the purified image."""
 
     KNOWLEDGE = (DENOISER,)
@@ -64,7 +64,7 @@ class LastStates:
     victim: Any
     purifier: Any
 
-    def __call__(self, index, _):
+    def __call__(self, index):
         from defense.elixir.store import Block
         from utils.classifier.training import predict
 
@@ -107,23 +107,14 @@ def purified(data, victim, config: PurifyOnly, run):
     dataset, every = run.dataset, torch.arange(len(data))
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     store = IntermediaryStore(run.record / "purify")
-    level = settled_level(
-        config,
-        denoiser,
-        data,
-        victim,
-        dataset.num_classes,
-        config.random_seed,
-        config.amp,
-        store.folder,
-    )
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, store.folder)
     parts = split_into_blocks(store.missing(every), config.purify_batch_size)
     plan = PurifyOnlyPlan(data, victim, denoiser, replace(config, steps_T=level))
     with workers_for(plan) as workers:
         assert isinstance(workers.work, LastStates)
         passes = workers.work.purifier.passes_per_image
         log.info("purifying with %s at T = %d: %d passes an image", denoiser.name, level, passes)
-        blocks = workers.blocks(parts, None)
+        blocks = workers.blocks(parts)
         for block in tqdm(blocks, "purify", len(parts), unit="block", leave=False, disable=None):
             store.write(block)
     survived = reads_as_before(store.votes(len(data)), 1).double().mean()

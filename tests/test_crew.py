@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from defense.elixir.purifier import Purifier
-from defense.elixir.rounds import Ending, Rounds
+from defense.elixir.rounds import Rounds
 from defense.elixir.workers import Workers, split_into_blocks, workers_for
-from tests.test_purification import CONFIG, DATA, purification
+from tests.test_purification import CONFIG, DATA, purification, targets
 from tests.torchrun import together
 from tests.toys import FlatDenoiser, PatchReader
 from utils import processes
@@ -25,14 +25,14 @@ class Scarce:
     def __init__(self, rounds):
         self.rounds = rounds
 
-    def __call__(self, index, ends):
+    def __call__(self, index):
         if len(index) > 3:
             raise MemoryError
-        return self.rounds(index, ends)
+        return self.rounds(index)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Plan:
     kind: str = "good"
 
     def prepared(self):
@@ -46,12 +46,12 @@ class Recipe:
 def purify(folder, kind):
     """The toy set, target labels first; leaves votes and images in folder/out.pt."""
     work = purification(folder / "store")
-    with workers_for(Recipe(kind)) as team:
+    with workers_for(Plan(kind)) as team:
         work.deal = team.blocks
-        found = work.ending_early(first=10, error=0.02, doubt=0.2, others=False)
+        work.targets_first(first=10)
     index, images = (torch.cat(parts) for parts in zip(*work.store.fetch(torch.arange(len(DATA)))))
     torch.save(
-        (found.targets, work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt"
+        (targets(work), work.votes(), images[index.argsort()], work.store.passes), folder / "out.pt"
     )
 
 
@@ -142,7 +142,7 @@ def test_without_torchrun_there_is_no_crew():
     assert local_device(torch.device("cuda", 0)) == torch.device("cuda", 0)
     with leading_process() as leading:
         assert leading
-    [block] = Workers(Recipe().prepared()).blocks([torch.tensor([3, 60])], Ending(4, {}))
+    [block] = Workers(Plan().prepared()).blocks([torch.tensor([3, 60])])
     assert block.index.tolist() == [3, 60]
 
 

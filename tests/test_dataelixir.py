@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from defense import dataelixir
-from defense.dataelixir import defend
+from defense.dataelixir import DataElixir
 from defense.elixir import purification, rounds
-from defense.elixir.config import DataElixirConfig
 from defense.elixir.purifier import requantised
 from defense.elixir.verdict import Verdict
+from defense.harness.defense_run import DefenseRun
 from defense.harness.case import Case
 from defense.harness.run import run_defense
 from diffusion.sampler import Sampler
@@ -24,7 +23,7 @@ from utils.images.data import LabeledImages
 from utils.storage import record as record_module
 from utils.storage.record import Record
 
-CONFIG = DataElixirConfig(
+CONFIG = DataElixir(
     model="preactresnet_small",
     epochs=1,
     batch_size=16,
@@ -94,18 +93,18 @@ class SpyTrainer:
 @pytest.fixture(autouse=True)
 def toy_world(tmp_path, monkeypatch):
     monkeypatch.setattr(record_module, "RECORDS", tmp_path)
-    monkeypatch.setattr(
-        dataelixir, "warn_if_noise", lambda *_: None
-    )  # the toys count how often they are called
+    # The toys count how often they are called.
+    monkeypatch.setattr(purification, "warn_if_noise", lambda *_: None)
     use_denoiser(monkeypatch, FlatDenoiser())
 
 
 def use_denoiser(monkeypatch, denoiser):
-    monkeypatch.setattr(dataelixir, "open_denoiser", lambda config, resolution, dataset: denoiser)
+    monkeypatch.setattr(purification, "open_denoiser", lambda *_: denoiser)
 
 
 def run(config=CONFIG, data=POISONED, name="run", victim=None):
-    return defend(data, (victim or PatchReader()).eval(), config, DATASET, Record(name))
+    work = DefenseRun(config, DATASET, Record(name), torch.device("cpu"))
+    return config.defend(data, (victim or PatchReader()).eval(), work)
 
 
 def spied(monkeypatch, config=CONFIG, denoiser=None):
@@ -180,13 +179,14 @@ class TwoPatchReader(PatchReader):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_two_backdoors_with_two_targets_are_both_found(first):
+def test_two_backdoors_with_two_targets_are_both_found(first, monkeypatch):
+    monkeypatch.setattr(purification, "SAMPLE_FIRST", 6)
     data, truth, _ = poisoned_toy(DATASET)
     again = (truth.original_labels != 3) & ~truth.poison & (torch.arange(len(data)) % 3 == 1)
     images, labels = data.images.clone(), torch.where(again, 3, data.labels)
     images[again, :, -CORNER:, -CORNER:] = 0
     result = run(
-        replace(CONFIG, target_first=first, sample_first=6),
+        replace(CONFIG, target_first=first),
         LabeledImages(images, labels),
         victim=TwoPatchReader(),
     )
@@ -210,10 +210,10 @@ def test_without_a_backdoor_the_set_stays_and_the_victim_is_the_model():
     assert (Record("run") / "benign.safetensors").exists()
 
 
-@pytest.mark.parametrize("conform", [False, True])
-def test_each_kind_of_poison_goes_its_way(monkeypatch, conform):
+@pytest.mark.parametrize("preset", ["default", "published"])
+def test_each_kind_of_poison_goes_its_way(monkeypatch, preset):
     """Class 1: consensus; 2: transition; 3: suspicious without consensus; 4: the trigger survives."""
-    result, stages = spied(monkeypatch, replace(CONFIG, conform=conform, ft_epochs=7))
+    result, stages = spied(monkeypatch, replace(CONFIG, preset=preset, ft_epochs=7))
     assert result.discrepancy.targets == (0,)
     of = lambda k: TRUTH.poison & (TRUTH.original_labels == k)
     expected = {
@@ -236,33 +236,18 @@ def test_each_kind_of_poison_goes_its_way(monkeypatch, conform):
     assert rows(stage2) == rows(result.purified[consensus])
 
 
-def test_conform_requantises_every_image_that_stays_and_overrides_the_switches(monkeypatch):
-    result, _ = spied(monkeypatch, replace(CONFIG, conform=True))
+def test_published_requantises_every_image_that_stays(monkeypatch):
+    result, _ = spied(monkeypatch, replace(CONFIG, preset="published"))
     stays = result.decisions.column == 0
     assert torch.equal(result.purified.images[stays], requantised(POISONED.images[stays]))
     assert stays.sum() > 40
     assert not torch.equal(result.purified.images[stays], POISONED.images[stays])
-    resolved = replace(CONFIG, conform=True, ssim="channel", sampler="ddim", amp=True).resolved()
-    assert (
-        resolved.ssim,
-        resolved.sampler,
-        resolved.amp,
-        resolved.noise_index,
-        resolved.evidence_prior,
-    ) == ("volume", "ancestral", False, "T", 0)
-    assert (
-        resolved.outliers,
-        resolved.quantise,
-        resolved.original_eligible,
-        resolved.relabel_source,
-    ) == ("two_sided", "truncate", True, "raw")
-    assert CONFIG.resolved() is CONFIG
 
 
-def test_conform_trains_even_where_no_target_is_found(monkeypatch):
+def test_published_trains_even_where_no_target_is_found(monkeypatch):
     monkeypatch.setattr("utils.classifier.models.Trainer", SpyTrainer)
     SpyTrainer.seen = []
-    result = run(replace(CONFIG, conform=True), DATASET.train)
+    result = run(replace(CONFIG, preset="published"), DATASET.train)
     assert result.discrepancy.targets == ()
     assert [(stage, len(data)) for stage, *_, data in SpyTrainer.seen] == [
         ("benign_stage1", 60),
@@ -299,7 +284,7 @@ def interrupt(monkeypatch, module, name, number):
 @pytest.mark.parametrize(
     ("name", "number", "blocks_left"),
     [
-        ("predict", 13, 3),
+        ("predict", 3, 3),
         ("target_labels", 1, 0),
         ("save_classifier", 1, 0),
         ("save_classifier", 2, 0),
@@ -332,7 +317,7 @@ def test_the_truth_changes_the_report_and_nothing_else(tmp_path, monkeypatch):
     )
     for name, truth in (("true", TRUTH), ("false", false)):
         use_denoiser(monkeypatch, FlatDenoiser())
-        run_defense(dataelixir.DataElixir(**vars(CONFIG)), case(truth), Record(name))
+        run_defense(CONFIG, case(truth), Record(name))
     for file in ("purified.npz", "votes.npz"):
         true, other = (np.load(tmp_path / name / file) for name in ("true", "false"))
         assert true.files == other.files
@@ -347,7 +332,8 @@ def test_the_truth_changes_the_report_and_nothing_else(tmp_path, monkeypatch):
     assert reports[0]["relabel"] == {"accuracy_on_poison": 1, "label_accuracy": 1, "collateral": 0}
     assert reports[0]["target_labels"] == {"detected": [0], "true": [0]}
     assert reports[0]["rounds"][-1] == {"clean_prediction_survives": 1, "poison_reads_target": 0}
-    table = list(csv.DictReader(open(tmp_path / "true" / "decisions.csv")))
+    with open(tmp_path / "true" / "decisions.csv") as file:
+        table = list(csv.DictReader(file))
     assert [row["new_label"] for row in table] == [
         str(label) for label in TRUTH.original_labels.tolist()
     ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from defense.elixir.config import Rules
 from defense.elixir.decisions import Decisions
 from defense.elixir.draft import Draft, Selector, settled_labels
 from defense.elixir.selection import image_distances
@@ -50,7 +51,7 @@ class Lookup(nn.Module):
         return torch.ones(len(x), 3)
 
 
-def case(tmp_path, given, verdict, kept, top, original_eligible):
+def case(tmp_path, given, verdict, kept, top, original_eligible, source="raw"):
     """(selector, draft, candidates, images): one sample per entry, all of them in the store."""
     n = len(given)
     images = torch.stack([ladder(seed) for seed in range(n)])
@@ -59,7 +60,8 @@ def case(tmp_path, given, verdict, kept, top, original_eligible):
     store.write(
         Block(torch.arange(n), torch.zeros(n, M + 1, dtype=torch.int64), torch.arange(n), images, 0)
     )
-    selector = Selector(store, Lookup(images, torch.zeros(n, M + 1)), False, 0.8, original_eligible)
+    rules = Rules(original_eligible=original_eligible, relabel_source=source)
+    selector = Selector(store, Lookup(images, torch.zeros(n, M + 1)), rules)
     data = LabeledImages(images[:, 0].contiguous(), torch.tensor(given))
     candidates = Candidates(
         torch.tensor(kept), torch.full((n,), int(Kind.MIXED)), torch.tensor(top)
@@ -116,7 +118,7 @@ def test_suspicious_samples_are_settled_by_the_models_reading_of_the_raw_image(
         tmp_path, [0] * n, [SUSPICIOUS] * n, kept, top, original_eligible
     )
     found, consensus = selector.settle_suspicious(
-        draft, Lookup(images, torch.tensor(read)), candidates, source="raw"
+        draft, Lookup(images, torch.tensor(read)), candidates
     )
     assert found.labels.tolist() == list(labels)
     assert consensus.tolist() == list(agree)
@@ -127,27 +129,18 @@ def test_suspicious_samples_are_settled_by_the_models_reading_of_the_raw_image(
     assert torch.equal(draft.labels, torch.zeros(n).long())
 
 
-def test_suspicious_samples_are_settled_by_the_purified_images(tmp_path):
-    read = torch.tensor([[4] + [1] * 7 + [2] * 3, [1] + [2] * 3 + [1] * 3 + [2] * 4])
-    selector, draft, candidates, images = case(
-        tmp_path, [0, 0], [SUSPICIOUS] * 2, [[True] * (M + 1)] * 2, [1, 1], False
-    )
-    found, consensus = selector.settle_suspicious(
-        draft, Lookup(images, read), candidates, source="purified"
-    )
-    assert found.labels.tolist() == [1, 2]
-    assert consensus.tolist() == [True, False]
-    assert found.column.tolist() == [6, 9]  # number 5 of 1..7; number 5 of 1 2 3 7 8 9 10
-
-
 def test_the_purified_images_have_the_say_where_the_raw_one_is_read_as_the_given_label(tmp_path):
     read = torch.tensor([[4] + [1] * 7 + [2] * 3, [0] + [2] * 3 + [1] * 7, [0] + [0] * 8 + [1] * 2])
     selector, draft, candidates, images = case(
-        tmp_path, [0, 0, 0], [SUSPICIOUS] * 3, [[True] * (M + 1)] * 3, [4, 1, 1], False
+        tmp_path,
+        [0, 0, 0],
+        [SUSPICIOUS] * 3,
+        [[True] * (M + 1)] * 3,
+        [4, 1, 1],
+        False,
+        "raw_then_purified",
     )
-    found, consensus = selector.settle_suspicious(
-        draft, Lookup(images, read), candidates, source="raw_then_purified"
-    )
+    found, consensus = selector.settle_suspicious(draft, Lookup(images, read), candidates)
     assert found.labels.tolist() == [4, 1, 0]
     assert consensus.tolist() == [True, True, False]
 
@@ -158,7 +151,7 @@ def test_settling_touches_suspicious_samples_only(tmp_path):
         tmp_path, [0, 1, 2, 3], verdict, [[True] * (M + 1)] * 4, [8] * 4, False
     )
     found, consensus = selector.settle_suspicious(
-        draft, Lookup(images, torch.full((4, M + 1), 8)), candidates, source="raw"
+        draft, Lookup(images, torch.full((4, M + 1), 8)), candidates
     )
     assert found.labels.tolist() == [0, 8, 2, 8]
     assert consensus.tolist() == [
@@ -176,10 +169,10 @@ def test_a_second_settlement_replaces_the_first(tmp_path):
         tmp_path, [0], [SUSPICIOUS], [[True] * (M + 1)], [1], True
     )
     first, _ = selector.settle_suspicious(
-        draft, Lookup(images, torch.tensor([[1] + [1] * M])), candidates, source="raw"
+        draft, Lookup(images, torch.tensor([[1] + [1] * M])), candidates
     )
     second, _ = selector.settle_suspicious(
-        first, Lookup(images, torch.tensor([[3] + [1] * M])), candidates, source="raw"
+        first, Lookup(images, torch.tensor([[3] + [1] * M])), candidates
     )
     assert (first.column.item(), second.column.item(), second.labels.item()) == (8, 0, 3)
     assert torch.equal(second.images, draft.images)
@@ -257,16 +250,11 @@ def test_decisions_count_votes_for_the_given_and_the_new_label():
     assert found.is_target.tolist() == [True, False]
 
 
-def test_intermediaries_that_were_not_made_settle_nothing():
-    read = torch.tensor(
-        [[0, 2, 2, 1, -1, -1, -1, -1], [3, 3, 1, 1, 1, -1, -1, -1], [0, 2, 1, -1, -1, -1, -1, -1]]
-    )
-    assert settled_labels(read, torch.tensor([0, 3, 0]), "purified").tolist() == [
-        2,
-        1,
-        1,
-    ]  # of equals the smallest
-    assert settled_labels(read, torch.tensor([0, 0, 3]), "raw_then_purified").tolist() == [2, 3, 0]
+def test_of_equal_labels_among_the_purified_images_the_smallest_is_taken():
+    read = torch.tensor([[0, 2, 2, 1, 1], [3, 3, 1, 1, 3], [0, 2, 1, 1, 2], [4, 2, 2, 2, 2]])
+    given = torch.tensor([0, 3, 0, 0])
+    assert settled_labels(read, given, "raw_then_purified").tolist() == [1, 1, 1, 4]
+    assert settled_labels(read, given, "raw").tolist() == [0, 3, 0, 4]
 
 
 def test_the_table_tells_round_and_step_of_the_chosen_image():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from defense.elixir.config import PUBLISHED_RULE, TargetRule
 from defense.elixir.inflow import LabelFlow, inflow
 from defense.elixir.sampling import stratified, undecided
-from defense.elixir.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.elixir.target_label import target_labels
 from defense.elixir.verdict import filter_candidates
 
 WIDTH, TAU = 11, 5

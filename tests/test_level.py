@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from defense.elixir import noise_level as module
-from defense.elixir.config import PurifyConfig
-from defense.elixir.noise_level import highest, rounds_survived, self_agreement, settled_level
+from defense.elixir.config import DataElixirConfig
+from defense.elixir.noise_level import highest, rounds_survived, settled_level
 from tests.toys import CLASSES, PatchReader, toy_dataset
 
-CONFIG = PurifyConfig(steps_T="auto", last_steps_m=3, reverse_steps=5)
+CONFIG = DataElixirConfig(steps_T="auto", last_steps_m=3, reverse_steps=5, random_seed=0, amp=False)
 DATA = toy_dataset(per_class=20).train
 
 
@@ -21,7 +21,6 @@ def test_bisection_finds_the_last_level_that_serves(last):
     survives = lambda level: asked.append(level) or (0.9 if level <= 10 * last else 0.3)
     assert highest([10, 20, 30, 40, 50, 60, 70], survives) == max(10, 10 * last)
     assert len(asked) <= 3
-    assert module.AGREEMENT == 0.75
 
 
 class Shifting(nn.Module):
@@ -51,13 +50,13 @@ def test_auto_takes_the_highest_level_at_which_the_classifier_agrees_with_itself
         "survival",
         lambda purifier, victim, images, index, batch: float(purifier.config.steps_T <= limit),
     )
-    found = settled_level(CONFIG, Shifting(limit), DATA, PatchReader(), CLASSES, 0, False)
+    found = settled_level(CONFIG, Shifting(limit), DATA, PatchReader(), CLASSES)
     assert found == expected
 
 
 def test_agreement_is_measured_on_purified_images():
-    keep = settled_level(CONFIG, Shifting(10**6), DATA, PatchReader(target=4), CLASSES, 0, False)
-    lost = settled_level(CONFIG, Shifting(0), DATA, PatchReader(target=4), CLASSES, 0, False)
+    keep = settled_level(CONFIG, Shifting(10**6), DATA, PatchReader(target=4), CLASSES)
+    lost = settled_level(CONFIG, Shifting(0), DATA, PatchReader(target=4), CLASSES)
     assert lost == 10 < keep
 
 
@@ -69,30 +68,12 @@ def test_a_level_that_was_found_is_kept_whatever_would_be_found_now(monkeypatch,
         lambda purifier, victim, images, index, batch: float(purifier.config.steps_T <= 45),
     )
     for denoiser in (Shifting(0), None):
-        levels.append(
-            settled_level(CONFIG, denoiser, DATA, PatchReader(), CLASSES, 0, False, tmp_path)
-        )
+        levels.append(settled_level(CONFIG, denoiser, DATA, PatchReader(), CLASSES, tmp_path))
     assert levels == [40, 40]
 
 
 def test_a_given_level_is_taken_as_it_is():
-    assert settled_level(replace(CONFIG, steps_T=77), None, None, None, 0, 0, False) == 77
-
-
-def test_self_agreement_by_hand():
-    votes = torch.tensor([[0, 9, 0, 9, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 2], [2, 1, 1, 2, 2]])
-    labels, by_label = (
-        torch.tensor([0, 0, 1, 1]),
-        "prediction survives the last round, by given label: 0: 1.00, 1: 0.50",
-    )
-    agreement = lambda *targets: self_agreement(
-        votes, labels, 2, torch.tensor([k in targets for k in range(2)])
-    )
-    assert agreement() == ["prediction survives round 1: 0.500, 2: 0.750", by_label]
-    assert agreement(1) == [
-        "prediction survives round 1: 0.500, 2: 1.000 (samples without a target label)",
-        by_label,
-    ]
+    assert settled_level(replace(CONFIG, steps_T=77), None, None, None, 0) == 77
 
 
 def test_poison_and_what_was_not_purified_say_nothing_about_the_level():

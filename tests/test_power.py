@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from defense.elixir import power as power_module
+from defense.elixir.config import PUBLISHED_RULE, TargetRule
 from defense.elixir.inflow import LabelFlow
 from defense.elixir.power import DRAWS, SIZES, detection_power, in_words, says_little, taken_in
-from defense.elixir.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.elixir.target_label import target_labels
 from defense.elixir.verdict import filter_candidates
 
 CLASSES, EACH, VOTES, TAU = 10, 64, 21, 5

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from defense.elixir.config import DataElixirConfig, PurifyConfig
 from defense.elixir.purifier import (
     STREAM_SHARED_BY,
     KeyedNoise,
     Purifier,
-    PurifyConfig,
     open_denoiser,
     quantised,
     requantised,
@@ -28,6 +28,7 @@ from utils.config import UserError
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 CONFIG = PurifyConfig(steps_T=12, rounds_n=3, last_steps_m=4)
+PUBLISHED = DataElixirConfig(preset="published", steps_T=12, rounds_n=3, last_steps_m=4)
 CPU = torch.device("cpu")
 LEVELS_8BIT = torch.arange(256, dtype=torch.uint8)
 
@@ -50,7 +51,7 @@ def reference(image, index, config, seed):
     z, states, level = (
         lambda: noise(x.float()).double(),
         [x],
-        T if config.noise_index == "T" else T - 1,
+        T if config is PUBLISHED else T - 1,
     )
     for _ in range(config.rounds_n):
         x = sqrt(ab[level]) * x + sqrt(1 - ab[level]) * z()
@@ -67,15 +68,13 @@ def reference(image, index, config, seed):
     return torch.cat(states)
 
 
-@pytest.mark.parametrize("noise_index", ["T-1", "T"])
-@pytest.mark.parametrize("quantise", ["round", "truncate"])
-def test_states_agree_with_the_plain_loop(noise_index, quantise):
-    config = replace(CONFIG, noise_index=noise_index, quantise=quantise)
+@pytest.mark.parametrize("config", [CONFIG, PUBLISHED])
+def test_states_agree_with_the_plain_loop(config):
     images = random_images(3, 3, 6, 6)
     found = purify(images, torch.tensor([40, 2, 33]), config, seed=5)
     for image, index, states in zip(images, (40, 2, 33), found):
         exact = (reference(image, index, config, 5).clamp(-1, 1) + 1) * 127.5
-        wanted = exact.round() if quantise == "round" else exact.floor()
+        wanted = exact.floor() if config is PUBLISHED else exact.round()
         off = (states.double() - wanted).abs()
         assert off.max() <= 1
         assert (off[1:] > 0).double().mean() < 0.01
@@ -131,9 +130,9 @@ def test_noise_is_keyed_by_seed_and_index():
     assert not torch.equal(first[:, 1:5], first[:, 5:9])  # rounds draw anew
 
 
-@pytest.mark.parametrize("shared", [1, 8])
-def test_noise_is_normal_and_independent_between_samples(shared, monkeypatch):
-    monkeypatch.setitem(STREAM_SHARED_BY, "cpu", shared)
+@pytest.mark.parametrize("together", [1, 8])
+def test_noise_is_normal_and_independent_between_samples(together, monkeypatch):
+    monkeypatch.setitem(STREAM_SHARED_BY, "cpu", together)
     noise, x = KeyedNoise(torch.arange(100), 3, CPU), torch.zeros(100, 3, 16, 16)
     first, second = noise(x).flatten(1), noise(x).flatten(1)
     assert abs(first.mean()) < 0.02
@@ -144,8 +143,7 @@ def test_noise_is_normal_and_independent_between_samples(shared, monkeypatch):
     picked = torch.tensor([99, 31, 32, 0])
     some = KeyedNoise(picked, 3, CPU)
     assert torch.equal(some(x[:4]).flatten(1), first[picked])
-    some.keep(torch.tensor([True, False, False, True]))
-    assert torch.equal(some(x[:2]).flatten(1), second[picked[[0, 3]]])
+    assert torch.equal(some(x[:4]).flatten(1), second[picked])
 
 
 def test_on_a_cpu_noise_is_drawn_for_no_sample_that_was_not_asked_for(monkeypatch):
@@ -159,10 +157,10 @@ def test_on_a_cpu_noise_is_drawn_for_no_sample_that_was_not_asked_for(monkeypatc
     assert sum(drawn) == 10 * 3 * 4 * 4
 
 
-@pytest.mark.parametrize(("noise_index", "suffix"), [("T-1", 149), ("T", 150)])
-def test_the_first_noise_level_is_the_published_one(noise_index, suffix):
+@pytest.mark.parametrize(("base", "suffix"), [(CONFIG, 149), (PUBLISHED, 150)])
+def test_the_first_noise_level_is_the_published_one(base, suffix):
     seen, images = [], random_images(2, 3, 4, 4)
-    config = PurifyConfig(steps_T=150, rounds_n=1, reverse_steps=11, noise_index=noise_index)
+    config = replace(base, steps_T=150, rounds_n=1, reverse_steps=11)
     purify(images, config=config, network=lambda x, t: seen.append((x, t)) or 0 * x)
     z = KeyedNoise(torch.arange(2), 0, CPU)(torch.empty(2, 3, 4, 4))
     expected = (
@@ -174,51 +172,40 @@ def test_the_first_noise_level_is_the_published_one(noise_index, suffix):
 
 
 @pytest.mark.parametrize("reverse_steps", [None, 6])
-@pytest.mark.parametrize("method", ["ancestral", "ddim"])
-def test_the_network_is_asked_at_these_levels_and_this_often(reverse_steps, method):
+def test_the_network_is_asked_at_these_levels_and_this_often(reverse_steps):
     seen = []
-    config = replace(CONFIG, reverse_steps=reverse_steps, sampler=method)
+    config = replace(CONFIG, reverse_steps=reverse_steps)
     purifier = Purifier(lambda x, t: seen.append(int(t[0])) or toy_network(x, t), config, 0, CPU)
     purifier.intermediaries(random_images(2, 3, 4, 4), torch.arange(2))
     assert seen == subset_steps(12, reverse_steps, 4) * 3
     assert purifier.passes_per_image == len(seen)
 
 
-def test_ddim_draws_noise_once_a_round(monkeypatch):
-    calls, draw = [], KeyedNoise.__call__
-    monkeypatch.setattr(KeyedNoise, "__call__", lambda self, x: calls.append(1) or draw(self, x))
-    images = random_images(2, 3, 4, 4)
-    first = purify(images, config=replace(CONFIG, sampler="ddim"))
-    assert len(calls) == CONFIG.rounds_n
-    purify(images)
-    assert len(calls) == CONFIG.rounds_n * (1 + 12)  # every step but the last adds some
-    assert torch.equal(purify(images, config=replace(CONFIG, sampler="ddim")), first)
-
-
 def test_quantisation_is_the_published_one_or_exact():
     unit = LEVELS_8BIT.float() / 255 * 2 - 1
     assert (
-        quantised(unit, "truncate").tolist()
+        quantised(unit, truncate=True).tolist()
         == requantised(LEVELS_8BIT).tolist()
         == GOLDEN["requantise_lut"]
     )
-    assert torch.equal(quantised(unit, "round"), LEVELS_8BIT)
-    for kind in ("round", "truncate"):
-        assert quantised(torch.tensor([-7.0, 7.0]), kind).tolist() == [0, 255]
+    assert torch.equal(quantised(unit, truncate=False), LEVELS_8BIT)
+    for truncate in (False, True):
+        assert quantised(torch.tensor([-7.0, 7.0]), truncate).tolist() == [0, 255]
     half = (torch.arange(255) + 0.6) / 127.5 - 1
-    assert torch.equal(quantised(half, "round"), LEVELS_8BIT[1:])
-    assert torch.equal(quantised(half, "truncate"), LEVELS_8BIT[:-1])
+    assert torch.equal(quantised(half, truncate=False), LEVELS_8BIT[1:])
+    assert torch.equal(quantised(half, truncate=True), LEVELS_8BIT[:-1])
 
 
-def test_truncation_reaches_every_column():
+@pytest.mark.parametrize(("config", "truncate"), [(CONFIG, False), (PUBLISHED, True)])
+def test_the_preset_says_how_every_column_is_quantised(config, truncate, monkeypatch):
+    asked = []
+    noted = lambda x, truncate: asked.append(truncate) or quantised(x, truncate)
+    monkeypatch.setattr("defense.elixir.purifier.quantised", noted)
     images = LEVELS_8BIT.view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    found = purify(images, config=replace(CONFIG, quantise="truncate"))
+    found = purify(images, config=config)
     lut = torch.tensor(np.array(GOLDEN["requantise_lut"], dtype=np.uint8))
-    assert torch.equal(found[:, 0], lut[images.long()])
-    rounded = purify(images)
-    down = rounded[:, 1:].int() - found[:, 1:].int()
-    assert set(down.unique().tolist()) == {0, 1}
-    assert abs(down.double().mean() - 0.5) < 0.2
+    assert torch.equal(found[:, 0], lut[images.long()] if truncate else images)
+    assert asked[-12:] == [truncate] * 12
 
 
 @pytest.fixture
@@ -235,9 +222,7 @@ def test_a_denoiser_is_found_from_both_places_and_ready(denoiser_folder, monkeyp
         found = open_denoiser(replace(CONFIG, ddpm=name, steps_T=20), 8, "toy")
         assert (found.resolution, found.t_max, found.training) == (8, 20, False)
     assert (
-        open_denoiser(
-            replace(CONFIG, ddpm=str(denoiser_folder), steps_T=20, noise_index="T"), 8, "toy"
-        ).t_max
+        open_denoiser(replace(PUBLISHED, ddpm=str(denoiser_folder), steps_T=20), 8, "toy").t_max
         == 20
     )
 
@@ -260,8 +245,10 @@ def test_what_does_not_fit_is_refused_in_words(denoiser_folder, changes, side, w
 
 
 def test_the_schedules_end_is_respected(denoiser_folder, monkeypatch):
-    monkeypatch.setattr("diffusion.denoiser.load_denoiser", lambda *names, **keys: FlatDenoiser())
+    monkeypatch.setattr(
+        "defense.elixir.purifier.load_denoiser", lambda *names, **keys: FlatDenoiser()
+    )
     assert open_denoiser(PurifyConfig(steps_T=1000), 8, "toy").t_max == 1000
-    for config in (PurifyConfig(steps_T=1001), PurifyConfig(steps_T=1000, noise_index="T")):
+    for config in (PurifyConfig(steps_T=1001), replace(PUBLISHED, steps_T=1000)):
         with pytest.raises(UserError, match="steps_T: 100"):
             open_denoiser(config, 8, "toy")

@@ -5,21 +5,21 @@ import torch
 from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
+from defense.elixir import sampling
+from defense.elixir.config import PUBLISHED_RULE, TargetRule
 from defense.elixir.inflow import LabelFlow
-from defense.elixir.sampling import RESAMPLES, TOGETHER, stratified, undecided
-from defense.elixir.target_label import (
-    PUBLISHED_RULE,
-    TargetRule,
-    class_share,
-    discrepancy,
-    judge,
-    support,
-    target_labels,
-)
+from defense.elixir.sampling import TOGETHER, stratified, undecided
+from defense.elixir.target_label import class_share, discrepancy, judge, support, target_labels
 from defense.elixir.verdict import filter_candidates
 from utils.randomness import keyed_generator
 
 RULE, TAU, K = TargetRule(), 3, 6
+RESAMPLES = 100
+
+
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch):
+    monkeypatch.setattr(sampling, "RESAMPLES", RESAMPLES)
 
 
 class Made(TorchFunctionMode):
@@ -93,7 +93,8 @@ def least_flagged(per_class=40):
             return n
 
 
-def test_clear_verdicts_are_settled():
+def test_clear_verdicts_are_settled(monkeypatch):
+    monkeypatch.setattr(sampling, "RESAMPLES", 400)
     assert open_classes([0] * K) == ((), [])
     assert open_classes([30, 0, 0, 0, 0, 0]) == ((0,), [])
     assert open_classes([40, 1, 0, 0, 1, 0], per_class=64) == ((0,), [])
@@ -108,22 +109,22 @@ def test_a_class_close_to_the_threshold_is_undecided_until_it_is_purified_whole(
 
 
 def test_what_is_left_to_chance_shrinks_with_what_is_left_of_the_class():
-    """The share of a class of 400 that moved, from samples without replacement: flips as often as the samples themselves do."""
-    draw, edge = torch.Generator().manual_seed(2), least_flagged(per_class=400)
-    for seen, expected in ((100, True), (380, False)):
-        votes, labels = votes_of([edge + 12, 0, 0, 0, 0, 0], per_class=400)
-        flipped, asked, candidates = 0, 0, filter_candidates(votes, TAU)
-        for _ in range(40):
-            rows = torch.cat([torch.randperm(400, generator=draw)[:seen], torch.arange(400, 2400)])
+    """Samples without replacement of a class of 200 flip as often as resamples say."""
+    draw, edge = torch.Generator().manual_seed(2), least_flagged(per_class=200)
+    votes, labels = votes_of([edge + 8, 0, 0, 0, 0, 0], per_class=200)
+    sizes = labels.bincount()
+    whole = target_labels(votes, filter_candidates(votes, TAU), labels, K, RULE).targets
+    for seen, expected in ((50, True), (194, False)):
+        flipped, asked = 0, 0
+        for _ in range(20):
+            rows = torch.cat([torch.randperm(200, generator=draw)[:seen], torch.arange(200, 1200)])
             part = filter_candidates(votes[rows], TAU)
-            found = target_labels(votes[rows], part, labels[rows], K, RULE, labels.bincount())
-            flipped += found.targets != target_labels(votes, candidates, labels, K, RULE).targets
-            asked += bool(
-                undecided(
-                    votes[rows], part, labels[rows], labels.bincount(), found, RULE, 0.02, seed=0
-                )[0]
-            )
-        assert (flipped > 0) == expected and (asked > 20) == expected, (seen, flipped, asked)
+            found = target_labels(votes[rows], part, labels[rows], K, RULE, sizes)
+            short = undecided(votes[rows], part, labels[rows], sizes, found, RULE, 0.02, seed=0)
+            flipped += found.targets != whole
+            asked += bool(short[0])
+        assert (flipped > 0) == expected, (seen, flipped)
+        assert (asked > 10) == expected, (seen, asked)
 
 
 def test_where_a_whole_class_is_undecided_the_others_grow():

@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from defense.elixir.target_label import (
-    PUBLISHED_RULE,
-    TargetRule,
-    class_scores,
-    label_shares,
-    target_labels,
-)
+from defense.elixir.config import PUBLISHED_RULE, TargetRule
+from defense.elixir.target_label import class_scores, label_shares, target_labels
 from defense.elixir.verdict import filter_candidates
 
 GOLDEN = {

@@ -1,14 +1,92 @@
-"""What DataElixir can be told; imports no torch, so that --help and a mistaken key are answered at once."""
+"""What DataElixir is told: its keys, and the two rule sets that `preset` chooses between.
+
+This module imports no torch, so that --help and a mistaken key are answered at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from defense.elixir.target_label import PUBLISHED_RULE, TargetRule
-from utils.config import Fraction, OpenFraction, TrainConfig
+from utils.config import TrainConfig
+from utils.old_keys import Alias, RemovedKey
+
+SAMPLE_FIRST = 64  # images of each class in the first sample of targets first
+SAMPLE_ERROR = 0.02  # share of resamples in which the verdict on a class may come out differently
+SELECTION_RANK = 0.8  # a chosen image is farther from its original than this share of candidates
+
+
+@dataclass(frozen=True)
+class TargetRule:
+    """When a class counts as a target label.
+
+    Attributes:
+        two_sided: also flag classes whose discrepancy is unusually *small*, which are merely clean.
+        threshold: robust standard deviations from the median that a score must exceed, strictly.
+        evidence_prior: share of every class, 0 or more, that is counted as extra samples that did
+            not move: a class with hardly any moved sample is drawn towards discrepancy 0, and no
+            discrepancy is infinite.
+        mad_floor: least median absolute deviation, in nats, that is divided by: where all classes
+            agree, small differences are noise.
+        inflow_threshold: as `threshold`, for the inflow; None: the inflow flags no class.
+
+    Raises:
+        ValueError: `evidence_prior` or `mad_floor` is negative.
+    """
+
+    two_sided: bool = False
+    threshold: float = 2.0
+    evidence_prior: float = 0.05
+    mad_floor: float = 0.2
+    inflow_threshold: float | None = 4.0
+
+    def __post_init__(self) -> None:
+        if self.evidence_prior < 0 or self.mad_floor < 0:
+            raise ValueError(f"evidence_prior and mad_floor must be 0 or more: {self}")
+
+
+PUBLISHED_RULE = TargetRule(
+    two_sided=True, evidence_prior=0.0, mad_floor=0.0, inflow_threshold=None
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How DataElixir decides where the published code and the default differ (docs/method.md).
+
+    Attributes:
+        target: when a class counts as a target label.
+        extra_noise: add noise up to level T, one more than the network is told, instead of T - 1.
+        truncate: cut float images to whole grey levels, which darkens levels 1 to 63 by one,
+            instead of rounding them; images that stay are then cut as well.
+        ssim_volume: take the SSIM of an image as a volume over rows, columns and channels instead
+            of the mean over channels.
+        original_eligible: let the original, possibly triggered image be chosen as its own
+            purified image.
+        relabel_source: the benign model settles a doubtful sample by its raw image (raw), or by
+            its purified images where it reads the raw one as the given label (raw_then_purified).
+        always_train: train the benign model even where no target label was found.
+    """
+
+    target: TargetRule = TargetRule()
+    extra_noise: bool = False
+    truncate: bool = False
+    ssim_volume: bool = False
+    original_eligible: bool = False
+    relabel_source: Literal["raw", "raw_then_purified"] = "raw_then_purified"
+    always_train: bool = False
+
+
+DEFAULT = Rules()
+PUBLISHED = Rules(PUBLISHED_RULE, True, True, True, True, "raw", True)
+
+
+def _by_preset(**harmless: Any) -> dict[str, RemovedKey]:
+    """Switches of earlier versions, each with the value that the default has today."""
+    advice = "preset: default or published decides it (docs/method.md)"
+    return {key: RemovedKey(advice, (value,)) for key, value in harmless.items()}
 
 
 @dataclass(frozen=True)
@@ -16,17 +94,21 @@ class PurifyConfig:
     """How images are purified.
 
     Args:
-        ddpm: the denoiser: auto (the card for the data set), a card, a diffusers folder, a checkpoint file, or a hub id.
+        ddpm: the denoiser: auto (the card for the data set), a card, a diffusers folder, a
+            checkpoint file, or a hub id.
         purify_batch_size: images purified at once; changes speed and memory, not results.
-        steps_T: noise level each round goes up to, in steps of the 1000-step schedule; auto = the highest, in tens, at which the classifier still reads 75 % of a sample as before.
+        steps_T: noise level each round goes up to, in steps of the 1000-step schedule; auto = the
+            highest, in tens, at which the classifier still reads 75 % of a sample as before.
         rounds_n: rounds of forward and reverse diffusion.
         last_steps_m: last states of each round that are kept as intermediaries.
-        reverse_steps: reverse steps a round takes, the last_steps_m last ones among them; null = all steps_T.
-        sampler: ancestral (as published) or ddim (deterministic).
-        noise_index: level of the added noise, T-1 (what the network is told) or T (as published, one more than that).
-        quantise: round to the nearest grey level, or truncate (as published, which darkens levels 1..63 by one).
-        compile: compile the denoiser: auto (where there is so much to do that it pays), on or off.
+        reverse_steps: reverse steps a round takes, the last_steps_m last ones among them; null =
+            all steps_T.
     """
+
+    REMOVED_KEYS: ClassVar = {
+        **_by_preset(noise_index="T-1", quantise="round", sampler="ancestral"),
+        "compile": RemovedKey("the denoiser is compiled where that pays"),
+    }
 
     ddpm: str = "auto"
     purify_batch_size: PositiveInt = 256
@@ -34,95 +116,86 @@ class PurifyConfig:
     rounds_n: PositiveInt = 5
     last_steps_m: PositiveInt = 10
     reverse_steps: PositiveInt | None = None
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    noise_index: Literal["T-1", "T"] = "T-1"
-    quantise: Literal["round", "truncate"] = "round"
-    compile: Literal["auto", "on", "off"] = "auto"
 
+    @property
+    def rules(self) -> Rules:
+        """How images are noised and quantised."""
+        return DEFAULT
 
-PUBLISHED = {
-    "noise_index": "T",
-    "quantise": "truncate",
-    "index0": "requantised",
-    "ssim": "volume",
-    "outliers": "two_sided",
-    "outlier_threshold": PUBLISHED_RULE.threshold,
-    "evidence_prior": PUBLISHED_RULE.evidence_prior,
-    "mad_floor": PUBLISHED_RULE.mad_floor,
-    "inflow_threshold": PUBLISHED_RULE.inflow_threshold,
-    "original_eligible": True,
-    "selection_rank": 0.8,
-    "relabel_source": "raw",
-    "sampler": "ancestral",
-    "reverse_steps": None,
-    "amp": False,
-    "compile": "off",
-    "target_first": False,
-    "end_early": None,
-}
+    @property
+    def images_each(self) -> int:
+        """The original and its intermediaries: 1 + n m."""
+        return 1 + self.rounds_n * self.last_steps_m
 
 
 @dataclass(frozen=True)
-class DataElixirConfig(TrainConfig, PurifyConfig):
+class PurifyingConfig(TrainConfig, PurifyConfig):
+    """What any defence is told that purifies and trains."""
+
+
+@dataclass(frozen=True)
+class DataElixirConfig(PurifyingConfig):
     """The defence: purification, decisions, benign model.
 
     Args:
-        threshold_tau: votes that a second label needs among the intermediaries to count as disagreement.
+        preset: default, or published: decide exactly as the published code does with the given
+            steps_T, rounds_n, last_steps_m and threshold_tau (every image is purified, with all
+            steps, in float32).
+        threshold_tau: votes that a second label needs among the intermediaries to count as
+            disagreement.
         ft_lr: learning rate of fine-tuning on the settled set.
         ft_epochs: epochs of fine-tuning; null = epochs.
-        conform: decide exactly as the published code does with the given steps_T, rounds_n, last_steps_m and threshold_tau; overrides the keys from outliers to end_early, and noise_index, quantise, sampler, reverse_steps, amp, compile.
-        outliers: a target label is an outlier on one_sided (more discrepant than the median class) or two_sided (as published; also flags unusually clean classes).
-        outlier_threshold: robust standard deviations from the median class beyond which a class is a target label.
-        evidence_prior: share of every class counted as extra samples that did not move, so that a class with hardly any moved sample is not flagged (published 0).
-        mad_floor: least median absolute deviation in nats that the outlier test divides by (published 0).
-        inflow_threshold: robust standard deviations from the median class beyond which the share of other classes' samples that a class has taken in makes it a target label too; null = never (as published).
-        ssim: pixel distance by SSIM averaged over each channel, or over the image as a volume (as published under scikit-image 0.24).
-        original_eligible: whether the original, possibly triggered image may be chosen as its own purified image (published true).
-        selection_rank: the chosen image is farther from the original than this share of its candidates.
-        index0: images that stay are kept as original bytes, or requantised like purified ones (as published).
-        relabel_source: the benign model settles a doubtful sample by its raw image (as published), by its purified images (most common label), or by these where it reads the raw image as the given label.
-        target_first: purify a sample of each class until the target labels are known, then only the classes that they name; else everything (as published).
-        sample_first: images of each class in the first sample.
-        sample_error: the sample grows while a class's verdict comes out differently in more than this share of bootstrap resamples.
-        end_early: once the target labels are known, end a sample's rounds when its verdict cannot change any more (0), or would for at most this share of samples like it, as measured on the first sample; null = never (as published).
-        keep_intermediaries: keep the intermediaries' files after the run (157 KB for each anomalous 32x32 image); otherwise only their votes stay.
+        target_first: purify a sample of each class until the target labels are known, then only the
+            classes that they name; false = everything (as published).
+        keep_intermediaries: keep the intermediaries' files after the run (157 KB for each anomalous
+            32x32 image); otherwise only their votes stay.
     """
 
+    ALIASES: ClassVar = {"conform": Alias("preset", {True: "published", False: "default"})}
+    REMOVED_KEYS: ClassVar = {
+        **_by_preset(
+            outliers="one_sided",
+            outlier_threshold=2.0,
+            evidence_prior=0.05,
+            mad_floor=0.2,
+            inflow_threshold=4.0,
+            ssim="channel",
+            original_eligible=False,
+            selection_rank=0.8,
+            index0="original",
+            relabel_source="raw_then_purified",
+        ),
+        "sample_first": RemovedKey("the first sample has 64 images of each class", (64,)),
+        "sample_error": RemovedKey("the sample grows until 2 % of resamples differ", (0.02,)),
+        "end_early": RemovedKey("target_first saves more (docs/tried.md)", (None,)),
+    }
+
+    preset: Literal["default", "published"] = "default"
     threshold_tau: PositiveInt = 5
     ft_lr: PositiveFloat = 0.002
     ft_epochs: PositiveInt | None = None
-    conform: bool = False
-    outliers: Literal["one_sided", "two_sided"] = "one_sided"
-    outlier_threshold: PositiveFloat = 2.0
-    evidence_prior: NonNegativeFloat = 0.05
-    mad_floor: NonNegativeFloat = 0.2
-    inflow_threshold: PositiveFloat | None = 4.0
-    ssim: Literal["channel", "volume"] = "channel"
-    original_eligible: bool = False
-    selection_rank: Fraction = 0.8
-    index0: Literal["original", "requantised"] = "original"
-    relabel_source: Literal["raw_then_purified", "purified", "raw"] = "raw_then_purified"
     target_first: bool = True
-    sample_first: PositiveInt = 64
-    sample_error: OpenFraction = 0.02
-    end_early: Fraction | None = None
     keep_intermediaries: bool = False
 
+    @property
+    def rules(self) -> Rules:
+        """What the preset stands for."""
+        return PUBLISHED if self.preset == "published" else DEFAULT
+
     def resolved(self) -> DataElixirConfig:
-        """This config with the published decisions in place where `conform` is set."""
-        return replace(self, **PUBLISHED) if self.conform else self
+        """This config as it runs: published takes every step of every image, in float32."""
+        if self.preset == "default":
+            return self
+        return replace(self, reverse_steps=None, amp=False, target_first=False)
 
     @property
     def of_fine_tuning(self) -> DataElixirConfig:
         """This config with the epochs and learning rate of the fine-tuning."""
         return replace(self, lr=self.ft_lr, epochs=self.ft_epochs or self.epochs)
 
-    @property
-    def target_rule(self) -> TargetRule:
-        return TargetRule(
-            self.outliers == "two_sided",
-            self.outlier_threshold,
-            self.evidence_prior,
-            self.mad_floor,
-            self.inflow_threshold,
-        )
+
+# What a YAML file may hold for DataElixir although the defence that reads it is another one.
+DATAELIXIR_KEYS = frozenset(
+    {field.name for field in fields(DataElixirConfig)}
+    | {*DataElixirConfig.ALIASES, *DataElixirConfig.REMOVED_KEYS, *PurifyConfig.REMOVED_KEYS}
+)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 
-from utils.late import Tensor, inference_mode, torch
+import torch
+from torch import Tensor
+
 from utils.randomness import keyed_generator
 
 log = logging.getLogger("dataelixir")
 SAMPLE = 32
 
 
-@inference_mode
+@torch.inference_mode()
 def denoising_check(
     denoiser, images: Tensor, level: int, seed: int, device: torch.device
 ) -> tuple[float, float]:
-    """(mean squared error of the predicted noise at level - 1, that of the best guess from each pixel alone).
+    """(mean squared error of the noise predicted at level - 1, that of a guess from single pixels).
 
-    The guess is ab v / (ab v + 1 - ab), with v the variance of the images' pixels: what a network that has learned anything
-    about these images stays below.
+    The guess is ab v / (ab v + 1 - ab), with v the variance of the images' pixels: what a network
+    that has learned anything about these images stays below.
 
     Args:
         denoiser: [-1, 1] (B, 3, H, W), t (B,) -> predicted noise.
@@ -45,12 +47,13 @@ def denoising_check(
 
 
 def warn_if_noise(denoiser, images: Tensor, level: int, seed: int, device: torch.device) -> None:
-    """Log the denoiser's error, and warn where it is no better than a guess; see `denoising_check`."""
+    """Log the denoiser's error; warn where it is no better than a guess (`denoising_check`)."""
     error, guess = denoising_check(denoiser, images, level, seed, device)
     if not error < guess:
         log.warning(
-            "ddpm: at T = %d the denoiser's error on these images is %.3f, and a guess from each pixel alone has %.3f: it does not know "
-            "such images, and what it makes of them means nothing; take another --ddpm, or train one (diffusion/train.py)",
+            "ddpm: at T = %d the denoiser's error on these images is %.3f, and a guess from each "
+            "pixel alone has %.3f: it does not know such images, and what it makes of them means "
+            "nothing; take another --ddpm, or train one (diffusion/train.py)",
             level,
             error,
             guess,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from defense.elixir.config import SELECTION_RANK, Rules
 from defense.elixir.decisions import Decisions, Example
+from defense.elixir.purifier import requantised
 from defense.elixir.selection import choose, image_distances
 from defense.elixir.store import IntermediaryStore
 from defense.elixir.verdict import UNKNOWN, Candidates, Verdict
+from utils.classifier.networks import Classifier
 from utils.classifier.training import extract_features, predict
 from utils.images.data import LabeledImages
-from utils.late import F, Tensor, torch
-
-if TYPE_CHECKING:
-    from utils.classifier.networks import Classifier
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Draft:
         labels: int64 (N,), the labels decided so far.
         verdict: int64 (N,) of Verdict.
         column: int64 (N,), the chosen image among the intermediaries, 0 = the original.
-        pixel, feature: float64 (N,), its distances from the original; nan where the original stays.
+        pixel, feature: float64 (N,), its distances from the original; nan where that stays.
     """
 
     given: Tensor
@@ -40,15 +42,15 @@ class Draft:
     feature: Tensor
 
     @classmethod
-    def unchanged(cls, data: LabeledImages, verdict: Tensor) -> Draft:
-        """Every sample as received."""
+    def unchanged(cls, data: LabeledImages, verdict: Tensor, truncate: bool = False) -> Draft:
+        """Every sample as received; with `truncate`, its image as purified ones are quantised."""
+        images = requantised(data.images) if truncate else data.images
         nan = torch.full((len(data),), torch.nan, dtype=torch.float64)
-        return cls(
-            data.labels, data.images, data.labels, verdict, torch.zeros_like(data.labels), nan, nan
-        )
+        original = torch.zeros_like(data.labels)
+        return cls(data.labels, images, data.labels, verdict, original, nan, nan)
 
     def updated(self, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Draft:
-        """A copy with new values in some rows; a column is copied once, however many parts there are.
+        """A copy with new values in some rows; a column is copied once for all parts.
 
         Args:
             parts: (rows int64 (B,), {attribute: its new values (B, ...)}), one after the other.
@@ -67,13 +69,18 @@ class Draft:
 
     @property
     def suspicious(self) -> Tensor:
+        """bool (N,): the samples that the benign model is to settle."""
         return self.verdict == Verdict.SUSPICIOUS
 
     def decisions(self, votes: Tensor, is_target_class: Tensor) -> Decisions:
-        """The table of what was decided, with the votes int64 (N, 1+nm) behind it (all UNKNOWN: the sample was not purified)."""
-        count = lambda labels: torch.where(
-            votes[:, 0] == UNKNOWN, -1, (votes[:, 1:] == labels[:, None]).sum(1)
-        )
+        """The table of what was decided.
+
+        Args:
+            votes: int64 (N, 1+nm); all UNKNOWN where a sample was not purified.
+            is_target_class: bool (K,), the detected target labels.
+        """
+        unseen = votes[:, 0] == UNKNOWN
+        count = lambda labels: torch.where(unseen, -1, (votes[:, 1:] == labels[:, None]).sum(1))
         return Decisions(
             self.verdict,
             self.labels,
@@ -89,68 +96,67 @@ class Draft:
 
 @dataclass(frozen=True)
 class Selector:
-    """Chooses purified images by their distance from the original, as the victim's features and SSIM see it.
+    """Chooses purified images by their distance from the original, in pixels and in features.
 
     Attributes:
         store: the intermediaries.
         victim: its features measure distance.
-        volume, rank, original_eligible: see `image_distances` and `choose`.
+        rules: how SSIM is taken, whether the original may be chosen, and whose label a doubtful
+            sample gets.
     """
 
     store: IntermediaryStore
     victim: Classifier
-    volume: bool
-    rank: float
-    original_eligible: bool
+    rules: Rules
 
     def select(self, images: Tensor, kept: Tensor) -> dict[str, Tensor]:
-        """Draft columns for samples with intermediaries uint8 (B, 1+nm, 3, H, W), of which `kept` bool (B, 1+nm) may be taken."""
+        """Columns of a draft for samples whose image is chosen.
+
+        Args:
+            images: uint8 (B, 1+nm, 3, H, W), originals and intermediaries.
+            kept: bool (B, 1+nm), which of them may be taken.
+        """
         b, m = images.shape[:2]
         features = extract_features(self.victim, images.flatten(0, 1)).view(b, m, -1)
-        distance = image_distances(images, features, self.volume)
-        column = choose(distance.total, kept, self.rank, original_eligible=self.original_eligible)
+        distance = image_distances(images, features, self.rules.ssim_volume)
+        eligible = self.rules.original_eligible
+        column = choose(distance.total, kept, SELECTION_RANK, original_eligible=eligible)
         rows, moved = torch.arange(b), column > 0
         measured = lambda d: torch.where(moved, d[rows, column], torch.nan)
-        return {
-            "images": images[rows, column],
-            "column": column,
-            "pixel": measured(distance.pixel),
-            "feature": measured(distance.feature),
-        }
+        pixel, feature = measured(distance.pixel), measured(distance.feature)
+        chosen = images[rows, column]
+        return {"images": chosen, "column": column, "pixel": pixel, "feature": feature}
 
     def take_poisoned(self, draft: Draft, candidates: Candidates) -> Draft:
-        """POISONED samples get the label that the intermediaries agree on, and one of these (algorithm.md 3.6)."""
+        """POISONED samples get the label that their intermediaries agree on, and one of these."""
         wanted = (draft.verdict == Verdict.POISONED).nonzero().flatten()
         return draft.updated(
-            (
-                index,
-                {"labels": candidates.top[index], **self.select(images, candidates.kept[index])},
-            )
-            for index, images in self.store.fetch(wanted)
+            (index, {"labels": candidates.top[index], **self.select(x, candidates.kept[index])})
+            for index, x in self.store.fetch(wanted)
         )
 
     def settle_suspicious(
-        self, draft: Draft, model: Classifier, candidates: Candidates, source: str
+        self, draft: Draft, model: Classifier, candidates: Candidates
     ) -> tuple[Draft, Tensor]:
-        """SUSPICIOUS samples get the label that `model` reads, and one of the images that it reads the same way, or of all, where it reads none so.
+        """SUSPICIOUS samples get the label that `model` reads, and an image that it reads so.
+
+        Where it reads none so, one of all their images.
 
         Args:
+            draft: what was decided before.
             model: a model trained without them.
-            source: whose label they get: raw, the raw image's; purified, the most common among the intermediaries; raw_then_purified, the raw
-                image's, unless that is the given label, which a trigger may have said.
+            candidates: of all samples.
 
         Returns:
-            The draft, and bool (N,): samples whose label is also the one that the victim saw most often (consensus).
+            The draft, and bool (N,): samples whose label is also the one that the victim saw most
+            often among their intermediaries (consensus).
         """
         consensus = torch.zeros_like(draft.suspicious)
 
         def settlements() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
             for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
                 read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
-                read = torch.where(
-                    candidates.kept[index], read, UNKNOWN
-                )  # all are kept that were made
-                labels = settled_labels(read, draft.given[index], source)
+                labels = settled_labels(read, draft.given[index], self.rules.relabel_source)
                 consensus[index] = labels == candidates.top[index]
                 yield index, {"labels": labels, **self.select(images, read == labels[:, None])}
 
@@ -158,21 +164,22 @@ class Selector:
 
     def examples(self, index: Tensor) -> list[Example]:
         """All intermediaries of the given samples."""
-        return [
-            Example(int(i), x)
-            for indices, images in self.store.fetch(index)
-            for i, x in zip(indices, images)
-        ]
+        fetched = self.store.fetch(index)
+        return [Example(int(i), x) for rows, images in fetched for i, x in zip(rows, images)]
 
 
 def settled_labels(read: Tensor, given: Tensor, source: str) -> Tensor:
-    """int64 (B,): one label for each sample whose images a model reads as `read` int64 (B, 1+nm), UNKNOWN: not made; see `Selector.settle_suspicious`."""
-    raw, purified = (
-        read[:, 0],
-        F.one_hot(read[:, 1:] - UNKNOWN).sum(1)[:, 1:].argmax(1),
-    )  # of equals the smallest label
-    return {
-        "raw": raw,
-        "purified": purified,
-        "raw_then_purified": torch.where(raw == given, purified, raw),
-    }[source]
+    """int64 (B,): the label that a model settles each doubtful sample with.
+
+    Args:
+        read: int64 (B, 1+nm), what the model reads of the original and of each intermediary.
+        given: int64 (B,), labels as received.
+        source: raw (as published), the raw image's; raw_then_purified, the raw image's unless that
+            is the given label, which a trigger may have said: then the label that it reads most
+            often among the intermediaries, of equals the smallest.
+    """
+    raw = read[:, 0]
+    if source == "raw":
+        return raw
+    purified = F.one_hot(read[:, 1:]).sum(1).argmax(1)
+    return torch.where(raw == given, purified, raw)

@@ -1,23 +1,25 @@
 """How many samples of the other classes a class has taken in, estimated from where its votes go.
 
-A backdoor takes its samples from every class alike, and without the trigger each goes back to where it came from: the
-votes that leave the target class reach all classes, in proportion to their sizes. Clean images that purification harms
-drift to the few classes that look like them. So the votes that a class loses are set against the size of the class that
-gets them, the classes that get most for their size are left out, and what the others get is the estimate: a number
-between 0 and the share of poison among the other classes' samples. The discrepancy asks how many of the votes of those
-samples that moved stayed; it cannot tell a class that lost a twentieth of its samples from one that lost half.
+A backdoor takes its samples from every class alike, and without the trigger each goes back to where
+    it came from: the
+votes that leave the target class reach all classes, in proportion to their sizes. Clean images that
+purification harms drift to the few classes that look like them. So the votes that a class loses are
+set against the size of the class that gets them, the classes that get most for their size are left
+out, and what the others get is the estimate: a number between 0 and the share of poison among the
+other classes' samples. The discrepancy asks how many of the votes of those samples that moved
+stayed; it cannot tell a class that lost a twentieth of its samples from one that lost half.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from defense.elixir.outliers import Scores, robust_scores
-from utils.late import Tensor, torch
+import torch
+from torch import Tensor
 
-DRIFT = (
-    1 / 3
-)  # of the classes that a class's votes go to, those left out: where its own images drift
+from defense.elixir.outliers import Scores, robust_scores
+
+DRIFT = 1 / 3  # of the classes that votes go to, those left out: where own images drift
 FEW = 4  # other classes at least, of which a third is left out
 FLOOR = 0.0005  # least median absolute deviation that inflows are told apart by
 ALIKE = 1 / 3  # the same as a share of the mean inflow
@@ -45,7 +47,10 @@ class LabelFlow:
 
     @classmethod
     def of(cls, votes: Tensor, labels: Tensor, num_classes: int) -> LabelFlow:
-        """Of votes int64 (S, 1+nm), given labels int64 (S,), 0..K-1. Votes outside 0..K-1 were not cast; the original's does not count."""
+        """Of votes int64 (S, 1+nm) and given labels int64 (S,), 0..K-1.
+
+        Votes outside 0..K-1 were not cast; the original's does not count.
+        """
         votes, labels = votes[:, 1:].cpu(), labels.cpu()
         cast = (votes >= 0) & (votes < num_classes)
         row, column = (cast & (votes != labels[:, None])).nonzero(as_tuple=True)
@@ -58,14 +63,22 @@ class LabelFlow:
         )
 
     def flow(self, counts: Tensor) -> Tensor:
-        """float64 (K, K): samples' worth of votes from the given label to another, where sample i is counted counts[i] times, float64 (S,)."""
+        """float64 (K, K): samples' worth of votes from the given label to another.
+
+        Sample i is counted counts[i] times, float64 (S,).
+        """
         cells = torch.zeros(self.num_classes**2, dtype=torch.float64)
         return cells.index_add_(0, self.cell, self.weight * counts[self.row]).view(
             self.num_classes, -1
         )
 
     def inflow(self, sizes: Tensor, counts: Tensor | None = None) -> Inflow:
-        """What the classes of a whole set, of int64 (K,) samples each, have taken in, where sample i is counted counts[i] times; None = once."""
+        """What the classes of a whole set have taken in.
+
+        Args:
+            sizes: int64 (K,), samples of each class in the whole set.
+            counts: float64 (S,), how many times each sample is counted; None = once.
+        """
         counts = torch.ones(len(self.labels), dtype=torch.float64) if counts is None else counts
         weight = class_weights(
             sizes,
@@ -75,7 +88,12 @@ class LabelFlow:
 
 
 def class_weights(sizes: Tensor, sampled: Tensor) -> Tensor:
-    """float64 (K,): for how many samples of a class of `sizes` (K,) each of the `sampled` (K,) ones stands; 0 where none is."""
+    """float64 (K,): how many samples of a class each one that was looked at stands for; 0 for none.
+
+    Args:
+        sizes: (K,), samples of each class.
+        sampled: (K,), those that were looked at.
+    """
     return torch.where(sampled > 0, sizes / sampled.clamp(min=1).double(), 0.0)
 
 
@@ -99,7 +117,11 @@ class Inflow:
         )
 
     def surprise(self, expected: Tensor) -> Tensor:
-        """float64 (K,): the probability that as many samples or more would be seen where the share is `expected`, () or (K,) (Poisson)."""
+        """float64 (K,): the probability (Poisson) that as many samples or more would be seen.
+
+        Args:
+            expected: the share to compare with, () or (K,).
+        """
         seen, mean = self.share / self.unit, expected / self.unit
         return torch.where(seen > 0, torch.special.gammainc(seen.clamp(min=1e-12), mean), 1.0)
 
@@ -108,13 +130,16 @@ def inflow(flow: Tensor, weight: Tensor, sizes: Tensor, rows: Tensor | None = No
     """The share of the other classes' samples that each class is estimated to have taken in.
 
     Args:
-        flow: float64 (R, K), samples of the whole set that left a class for each other class; what stayed does not count.
-        weight: float64 (R,), samples of the whole set that each sample of a class stands for; 0 where none was looked at.
+        flow: float64 (R, K), samples of the whole set that left a class for each other class; what
+            stayed does not count.
+        weight: float64 (R,), samples of the whole set that each sample of a class stands for; 0
+            where none was looked at.
         sizes: int64 (K,), samples of each class.
         rows: int64 (R,), the classes that are asked about; None = all K.
 
     Returns:
-        Inflow of these classes; nothing was taken in where fewer than FEW other classes have samples, as drift cannot be told then.
+        Inflow of these classes; nothing was taken in where fewer than FEW other classes have
+        samples, as drift cannot be told then.
     """
     rows = torch.arange(len(sizes)) if rows is None else rows
     others = (sizes > 0) & (torch.arange(len(sizes)) != rows[:, None])
@@ -133,9 +158,10 @@ def inflow(flow: Tensor, weight: Tensor, sizes: Tensor, rows: Tensor | None = No
 def inflow_scores(taken: Inflow, present: Tensor, limit: float | None) -> Scores:
     """Distance of each class's inflow from the median class, in robust standard deviations.
 
-    A class is flagged if its score exceeds `limit` (None: never); if so many samples would not be seen by chance, at a level of
-    CHANCE for all classes together (Bonferroni), in a class that lies one deviation above the median; and if the flagged
-    classes stand apart from the others: where purification harms much, some classes drift far more than most.
+    A class is flagged if its score exceeds `limit` (None: never); if so many samples would not be
+    seen by chance, at a level of CHANCE for all classes together (Bonferroni), in a class that lies
+    one deviation above the median; and if the flagged classes stand apart from the others: where
+    purification harms much, some classes drift far more than most.
 
     Args:
         present: bool (K,), see `robust_scores`.

@@ -1,10 +1,14 @@
-"""Which classes lie far from the median class, in robust standard deviations (1.4826 MAD estimates one under normality)."""
+"""Which classes lie far from the median class, in robust standard deviations.
+
+1.4826 times the median absolute deviation (MAD) estimates a standard deviation under normality.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.late import Tensor, torch
+import torch
+from torch import Tensor
 
 MAD_TO_SIGMA = 1.4826
 EPSILON = 1e-6
@@ -33,7 +37,8 @@ def robust_scores(
     """Scores of the values of K classes.
 
     Args:
-        values: float64 (K,), may hold inf; if half of them or more are, so is the median, and every score is nan.
+        values: float64 (K,), may hold inf; if half of them or more are, so is the median, and every
+            score is nan.
         present: bool (K,), the classes that have samples; only they enter median and deviation.
         limit: the score that a flagged class exceeds.
         floor: least median absolute deviation that is divided by.

@@ -1,19 +1,25 @@
-"""What "no backdoor found" is worth: how large a backdoor would have to be to stand out in this very set.
+"""What "no backdoor found" is worth: how large a backdoor would stand out in this very set (ours).
 
-Where purification, classifier and noise level do not match, clean samples move so much that poison among them does not
-stand out, and the verdict on a poisoned set is the one on a clean set. How often that happens can be told without any truth:
-poison is planted among the votes. The purified images of a poisoned sample whose trigger is lost are those of an image of
-its true class, so samples of other classes, with the votes that they have, are put into a class in place of its own, as many
-as a backdoor of that size would make, and the rule is asked whether it flags the class. A trigger that survives purification
-in part is found less often than that: the shares are upper bounds.
+Where purification, classifier and noise level do not match, clean samples move so much that poison
+among them does not stand out, and the verdict on a poisoned set is the one on a clean set. How
+often that happens can be told without any truth: poison is planted among the votes. The purified
+images of a poisoned sample whose trigger is lost are those of an image of its true class, so
+samples of other classes, with the votes that they have, are put into a class in place of its own,
+as many as a backdoor of that size would make, and the rule is asked whether it flags the class. A
+trigger that survives purification in part is found less often than that: the shares are upper
+bounds.
 """
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from defense.elixir.config import TargetRule
 from defense.elixir.inflow import Inflow, LabelFlow, class_weights, inflow
-from defense.elixir.target_label import Discrepancy, TargetRule, discrepancy, judge, label_shares
+from defense.elixir.target_label import Discrepancy, discrepancy, judge, label_shares
 from defense.elixir.verdict import UNKNOWN, filter_candidates
-from utils.late import Tensor, torch
+from utils.config import UserError
 from utils.randomness import keyed_generator
 
 SIZES = (0.1, 0.05, 0.01)  # poison as a share of the set without it
@@ -28,7 +34,8 @@ def detection_power(
     """For each of SIZES the share of planted backdoors that are found, of one target class each.
 
     Args:
-        votes: int64 (N, 1+nm) of a set in which nothing was flagged; UNKNOWN where a sample was not purified.
+        votes: int64 (N, 1+nm) of a set in which nothing was flagged; UNKNOWN where a sample was not
+            purified.
         labels: int64 (N,), as given.
         nothing: what the rule says of these votes.
         tau: votes that a second label needs to count as disagreement.
@@ -62,7 +69,10 @@ def _is_found(
     tau: int,
     rule: TargetRule,
 ) -> bool:
-    """Whether class `target` is flagged when its samples have the votes `planted`, and the other classes are as in `nothing`."""
+    """Whether class `target` is flagged when its samples have the votes `planted`.
+
+    The other classes are as in `nothing`.
+    """
     row = torch.full((len(planted),), target)
     shares = label_shares(
         planted, filter_candidates(planted, tau), row, len(sizes), rule.evidence_prior
@@ -74,9 +84,10 @@ def _is_found(
 
 
 def taken_in(planted: Tensor, target: int, sizes: Tensor) -> Inflow:
-    """`LabelFlow.inflow` of samples that all are of class `target`, worked out for that class alone; share and unit are of shape (1,).
+    """`LabelFlow.inflow` of samples of class `target`, for that class alone; both parts are (1,).
 
-    Of all classes it takes a table of K x K and a sort of each row, a fifth of a second with a thousand classes, for every planted set.
+    Of all classes it takes a table of K x K and a sort of each row, a fifth of a second with a
+    thousand classes, for every planted set.
 
     Args:
         planted: int64 (S, 1+nm), the samples' votes, S >= 1.
@@ -99,7 +110,10 @@ def _planted(
     weight: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Votes of the samples of class `target`, of which a share is replaced by samples of other classes that the victim read as `target`."""
+    """Votes of the samples of class `target` with a share of poison among them.
+
+    Poison has the votes of samples of other classes, and reads as `target` before it is purified.
+    """
     own, donors = votes[labels == target], (labels != target).nonzero().flatten()
     count = round(share * len(own))
     if not len(donors) or not count:
@@ -110,6 +124,15 @@ def _planted(
     ]
     own[places, 0] = target
     return own
+
+
+def refuse_few_classes(count: int, key: str) -> None:
+    """Raises UserError, in the name of `key`, where no class can be told from the median one."""
+    if count < COMPARABLE:
+        raise UserError(
+            f"{key}: {count} classes; DataElixir tells a target label by how far it lies from the "
+            "median class, which takes three or more"
+        )
 
 
 def says_little(power: dict[str, float]) -> bool:
@@ -126,15 +149,18 @@ def in_words(power: dict[str, float], classes: int = COMPARABLE) -> str:
     told = ", ".join(
         f"in {found:.2f} of cases for {float(size):.0%} of the set" for size, found in power.items()
     )
-    said = f"Had poison been planted whose trigger purification takes away, its class would have been found {told}."
+    said = (
+        "Had poison been planted whose trigger purification takes away, its class would have been "
+        f"found {told}."
+    )
     if not says_little(power):
         return said
     if classes < COMPARABLE:
         return said + (
-            " So that nothing was found says nothing: fewer than three classes have samples, and a target label is told by how far it lies from the "
-            "median class."
+            " So that nothing was found says nothing: fewer than three classes have samples, and a "
+            "target label is told by how far it lies from the median class."
         )
     return said + (
-        " So that nothing was found says little: too many predictions change without any poison. A better classifier, "
-        "a better denoiser or another steps_T would tell more."
+        " So that nothing was found says little: too many predictions change without any poison. A "
+        "better classifier, a better denoiser or another steps_T would tell more."
     )

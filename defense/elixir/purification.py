@@ -1,35 +1,42 @@
-"""The whole set through the purifier: block by block, target labels first, and no round that decides nothing.
+"""A set through the purifier, block by block; targets first (ours): no more than decides.
 
-Three things spare passes, each with a switch: a purifier that skips noise levels (purifier.py); purifying a sample of
-each class until the target labels are known, and after that only the classes that they name (sampling.py); and ending
-the rounds of samples whose verdict is settled (`Ending`).
+As published, every sample is purified. Only samples whose given label is a target label are ever
+changed, though, so by default a sample of each class is purified until the target labels are known
+(sampling.py), and after that only the classes that they name.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from defense.elixir.rounds import Ending, Rounds
-from defense.elixir.sampling import stratified, undecided
+from defense.elixir.config import SAMPLE_ERROR, SAMPLE_FIRST, DataElixirConfig, TargetRule
+from defense.elixir.denoising_check import warn_if_noise
+from defense.elixir.forecast import announced_pace
+from defense.elixir.noise_level import settled_level
+from defense.elixir.purifier import open_denoiser
+from defense.elixir.rounds import PurificationPlan, Rounds
+from defense.elixir.sampling import smallest, stratified, undecided
 from defense.elixir.store import Block, IntermediaryStore
-from defense.elixir.target_label import Discrepancy, TargetRule, target_labels
-from defense.elixir.verdict import Candidates, Kind, filter_candidates
-from defense.elixir.workers import split_into_blocks
+from defense.elixir.target_label import Discrepancy, target_labels
+from defense.elixir.verdict import UNKNOWN, Candidates, filter_candidates
+from defense.elixir.workers import split_into_blocks, workers_for
+from utils.classifier.networks import Classifier
 from utils.cost import format_duration
-from utils.images.data import LabeledImages
-from utils.late import Tensor, torch
+from utils.images.data import Dataset, LabeledImages
+from utils.storage.record import Record
 
 log = logging.getLogger("dataelixir")
-Deal = Callable[
-    [Sequence[Tensor], Ending | None], Iterable[Block]
-]  # index tensors -> their blocks, in this order
+Deal = Callable[[Sequence[Tensor]], Iterable[Block]]  # index tensors -> their blocks, in this order
 
 
 class Purification:
-    """Purifies as many samples of a data set as its verdicts need; what is in the store is not made again.
+    """Purifies samples of a data set; what is in the store is not made again.
 
     Args:
         data: the training set as received.
@@ -51,85 +58,64 @@ class Purification:
         deal: Deal | None = None,
         pace: float | None = None,
     ):
-        self.data, self.rounds, self.store, self.rule, self.num_classes = (
-            data,
-            rounds,
-            store,
-            rule,
-            num_classes,
-        )
+        self.data, self.rounds, self.store, self.rule = data, rounds, store, rule
         self.sizes, self.pace = data.labels.bincount(minlength=num_classes), pace
-        self.deal = deal or (lambda parts, ends: (rounds(part, ends) for part in parts))
+        self.deal: Deal = deal or (lambda parts: map(rounds, parts))
 
-    def run(self, wanted: Tensor, ends: Ending | None = None, name: str = "purify") -> None:
+    @property
+    def level(self) -> int:
+        """The noise level T that images are purified at."""
+        return self.rounds.purifier.steps[0] + 1
+
+    def run(self, wanted: Tensor, name: str = "purify") -> None:
         """Purify those of the data set indices `wanted` (B,) that are not in the store yet."""
         missing = self.store.missing(wanted)
         parts = split_into_blocks(missing, self.rounds.purifier.config.purify_batch_size)
         name += f", about {format_duration(self.pace * len(missing))}" if self.pace else ""
-        for block in tqdm(
-            self.deal(parts, ends), name, total=len(parts), unit="block", leave=False, disable=None
-        ):
+        bar = tqdm(self.deal(parts), name, len(parts), unit="block", leave=False, disable=None)
+        for block in bar:
             self.store.write(block)
 
     def votes(self) -> Tensor:
-        """int64 (N, 1+nm); UNKNOWN where a sample was not purified."""
+        """int64 (N, 1+nm), the victim's labels; UNKNOWN where a sample was not purified."""
         return self.store.votes(len(self.data))
 
-    def found(self, rows: Tensor) -> Discrepancy:
-        """Target labels as far as the samples `rows` (B,), purified before, show them."""
-        votes, labels = self.votes()[rows], self.data.labels[rows]
-        return self._found(votes, filter_candidates(votes, self.rounds.tau), labels)
+    def target_labels(self, votes: Tensor, candidates: Candidates) -> Discrepancy:
+        """Target labels as far as the samples that were purified show them; see `votes`."""
+        seen = votes[:, 0] != UNKNOWN
+        labels, num_classes = self.data.labels[seen], len(self.sizes)
+        return target_labels(
+            votes[seen], candidates[seen], labels, num_classes, self.rule, self.sizes
+        )
 
-    def _found(self, votes: Tensor, candidates: Candidates, labels: Tensor) -> Discrepancy:
-        return target_labels(votes, candidates, labels, self.num_classes, self.rule, self.sizes)
+    def everything(self) -> None:
+        """Purify every sample, as published."""
+        self.run(torch.arange(len(self.data)))
 
-    def everything(self) -> Discrepancy:
-        """Purify every sample, with all rounds."""
-        everyone = torch.arange(len(self.data))
-        self.run(everyone)
-        return self.found(everyone)
-
-    def targets_first(self, first: int, error: float) -> Discrepancy:
-        """Purify a sample until the target labels are known, and then every sample that has one.
+    def targets_first(self, first: int, error: float = SAMPLE_ERROR) -> None:
+        """Purify a sample until the target labels are known, then every sample that has one.
 
         Args:
             first: samples of each class in the first sample.
-            error: share of resamples in which the verdict on a class may come out differently (`undecided`).
+            error: share of resamples in which the verdict on a class may come out differently.
         """
         sizes, found = self._settled(torch.full_like(self.sizes, first), error, "sample")
         while (sizes < self.sizes)[found.is_target].any():
-            sizes, found = self._settled(
-                torch.where(found.is_target, self.sizes.maximum(sizes), sizes), error, "purify"
-            )
-        return found
-
-    def ending_early(self, first: int, error: float, doubt: float, others: bool) -> Discrepancy:
-        """The same, with all rounds for the sample, which shows the target labels, and for what follows no more than are needed.
-
-        How many that is, is measured apart for the samples with a target label. Among all they are few: on digits an eighth of
-        the poisoned ones ended too soon.
-
-        Args:
-            doubt: see `Ending.measured`.
-            others: purify the samples without a target label as well.
-        """
-        sizes, found = self._settled(torch.full_like(self.sizes, first), error, "sample")
-        rows, accused = self._rows(sizes), found.is_target[self.data.labels]
-        for part in (accused, ~accused) if others else (accused,):
-            self.run(part.nonzero().flatten(), self.ending(rows[part[rows]], doubt))
-        return found
-
-    def _rows(self, sizes: Tensor) -> Tensor:
-        return stratified(self.data.labels, sizes, self.rounds.purifier.seed)
+            wanted = torch.where(found.is_target, self.sizes.maximum(sizes), sizes)
+            sizes, found = self._settled(wanted, error, "purify")
 
     def _settled(self, sizes: Tensor, error: float, name: str) -> tuple[Tensor, Discrepancy]:
-        """Purify `sizes` (K,) samples of the classes, and more where the verdicts are undecided: how many in the end, and the verdicts."""
+        """Purify `sizes` (K,) samples of the classes, and more where the verdicts are undecided.
+
+        Returns:
+            How many there are in the end, and the target labels.
+        """
         while True:
-            rows = self._rows(sizes)
-            self.run(rows, name=name)
+            rows = stratified(self.data.labels, sizes, self.rounds.purifier.seed)
+            self.run(rows, name)
             votes, labels = self.votes()[rows], self.data.labels[rows]
-            candidates = filter_candidates(votes, self.rounds.tau)
-            found = self._found(votes, candidates, labels)
+            candidates, k = filter_candidates(votes, self.rounds.tau), len(self.sizes)
+            found = target_labels(votes, candidates, labels, k, self.rule, self.sizes)
             short = undecided(
                 votes,
                 candidates,
@@ -151,16 +137,51 @@ class Purification:
                 return sizes, found
             sizes = torch.where(short, 2 * sizes, sizes)
 
-    def ending(self, rows: Tensor, doubt: float) -> Ending:
-        """When rounds end early, measured on the samples `rows`, which were given all."""
-        votes = self.votes()[rows] if len(rows) else torch.zeros(0, 2, dtype=torch.int64)
-        ending = Ending.measured(
-            votes, self.rounds.purifier.config.last_steps_m, self.rounds.tau, doubt
+
+def purify(
+    data: LabeledImages,
+    victim: Classifier,
+    config: DataElixirConfig,
+    dataset: Dataset,
+    record: Record,
+) -> Purification:
+    """Intermediaries and votes of as many samples as the decisions need, kept in the record.
+
+    Args:
+        data: the training set as received.
+        victim: a classifier trained on it, in eval mode.
+        config: keys of DataElixir, resolved.
+        dataset: its name finds the denoiser; its images are not looked at.
+        record: holds the blocks, so that an interrupted purification goes on.
+
+    Raises:
+        UserError: no such denoiser, or one that cannot serve these images or this noise level.
+    """
+    most = config.rounds_n * config.last_steps_m // 2
+    if most < config.threshold_tau:
+        log.warning(
+            "threshold_tau: of %d x %d intermediaries no two labels can have %d votes each, "
+            "so no sample will be SUSPICIOUS; take at most %d",
+            config.rounds_n,
+            config.last_steps_m,
+            config.threshold_tau,
+            max(1, most),
         )
-        log.info(
-            "rounds end early for MIXED samples%s",
-            "".join(
-                f", {Kind(kind).name} ones after round {r}" for kind, r in ending.after.items()
-            ),
-        )
-        return ending
+    denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
+    store, unfinished = IntermediaryStore(record / "purify"), "purify" not in record.finished()
+    level = settled_level(config, denoiser, data, victim, dataset.num_classes, store.folder)
+    if unfinished:
+        warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
+    least = smallest(data.labels, config)
+    # About how many images will be purified: the sample, and one class if it is a target label.
+    expected = min(len(data), least + len(data) // len(data.labels.unique()))
+    at_level = replace(config, steps_T=level)
+    with workers_for(PurificationPlan(data, victim, denoiser, at_level, expected)) as workers:
+        pace = announced_pace(workers.work, least) if unfinished else None
+        rule, k = config.rules.target, dataset.num_classes
+        purification = Purification(data, workers.work, store, rule, k, workers.blocks, pace)
+        if config.target_first:
+            purification.targets_first(SAMPLE_FIRST, SAMPLE_ERROR)
+        else:
+            purification.everything()
+    return purification

@@ -1,24 +1,30 @@
-"""Selection of the purified image, after DataElixir (Zhou et al., AAAI 2024), https://arxiv.org/abs/2312.11057
+"""Selection of the purified image, after DataElixir (https://arxiv.org/abs/2312.11057).
 
-Of a sample's candidates, those close to the original may still show the trigger and those far from it may have lost the
-object. Distance is half structural (SSIM, Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861) and half between
-the victim's features; the candidate that is farther away than four in five of the others is taken.
+Of a sample's candidates, those close to the original may still show the trigger and those far from
+it may have lost the object. Distance is half structural (SSIM, Wang et al. 2004,
+https://doi.org/10.1109/TIP.2003.819861) and half between the victim's features; the candidate that
+is farther away than four in five of the others is taken.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.late import F, Tensor, torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 WINDOW = 3
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-SAMPLES_AT_ONCE = 2  # of `image_distances`: with 51 images of 32x32 each, some 25 MB; 16 were no faster, but slower
+# Of `image_distances`: with 51 images of 32x32 each, some 25 MB; more are slower.
+SAMPLES_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
 class PairDistances:
-    """Distances of each candidate from its original, float64 (B,M) in [0, 1] up to rounding; column 0 is exactly 0.
+    """Distances of candidates from their original, float64 (B,M) in [0, 1] up to rounding.
+
+    Column 0, the original's own, is exactly 0.
 
     Attributes:
         pixel: 1 - (SSIM + 1) / 2.
@@ -32,13 +38,14 @@ class PairDistances:
 
 
 def ssim3(x: Tensor, y: Tensor, volume: bool) -> Tensor:
-    """Structural similarity of uint8 images with a uniform window of width 3 (K1 = 0.01, K2 = 0.03, range 255).
+    """Structural similarity of uint8 images, uniform window of width 3, K1 .01, K2 .03, range 255.
 
     Args:
         x: uint8 (..., 3,H,W), H and W >= 3.
         y: uint8 (..., 3,H,W); the leading dimensions are broadcast against those of `x`.
-        volume: treat an image as a volume with windows 3x3x3 over row, column and channel, as the published code does
-            under scikit-image 0.24; otherwise average the three channels' 2-D values.
+        volume: treat an image as a volume with windows 3x3x3 over row, column and channel, as the
+            published code does under scikit-image 0.24; otherwise average the three channels' 2-D
+            values.
 
     Returns:
         float64 (...) in [-1, 1], the mean over the windows that lie wholly inside the image.
@@ -67,13 +74,13 @@ def ssim3(x: Tensor, y: Tensor, volume: bool) -> Tensor:
 
 
 def to_distance(similarity: Tensor) -> Tensor:
-    """Similarities (B,M) in [-1, 1] to distances in [0, 1], float64; column 0, the original's own, is exactly 0."""
+    """Similarities (B,M) in [-1, 1] to distances float64 in [0, 1]; column 0 is exactly 0."""
     distance = 1 - (similarity.double() + 1) / 2
     return torch.cat([torch.zeros_like(distance[:, :1]), distance[:, 1:]], dim=1)
 
 
 def distances(pixel_ssim: Tensor, cosine: Tensor) -> Tensor:
-    """The mean of pixel and feature distance, float64 (B,M) (DataElixir, selection of the purified image).
+    """The mean of pixel and feature distance, float64 (B,M) (DataElixir, selection).
 
     Args:
         pixel_ssim: (B,M), SSIM of each candidate with the original; column 0 is not read.
@@ -104,20 +111,22 @@ def image_distances(images: Tensor, features: Tensor, volume: bool) -> PairDista
 
 
 def choose(distance: Tensor, kept: Tensor, rank: float = 0.8, *, original_eligible: bool) -> Tensor:
-    """The column to use as purified image: of L eligible ones in ascending order of distance, number int(rank * L).
+    """The column to use as purified image: of L eligible ones by distance, number int(rank * L).
 
     Args:
         distance: (B,M) from the original, finite.
         kept: bool (B,M), the candidates; column 0 is not read.
         rank: in [0, 1]; 1 takes the farthest.
-        original_eligible: the original takes part, as published, and is chosen where nothing else is kept. Otherwise
-            it never is; where nothing else is kept, all intermediaries are eligible.
+        original_eligible: the original takes part, as published, and is chosen where nothing else
+            is kept. Otherwise it never is; where nothing else is kept, all intermediaries are
+            eligible.
 
     Returns:
         int64 (B,), 0..M-1. Of equal distances the lower column comes first.
 
     Raises:
-        ValueError: shapes differ, `rank` is out of range, a distance is not finite, or only the originals were given.
+        ValueError: shapes differ, `rank` is out of range, a distance is not finite, or only the
+            originals were given.
     """
     _check_choice(distance, kept, rank, original_eligible)
     eligible = kept.clone()
@@ -143,14 +152,16 @@ def _check_images(images: Tensor) -> None:
     fits = images.ndim >= 3 and images.shape[-3] == 3 and min(images.shape[-2:]) >= WINDOW
     if images.dtype != torch.uint8 or not fits:
         raise ValueError(
-            f"images must be uint8 (..., 3,H,W), 3x3 or larger, not {images.dtype} {tuple(images.shape)}"
+            "images must be uint8 (..., 3,H,W), 3x3 or larger, not "
+            f"{images.dtype} {tuple(images.shape)}"
         )
 
 
 def _check_choice(distance: Tensor, kept: Tensor, rank: float, original_eligible: bool) -> None:
     if distance.ndim != 2 or distance.shape != kept.shape or kept.dtype != torch.bool:
         raise ValueError(
-            f"distance (B,M) and bool kept (B,M) do not fit: {tuple(distance.shape)}, {tuple(kept.shape)}"
+            "distance (B,M) and bool kept (B,M) do not fit: "
+            f"{tuple(distance.shape)}, {tuple(kept.shape)}"
         )
     if distance.shape[1] < 2 - original_eligible:
         raise ValueError("there is no intermediary to choose")

@@ -1,8 +1,9 @@
 """Where intermediaries wait between the passes of a purification.
 
-Target labels are known only when enough samples have been voted on, and only samples that carry one need their images
-again. So each block of samples leaves one file: the votes of all, the images of those that are not unanimous. Memory
-holds one block, and an interrupted purification goes on with the first block that is missing.
+Target labels are known only when enough samples have been voted on, and only samples that carry one
+need their images again. So each block of samples leaves one file: the votes of all, the images of
+those that are not unanimous. Memory holds one block, and an interrupted purification goes on with
+the first block that is missing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from defense.elixir.verdict import UNKNOWN
-from utils.late import Tensor, torch
 from utils.storage.record import load_arrays, save_arrays
 
 
@@ -82,7 +85,7 @@ class IntermediaryStore:
         return sum(int(load_arrays(path, "passes")["passes"]) for path in self._files())
 
     def fetch(self, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(indices (B,), images uint8 (B, 1+nm, 3, H, W)) of the wanted anomalous samples, a file at a time."""
+        """Indices (B,) and images uint8 (B, 1+nm, 3, H, W) of the wanted samples, file by file."""
         for path in self._files():
             anomalous = load_arrays(path, "anomalous")["anomalous"]
             at = torch.isin(anomalous, wanted)

@@ -1,54 +1,25 @@
-"""Target-label detection, after DataElixir (Zhou et al., AAAI 2024), https://arxiv.org/abs/2312.11057
+"""Target-label detection, after DataElixir (https://arxiv.org/abs/2312.11057).
 
-Samples that were poisoned into class c carry the label c and leave it when they are purified; benign samples mostly
-keep theirs. So among the votes of the class's samples that moved, the share q_c of votes for c is small for a target
-class. The discrepancy KL(onehot_c || q) = -ln q_c is compared with the other classes' by the median
-absolute deviation (1.4826 MAD estimates a standard deviation under normality). So is, beyond what was published, the
-share of the other classes that a class has taken in (inflow.py): where purification harms clean images too, the
-discrepancies of all classes are alike, while poison comes from everywhere and drift goes to a few.
+Samples that were poisoned into class c carry the label c and leave it when they are purified;
+benign samples mostly keep theirs. So among the votes of the class's samples that moved, the share
+q_c of votes for c is small for a target class. The discrepancy KL(onehot_c || q) = -ln q_c is
+compared with the other classes' by the median absolute deviation (1.4826 MAD estimates a standard
+deviation under normality). So is, beyond what was published, the share of the other classes that a
+class has taken in (inflow.py): where purification harms clean images too, the discrepancies of all
+classes are alike, while poison comes from everywhere and drift goes to a few.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from defense.elixir.config import TargetRule
 from defense.elixir.inflow import Inflow, LabelFlow, inflow_scores
 from defense.elixir.outliers import Scores, robust_scores
 from defense.elixir.verdict import Candidates, Kind
-from utils.late import Tensor, torch
-
-
-@dataclass(frozen=True)
-class TargetRule:
-    """When a class counts as a target label.
-
-    Attributes:
-        two_sided: also flag classes whose metric is unusually *small* (published), which are merely clean.
-        threshold: robust standard deviations from the median that a score must exceed, strictly.
-        evidence_prior: share of every class, 0 or more, that is counted as extra samples that did not move: a class
-            with hardly any moved sample is drawn towards metric 0, and no metric is infinite. 0 as published.
-        mad_floor: least median absolute deviation, in nats, that is divided by: where all classes agree, small
-            differences are noise. 0 as published.
-        inflow_threshold: the same for the inflow, always on the upper side; None as published: the inflow flags no class.
-
-    Raises:
-        ValueError: `evidence_prior` or `mad_floor` is negative.
-    """
-
-    two_sided: bool = False
-    threshold: float = 2.0
-    evidence_prior: float = 0.05
-    mad_floor: float = 0.2
-    inflow_threshold: float | None = 4.0
-
-    def __post_init__(self):
-        if self.evidence_prior < 0 or self.mad_floor < 0:
-            raise ValueError(f"evidence_prior and mad_floor must be 0 or more: {self}")
-
-
-PUBLISHED_RULE = TargetRule(
-    two_sided=True, threshold=2.0, evidence_prior=0.0, mad_floor=0.0, inflow_threshold=None
-)
 
 
 @dataclass(frozen=True)
@@ -71,16 +42,20 @@ class Discrepancy:
     """The result of target-label detection; all tensors lie on the CPU.
 
     Attributes:
-        metric: float64 (K,), -ln q_c in nats, 0 or more; inf where q_c is 0, 0 for a class without evidence.
-        score: float64 (K,), robust standard deviations from the median class (absolute values if two-sided); 0 for a
-            class without samples, all nan where the median itself is infinite.
+        metric: float64 (K,), -ln q_c in nats, 0 or more; inf where q_c is 0, 0 for a class without
+            evidence.
+        score: float64 (K,), robust standard deviations from the median class (absolute values if
+            two-sided); 0 for a class without samples, all nan where the median itself is infinite.
         targets: the detected target labels, ascending.
         evidence: int64 (K,), samples of the class that are not unanimous.
         share: float64 (K,), q_c in [0, 1].
-        threshold: the metric above which a class is flagged, in nats; inf or nan where the median is.
-        inflow: the share of the other classes' samples that each class is estimated to have taken in.
+        threshold: the metric above which a class is flagged, in nats; inf or nan where the median
+            is.
+        inflow: the share of the other classes' samples that each class is estimated to have taken
+            in.
         inflow_score: float64 (K,), as `score`.
-        inflow_limit: the inflow that a class must exceed to be flagged for it (`inflow_scores` says what else); inf where none is.
+        inflow_limit: the inflow that a class must exceed to be flagged for it (`inflow_scores` says
+            what else); inf where none is.
         by_inflow: bool (K,), whether it is flagged for it.
     """
 
@@ -106,9 +81,10 @@ class Discrepancy:
 def label_shares(
     votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int, evidence_prior: float
 ) -> LabelShares:
-    """The share q_c of label c among the kept votes of class c's non-unanimous samples (DataElixir, target labels).
+    """The share q_c of label c among the kept votes of class c's non-unanimous samples.
 
-    The original's own vote counts. Votes outside 0..K-1 are left out: there is no class that they could support.
+    The original's own vote counts. Votes outside 0..K-1 are left out: there is no class that they
+    could support.
 
     Args:
         votes: int64 (N, 1+nm), predicted labels.
@@ -132,7 +108,10 @@ def label_shares(
 def support(
     votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """How many of each sample's kept votes are for its given label, and for any class: int64 (N,) each, 0 for unanimous samples."""
+    """How many of each sample's kept votes are for its given label, and for any class.
+
+    int64 (N,) each, 0 for unanimous samples.
+    """
     _check(votes, candidates, labels, num_classes)
     moved = candidates.kind != Kind.UNANIMOUS
     pool = candidates.kept & moved[:, None] & (votes >= 0) & (votes < num_classes)
@@ -142,7 +121,7 @@ def support(
 def class_share(
     own: Tensor, total: Tensor, size: Tensor, width: int, evidence_prior: float
 ) -> Tensor:
-    """q_c in [0, 1], float64 (..., K): the sums of `support` over each class, drawn towards 1 by the prior; 1 without evidence.
+    """q_c in [0, 1], float64 (..., K), drawn towards 1 by the prior; 1 without evidence.
 
     Args:
         own, total: (..., K), votes for the class and all votes of its moved samples.
@@ -155,7 +134,7 @@ def class_share(
 
 
 def class_scores(metric: Tensor, present: Tensor, rule: TargetRule) -> Scores:
-    """Distance of each class's discrepancy, float64 (K,), from the median class, in robust standard deviations; `present`: see `robust_scores`."""
+    """Robust scores of the discrepancies float64 (K,); `present`: see `robust_scores`."""
     return robust_scores(metric, present, rule.threshold, rule.mad_floor, rule.two_sided)
 
 
@@ -176,9 +155,10 @@ def target_labels(
         candidates: the same N samples' candidates.
         labels: int64 (N,), the given labels, 0..K-1.
         num_classes: K.
-        rule: `PUBLISHED_RULE` decides as the published code does, except that a class without any non-unanimous
-            sample, where that stops with a division by zero, has metric 0 here.
-        sizes: int64 (K,), samples of each class in the whole set, of which the N are a part; None = the N are all.
+        rule: `PUBLISHED_RULE` decides as the published code does, except that a class without any
+            non-unanimous sample, where that stops with a division by zero, has metric 0 here.
+        sizes: int64 (K,), samples of each class in the whole set, of which the N are a part; None =
+            the N are all.
 
     Raises:
         ValueError: shapes do not fit, a label lies outside 0..K-1, or there are no samples.
@@ -225,7 +205,8 @@ def judge(metric: Tensor, taken: Inflow, present: Tensor, rule: TargetRule) -> J
 
 
 def discrepancy(share: Tensor) -> Tensor:
-    """KL(onehot_c || q) = -ln q_c in nats of shares in [0, 1]; 0 - x, so that a share of 1 gives 0 and not -0."""
+    """KL(onehot_c || q) = -ln q_c in nats of shares in [0, 1]."""
+    # 0 - x: a share of 1 gives 0 and not -0.
     return 0.0 - share.log()
 
 
@@ -246,6 +227,6 @@ def _check(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: i
 
 
 def _per_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """int64 (K,) on the CPU: `values` (N,) summed over the samples of each class; exact, whatever the order."""
+    """int64 (K,) on the CPU: `values` (N,) summed over the samples of each class."""
     sums = torch.zeros(num_classes, dtype=torch.int64, device=labels.device)
     return sums.index_add_(0, labels, values.long()).cpu()

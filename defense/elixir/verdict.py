@@ -1,9 +1,10 @@
 """Votes to verdicts, after DataElixir (Zhou et al., AAAI 2024), https://arxiv.org/abs/2312.11057
 
-A sample and its nm intermediaries each get the victim's predicted label: 1+nm votes, column 0 being the original's.
-Labels that only a few intermediaries hold are purification noise and are dropped. What stays is one of three kinds:
-nothing moved, everything moved to one other label, or the intermediaries disagree. A sample whose given label is no
-target label is benign whatever its kind; the victim's mistakes look like label transitions too.
+A sample and its nm intermediaries each get the victim's predicted label: 1+nm votes, column 0 being
+the original's. Labels that only a few intermediaries hold are purification noise and are dropped.
+What stays is one of three kinds: nothing moved, everything moved to one other label, or the
+intermediaries disagree. A sample whose given label is no target label is benign whatever its kind;
+the victim's mistakes look like label transitions too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from utils.late import Tensor, torch
+import torch
+from torch import Tensor
 
 UNKNOWN = -1  # the vote of an intermediary that was never made
 
@@ -19,21 +21,23 @@ UNKNOWN = -1  # the vote of an intermediary that was never made
 class Verdict(IntEnum):
     """What the defence decides about one sample."""
 
-    BENIGN = 0  # no label transition, or the given label is no target label: image and label stay
-    POISONED = (
-        1  # the intermediaries agree on another label: take it, and the selected intermediary
-    )
-    SUSPICIOUS = 2  # the intermediaries disagree: the benign model decides
+    # No label transition, or the given label is no target label: image and label stay.
+    BENIGN = 0
+    # The intermediaries agree on another label: take it, and the selected intermediary.
+    POISONED = 1
+    # The intermediaries disagree: the benign model decides.
+    SUSPICIOUS = 2
 
 
 class Kind(IntEnum):
     """How the kept votes of one sample relate to each other; its given label plays no part."""
 
-    UNANIMOUS = 0  # all kept votes are one label, the original's included
-    TRANSITION = 1  # the kept intermediaries agree on a label that is not the original's
-    MIXED = (
-        2  # at least two labels have tau votes or more among the intermediaries: all votes are kept
-    )
+    # All kept votes are one label, the original's included.
+    UNANIMOUS = 0
+    # The kept intermediaries agree on a label that is not the original's.
+    TRANSITION = 1
+    # At least two labels have tau votes or more among the intermediaries: all votes are kept.
+    MIXED = 2
 
 
 @dataclass(frozen=True)
@@ -43,38 +47,45 @@ class Candidates:
     Attributes:
         kept: bool (N, 1+nm); column 0, the original, is always True.
         kind: int64 (N,), values of `Kind`.
-        top: int64 (N,), the most common label among columns 1..nm of the votes; of equals, the first to appear.
+        top: int64 (N,), the most common label among columns 1..nm of the votes; of equals, the
+            first to appear.
     """
 
     kept: Tensor
     kind: Tensor
     top: Tensor
 
+    def __getitem__(self, rows: Tensor) -> Candidates:
+        """Those of the samples that a mask or an index names."""
+        return Candidates(self.kept[rows], self.kind[rows], self.top[rows])
+
 
 def filter_candidates(votes: Tensor, tau: int) -> Candidates:
-    """Drop the intermediaries whose label too few others share (DataElixir, purification: threshold tau).
+    """Drop the intermediaries whose label too few others share (DataElixir, threshold tau).
 
-    Where the second most common label among the intermediaries has `tau` votes or more, all are kept; so are they
-    where all agree. Otherwise the original and the intermediaries with the most common label are kept. Intermediaries
-    that were never made are not: a sample without any is unanimous.
+    Where the second most common label among the intermediaries has `tau` votes or more, all are
+    kept; so are they where all agree. Otherwise the original and the intermediaries with the most
+    common label are kept. A sample without any intermediaries is unanimous.
 
     Args:
-        votes: int64 (N, 1+nm), nm >= 1, predicted labels; column 0 is the original's; UNKNOWN where none was made.
+        votes: int64 (N, 1+nm), nm >= 1, predicted labels; column 0 is the original's; UNKNOWN
+            where none was made.
         tau: votes that a second label needs in order to count as disagreement.
 
     Raises:
         ValueError: `votes` is not int64 of shape (N, 2 or more).
     """
     if votes.ndim != 2 or votes.shape[1] < 2 or votes.dtype != torch.int64:
-        raise ValueError(
-            f"votes must be int64 (N, 1+nm) with nm >= 1, not {votes.dtype} {tuple(votes.shape)}"
-        )
+        shape = tuple(votes.shape)
+        raise ValueError(f"votes must be int64 (N, 1+nm) with nm >= 1, not {votes.dtype} {shape}")
     original, moved = votes[:, :1], votes[:, 1:]
     support = _support(moved)
-    top = moved.gather(1, support.argmax(dim=1, keepdim=True))  # argmax returns the first of equals
+    # argmax returns the first of equals.
+    top = moved.gather(1, support.argmax(dim=1, keepdim=True))
     second = support.masked_fill(moved == top, 0).amax(dim=1, keepdim=True)
     mixed = (second >= tau) & (second > 0)
-    kept = torch.cat([torch.ones_like(mixed), (mixed | (moved == top)) & (moved != UNKNOWN)], dim=1)
+    kept_moved = (mixed | (moved == top)) & (moved != UNKNOWN)
+    kept = torch.cat([torch.ones_like(mixed), kept_moved], dim=1)
     agreed = torch.where(top == original, int(Kind.UNANIMOUS), int(Kind.TRANSITION))
     kind = torch.where(mixed, int(Kind.MIXED), agreed)
     return Candidates(kept, kind.squeeze(1), top.squeeze(1))
@@ -89,19 +100,22 @@ def first_verdicts(kind: Tensor, labels: Tensor, is_target_class: Tensor) -> Ten
         is_target_class: bool (K,), True for the detected target labels.
 
     Returns:
-        int64 (N,), values of `Verdict`. A transition may lead to the given label itself (the victim misread the
-        original); it is POISONED all the same, as published: its image is replaced, its label stays.
+        int64 (N,), values of `Verdict`. A transition may lead to the given label itself (the victim
+        misread the original); it is POISONED all the same, as published: its image is replaced, its
+        label stays.
     """
     if kind.shape != labels.shape or is_target_class.dtype != torch.bool:
         raise ValueError("kind and labels must both be (N,) and is_target_class bool (K,)")
-    table = kind.new_tensor(
-        [Verdict.BENIGN, Verdict.POISONED, Verdict.SUSPICIOUS]
-    )  # by Kind, for target labels
+    # By Kind, for target labels.
+    table = kind.new_tensor([Verdict.BENIGN, Verdict.POISONED, Verdict.SUSPICIOUS])
     return torch.where(is_target_class.to(labels.device)[labels], table[kind], int(Verdict.BENIGN))
 
 
 def _support(labels: Tensor) -> Tensor:
-    """int64 (N, M): how many entries of the same row hold the same label as each entry of `labels` (N, M); 0 where that is UNKNOWN."""
+    """int64 (N, M): how many entries of a row hold the same label as each of `labels` (N, M).
+
+    0 where that is UNKNOWN.
+    """
     support = torch.zeros_like(labels)
     for column in labels.split(1, dim=1):
         support += labels == column
@@ -109,17 +123,19 @@ def _support(labels: Tensor) -> Tensor:
 
 
 def round_ends(votes: Tensor, last_steps_m: int) -> Tensor:
-    """int64 (S, 1+n): the victim's labels of the original and of the image after each round, from votes int64 (S, 1+nm).
+    """int64 (S, 1+n): the victim's labels of the original and of the image after each round.
 
-    For rounds that a sample was not given any more stands the last one before them.
+    Args:
+        votes: int64 (S, 1+nm).
+        last_steps_m: m, the intermediaries of one round.
     """
-    ends = torch.cat([votes[:, :1], votes[:, last_steps_m::last_steps_m]], dim=1)
-    for r in range(2, ends.shape[1]):
-        ends[:, r] = torch.where(ends[:, r] == UNKNOWN, ends[:, r - 1], ends[:, r])
-    return ends
+    return torch.cat([votes[:, :1], votes[:, last_steps_m::last_steps_m]], dim=1)
 
 
 def reads_as_before(votes: Tensor, last_steps_m: int) -> Tensor:
-    """bool (S, n): whether the victim reads the image after each round as it read the original; votes int64 (S, 1+nm)."""
+    """bool (S, n): whether the victim reads the image after each round as it read the original.
+
+    Arguments as in `round_ends`.
+    """
     ends = round_ends(votes, last_steps_m)
     return ends[:, 1:] == ends[:, :1]

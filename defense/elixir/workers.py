@@ -1,7 +1,7 @@
-"""Blocks of samples, dealt to the processes of a run (torchrun --nproc_per_node K attack/badnet.py ...).
+"""Blocks of samples, dealt to the processes of a run (torchrun --nproc_per_node K attack/...).
 
-Blocks are cut before they are dealt out and noise is keyed by sample, so the result is the same for any number of
-processes, and for blocks that are halved because the memory of one process does not hold them.
+Blocks are cut before they are dealt out and noise is keyed by sample, so the result is the same
+for any number of processes, and for blocks that are halved because memory does not hold them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
+
+from torch import Tensor
 
 from defense.elixir.store import Block
 from utils.compiled import ROWS
-from utils.late import Tensor
 from utils.memory import Halving
 from utils.processes import broadcast, gather, rank, run_in_workers, world_size
 
-Work = Callable[[Tensor, Any], Block]  # (indices, ending) -> Block, as `Rounds`
+Work = Callable[[Tensor], Block]  # data set indices (B,) -> their block
 
 
 class WorkPlan(Protocol):
@@ -28,13 +29,18 @@ class WorkPlan(Protocol):
 
 
 def split_into_blocks(index: Tensor, most: int) -> Sequence[Tensor]:
-    """An index (B,) cut into parts of at most `most`, as equal as whole passes of ROWS can be, as many that no process waits for the others' last."""
+    """An index (B,) cut into parts of at most `most`.
+
+    The parts are as equal as whole passes of ROWS can be, and as many that no process waits for
+    the others' last one.
+    """
+    if not len(index):
+        return ()
     unit = ROWS if most >= ROWS and len(index) >= ROWS * world_size() else 1
     units, together = -(-len(index) // unit), most // unit
     count = -(-units // together)
     count = min(units, count + -count % world_size())
-    cuts = [unit * (units * part // count) for part in range(1, count)]
-    return index.tensor_split(cuts) if len(index) else ()
+    return index.tensor_split([unit * (units * part // count) for part in range(1, count)])
 
 
 class Workers:
@@ -43,25 +49,25 @@ class Workers:
     def __init__(self, work: Work):
         self.work, self.halving = work, Halving("purify_batch_size")
 
-    def blocks(self, parts: Sequence[Tensor], ends: Any) -> Iterator[Block]:
+    def blocks(self, parts: Sequence[Tensor]) -> Iterator[Block]:
         """The blocks of these index tensors, in their order; called in process 0."""
         for first in range(0, len(parts), world_size()):
             turn = parts[first : first + world_size()]
             if world_size() == 1:
-                yield from self._own(turn, ends)
+                yield from self._own(turn)
                 continue
-            broadcast((list(turn), ends))
-            for made in gather(list(self._own(turn, ends))):
+            broadcast(list(turn))
+            for made in gather(list(self._own(turn))):
                 yield from made
 
     def help(self) -> None:
         """The other side of `blocks`, in the other processes."""
-        while (message := broadcast()) is not None:
-            gather(list(self._own(*message)))
+        while (turn := broadcast()) is not None:
+            gather(list(self._own(turn)))
 
-    def _own(self, turn: Sequence[Tensor], ends: Any) -> Iterator[Block]:
+    def _own(self, turn: Sequence[Tensor]) -> Iterator[Block]:
         for part in turn[rank() : rank() + 1]:
-            yield from self.halving(lambda index: self.work(index, ends), part)
+            yield from self.halving(self.work, part)
 
 
 @dataclass(frozen=True)

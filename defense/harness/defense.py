@@ -7,11 +7,11 @@ where it does.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from defense.elixir.config import DataElixirConfig
+from defense.elixir.config import DATAELIXIR_KEYS
 from defense.harness.knowledge import CLEAN_IMAGES
 from utils.config import OpenFraction, TrainConfig, choose_by_name
 
@@ -37,7 +37,7 @@ class Defense(TrainConfig):
 
     name: ClassVar[str] = ""
     KNOWLEDGE: ClassVar[tuple[str, ...]] = ()
-    PASSED_OVER: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(DataElixirConfig))
+    PASSED_OVER: ClassVar[frozenset[str]] = DATAELIXIR_KEYS
 
     def __init_subclass__(cls, **words: Any) -> None:
         super().__init_subclass__(**words)

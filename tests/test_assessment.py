@@ -5,9 +5,13 @@ import logging
 import pytest
 import torch
 
-from defense.elixir.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.elixir.assessment import by_discrepancy_alone, findings, verdict_notes
+from defense.elixir.config import PUBLISHED_RULE, TargetRule
+from defense.elixir.draft import Draft
+from defense.elixir.noise_level import rounds_survived
+from defense.elixir.target_label import target_labels
 from defense.elixir.verdict import filter_candidates
-from defense.elixir.verdict_notes import by_discrepancy_alone, verdict_notes
+from utils.images.data import LabeledImages
 
 EACH, VOTES, TAU = 100, 11, 5
 GOOD, POOR = {"0.1": 1.0, "0.05": 1.0, "0.01": 0.2}, {"0.1": 0.5, "0.05": 0.1, "0.01": 0.0}
@@ -93,3 +97,17 @@ def test_too_few_classes_with_samples_are_the_reason_where_they_are(kept, said):
 def test_nobody_who_took_auto_is_told_to_take_it():
     (told,) = notes(found(), (0.5, 0.3))
     assert "where steps_T was given as a number, auto looks for a lower one" in told
+
+
+def test_findings_by_hand():
+    votes = torch.tensor([[0, 9, 0, 9, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 2], [2, 1, 1, 2, 2]])
+    labels, is_target = torch.tensor([0, 0, 1, 1]), torch.zeros(2, dtype=torch.bool)
+    said = target_labels(votes, filter_candidates(votes, 2), labels, 2, TargetRule())
+    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
+    draft = Draft.unchanged(LabeledImages(images, labels), torch.tensor([0, 1, 2, 0]))
+    survived = rounds_survived(votes, labels, 2, is_target).tolist()
+    lines = list(findings(votes, said, draft, survived, 2))
+    assert lines[0] == "prediction survives round 1: 0.500, 2: 0.750"
+    assert lines[1] == "prediction survives the last round, by given label: 0: 1.00, 1: 0.50"
+    assert [line.partition(":")[0] for line in lines[2:4]] == ["class 0", "class 1"]
+    assert lines[4:] == ["verdicts: 2 BENIGN, 1 POISONED, 1 SUSPICIOUS"]

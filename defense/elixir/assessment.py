@@ -1,0 +1,160 @@
+"""What the verdict on a set is worth, as far as it can be told without the truth (ours).
+
+A denoiser that does not know such images, or too high a noise level, moves so many clean
+predictions that poison does not stand out, or that clean classes do. The first is what `power`
+tells (power.py), the share of predictions that survive a round tells of either, and of a class
+that is accused the two measures tell whether it lost its samples to all classes, as a backdoor's
+target does, or to a few, as images do that look alike to the classifier once they are purified.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from defense.elixir.config import DataElixirConfig
+from defense.elixir.draft import Draft
+from defense.elixir.inflow import FEW
+from defense.elixir.noise_level import rounds_survived
+from defense.elixir.power import detection_power, in_words, says_little
+from defense.elixir.target_label import Discrepancy
+from defense.elixir.verdict import UNKNOWN, Verdict, reads_as_before
+
+log = logging.getLogger("dataelixir")
+# Of predictions that survive a round; below it the classifier can hardly read what comes out.
+DESTROYED = 0.6
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What a verdict is worth.
+
+    Attributes:
+        power: size of a backdoor -> how often it would have been found, where none was.
+        notes: sentences for the page.
+    """
+
+    power: dict[str, float] | None
+    notes: tuple[str, ...]
+
+
+def assess(
+    votes: Tensor,
+    found: Discrepancy,
+    draft: Draft,
+    level: int,
+    config: DataElixirConfig,
+    classes: Sequence[str],
+) -> Assessment:
+    """Log what was found, and say what it is worth.
+
+    Args:
+        votes: int64 (N, 1+nm), UNKNOWN where a sample was not purified.
+        found: the target labels.
+        draft: the given labels and the first verdicts.
+        level: the noise level T.
+        config: keys of DataElixir.
+        classes: K names.
+    """
+    m, tau, rule = config.last_steps_m, config.threshold_tau, config.rules.target
+    survived = rounds_survived(votes, draft.given, m, found.is_target).tolist()
+    for line in findings(votes, found, draft, survived, m):
+        log.info(line)
+    power = None
+    if not found.targets:
+        power = detection_power(votes, draft.given, found, tau, rule, config.random_seed)
+        if not config.rules.always_train:
+            log.info("no backdoor found: no label is changed, and the victim is the benign model")
+    return Assessment(power, verdict_notes(found, survived, level, power, classes))
+
+
+def findings(
+    votes: Tensor, found: Discrepancy, draft: Draft, survived: Sequence[float], last_steps_m: int
+) -> Iterator[str]:
+    """Lines: how often the victim reads a purified image as the original, measures, verdicts.
+
+    Low shares say that T, denoiser and classifier do not match; one class far below the others is
+    what a backdoor looks like. Arguments as in `assess`.
+    """
+    told = ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(survived))
+    where = " (samples without a target label)" if found.targets else ""
+    yield f"prediction survives round {told}{where}"
+    known = votes[:, 0] != UNKNOWN
+    last, given = reads_as_before(votes[known], last_steps_m)[:, -1].double(), draft.given[known]
+    shares = (f"{label}: {last[given == label].mean():.2f}" for label in given.unique().tolist())
+    yield f"prediction survives the last round, by given label: {', '.join(shares)}"
+    for k in range(len(found.metric)):
+        yield (
+            f"class {k}: {found.evidence[k]} samples moved, discrepancy {found.metric[k]:.3f}, "
+            f"score {found.score[k]:.2f}, taken in {found.inflow.share[k]:.4f} of the others, "
+            f"score {found.inflow_score[k]:.2f}{'  <- target label' * (k in found.targets)}"
+        )
+    yield f"verdicts: {', '.join(f'{int((draft.verdict == v).sum())} {v.name}' for v in Verdict)}"
+
+
+def verdict_notes(
+    found: Discrepancy,
+    survived: Sequence[float],
+    level: int,
+    power: dict[str, float] | None,
+    classes: Sequence[str],
+) -> tuple[str, ...]:
+    """Sentences for the page, also logged; none where there is nothing to say.
+
+    Args:
+        found: the target labels.
+        survived: share of predictions that survive each round (`rounds_survived`).
+        level: the noise level T.
+        power: how often a backdoor would have been found, where none was.
+        classes: K names.
+    """
+    said = {}  # sentence -> how grave it is
+    if power:
+        grave = logging.WARNING if says_little(power) else logging.INFO
+        said[in_words(power, looked_at(found))] = grave
+    if survived[0] < DESTROYED:
+        said[_destroyed(survived[0], level)] = logging.WARNING
+    alone = by_discrepancy_alone(found).tolist()
+    if alone:
+        said[_alone([classes[k] for k in alone], survived[-1])] = logging.WARNING
+    for sentence, grave in said.items():
+        log.log(grave, sentence)
+    return tuple(said)
+
+
+def looked_at(found: Discrepancy) -> int:
+    """Classes of which samples were purified."""
+    return int((found.inflow.unit > 0).sum())
+
+
+def by_discrepancy_alone(found: Discrepancy) -> Tensor:
+    """int64 (M,): target labels that the inflow does not confirm.
+
+    None where the inflow is not asked, or there are too few classes for it to speak.
+    """
+    speaks = found.inflow_limit < float("inf") and looked_at(found) > FEW
+    return (found.is_target & ~found.by_inflow & speaks).nonzero().flatten()
+
+
+def _destroyed(share: float, level: int) -> str:
+    return (
+        f"The verdict is doubtful: only {share:.0%} of the predictions survive the first round at "
+        f"T = {level}. The noise level is too high for this denoiser and classifier (where steps_T "
+        "was given as a number, auto looks for a lower one), or the denoiser is not one for such "
+        "images."
+    )
+
+
+def _alone(names: Sequence[str], share: float) -> str:
+    several = f"Classes {', '.join(names[:-1])} and {names[-1]} stand"
+    subject = f"Class {names[0]} stands" if len(names) == 1 else several
+    return (
+        f"{subject} out by the discrepancy alone: what moves there goes to a few classes and not "
+        "back to all. That may be poison taken from a few classes, or clean images that look alike "
+        f"to the classifier once they are purified; {share:.0%} of the predictions in the other "
+        "classes survive all rounds. Look at the samples, or try a lower steps_T or another "
+        "denoiser."
+    )
