@@ -35,8 +35,7 @@ from defense.elixir.store import IntermediaryStore
 from diffusion.denoiser import Denoiser, load_denoiser
 from utils.classifier.models import build_classifier
 from utils.classifier.training import extract_features, predict
-from utils.devices import timed
-from utils.devices import mixed_precision, pick_device
+from utils.devices import mixed_precision, pick_device, timed
 from utils.images.data import DATASETS, LabeledImages
 
 CPU, M, N, STEPS_T = torch.device("cpu"), 10, 5, 150

@@ -26,8 +26,7 @@ from utils.classifier.models import build_classifier
 from utils.classifier.training import Trainer, make_optimizer
 from utils.compiled import Compiled
 from utils.config import TrainConfig
-from utils.devices import timed
-from utils.devices import autocast, pick_device
+from utils.devices import autocast, pick_device, timed
 from utils.images.data import DATASETS, LabeledImages
 
 CLASSIFIERS = {"preactresnet_small": 12, "preactresnet18": 3}  # steps an epoch

@@ -10,8 +10,7 @@ from torch import nn
 from attack.badnet import BadNet
 from attack.poisoning.poison import PoisonConfig
 from attack.poisoning.run import RunConfig
-from defense import dataelixir
-from defense.elixir import purifier
+from defense.elixir import purification, purifier
 from defense.elixir.purifier import Purifier
 from defense.harness.case import save_case
 from defense.harness.defense import Defense, Findings, find_defense
@@ -272,7 +271,7 @@ def test_training_longer_spends_what_dataelixir_spends(spy):
 
 def test_training_longer_has_as_many_epochs_as_dataelixir_at_the_same_rates(monkeypatch):
     monkeypatch.setattr(
-        dataelixir, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser()
+        purification, "open_denoiser", lambda config, resolution, dataset: FlatDenoiser()
     )
     monkeypatch.setattr(models, "build_classifier", pooled_net)
     seen = {}

@@ -12,8 +12,8 @@ from defense.dataelixir import DataElixir
 from defense.elixir import purification, rounds
 from defense.elixir.purifier import requantised
 from defense.elixir.verdict import Verdict
-from defense.harness.defense_run import DefenseRun
 from defense.harness.case import Case
+from defense.harness.defense_run import DefenseRun
 from defense.harness.run import run_defense
 from diffusion.sampler import Sampler
 from tests.toys import CORNER, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset

@@ -113,7 +113,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_run_exports_what_it_poisoned_and_again_later(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RECORDS", tmp_path / "record")
-    monkeypatch.setattr("defense.dataelixir.check", lambda *_: None)
+    monkeypatch.setattr("defense.dataelixir.DataElixir.check", lambda *_: None)
     for folder in ("first", "second"):
         main(
             Bpp,

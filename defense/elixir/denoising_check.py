@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from diffusion.sampler import Sampler, Schedule
 from utils.randomness import keyed_generator
 
 log = logging.getLogger("dataelixir")
@@ -29,20 +30,12 @@ def denoising_check(
         seed: key of the choice and the noise.
         device: where the denoiser is.
     """
-    from diffusion.sampler import Sampler, Schedule
-
     generator = keyed_generator(seed, "denoising")
     x0 = images[torch.randperm(len(images), generator=generator)[:SAMPLE]].float() / 127.5 - 1
     noise, t = torch.randn(x0.shape, generator=generator), level - 1
     ab, variance = Schedule().alpha_bar(t), x0.var(correction=0).item()
-    predicted = (
-        denoiser(
-            Sampler(None).q_sample(x0, t, noise).to(device),
-            torch.full((len(x0),), t, device=device),
-        )
-        .float()
-        .cpu()
-    )
+    x_t = Sampler(denoiser).q_sample(x0, t, noise).to(device)
+    predicted = denoiser(x_t, torch.full((len(x0),), t, device=device)).float().cpu()
     return (predicted - noise).square().mean().item(), ab * variance / (ab * variance + 1 - ab)
 
 

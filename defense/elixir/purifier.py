@@ -206,7 +206,7 @@ def purifier_for(
     The published preset never compiles; nor does who says that there are no images.
     """
     order = torch.channels_last if device.type == "cuda" else torch.preserve_format
-    purifier = Purifier(denoiser.to(device, memory_format=order), config, seed, device, amp)
+    purifier = Purifier(denoiser.to(device).to(memory_format=order), config, seed, device, amp)
     passes = purifier.passes_per_image * images
     if config.rules is not PUBLISHED and worth_compiling(denoiser, passes, device):
         purifier.denoiser = Compiled(denoiser)

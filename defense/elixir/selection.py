@@ -8,6 +8,7 @@ is farther away than four in five of the others is taken.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +145,8 @@ def _window_sum(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Sum over all windows of width 3 along `axes`, which each shrink by 2."""
     for axis in axes:
         inner = values.shape[axis] - WINDOW + 1
-        values = sum(values.narrow(axis, offset, inner) for offset in range(WINDOW))
+        parts = (values.narrow(axis, offset, inner) for offset in range(WINDOW))
+        values = functools.reduce(torch.add, parts)
     return values
 
 

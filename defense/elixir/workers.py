@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -47,7 +47,8 @@ class Workers:
     """Makes blocks together with the same object in the other processes."""
 
     def __init__(self, work: Work):
-        self.work, self.halving = work, Halving("purify_batch_size")
+        self.work: Any = work
+        self.halving = Halving("purify_batch_size")
 
     def blocks(self, parts: Sequence[Tensor]) -> Iterator[Block]:
         """The blocks of these index tensors, in their order; called in process 0."""
