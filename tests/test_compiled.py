@@ -116,7 +116,7 @@ def test_purified_bits_and_votes_depend_on_no_division_into_batches():
         build_unet(DenoiserConfig(out="", channels="32,32", layers_per_block=1), 16), 1, 50
     ).eval()
     config, images, index = (
-        PurifyConfig(steps_T=3, rounds_n=1, last_steps_m=2, compile="off"),
+        PurifyConfig(steps_T=3, rounds_n=1, last_steps_m=2),
         random_images(90, 3, 16, 16),
         torch.arange(90),
     )
