@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import run_script, shown, write_results
+from defense.elixir.config import PUBLISHED_RULE
 from defense.elixir.power import detection_power
-from defense.elixir.target_label import PUBLISHED_RULE, TargetRule, target_labels
+from defense.elixir.target_label import TargetRule, target_labels
 from defense.elixir.verdict import UNKNOWN, filter_candidates
 from utils.page.source import Source
 from utils.storage.record import RECORDS, load_arrays
