@@ -151,7 +151,7 @@ def train(data: DataConfig, config: DenoiserConfig) -> None:
 def forecast(training) -> str:
     """What a Training, which is thrown away, would cost."""
     from utils.cost import format_duration
-    from utils.storage.record import peak_rss_bytes
+    from utils.storage.environment import peak_rss_bytes
 
     config, gflops = training.config, training.gflops
     seconds = config.steps * training.seconds_per_step()
@@ -219,7 +219,7 @@ def save(training, data: DataConfig, config: DenoiserConfig) -> None:
     """Write the averaged weights, with what one needs to know about them beside them."""
     import torch
 
-    from utils.storage.record import environment
+    from utils.storage.environment import environment
 
     denoiser, device = training.averaged(), training.device
     is_gpu, minutes, loss = device.type == "cuda", training.seconds / 60, training.finite_loss()

@@ -30,22 +30,10 @@ from jsonargparse.typing import (
 )
 from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
-from utils.command import UserError, command_line
-from utils.old_keys import OldKeys, RemovedKey, last_value
+from utils.command import UserError, command_line  # noqa: F401  for the commands
+from utils.old_keys import OldKeys, RemovedKey
+from utils.words import last_value, switched, yaml_first
 from utils.yaml_files import mapping, nearest, read_yaml
-
-__all__ = [
-    "Fraction",
-    "NonNegativeFloat",
-    "NonNegativeInt",
-    "OpenFraction",
-    "PositiveFloat",
-    "PositiveInt",
-    "UserError",
-    "command_line",
-    "nearest",
-    "read_yaml",
-]
 
 ROOT = Path(__file__).resolve().parent.parent
 # where results and caches lie: record/, or what the environment names (another disk, a test)
@@ -215,7 +203,7 @@ def parse_config(
     if kept:
         parser.parse_object(kept)  # a value that a key has no more is refused
         parser.set_defaults(kept)
-    words = parser.old_keys.in_words(_switched(_yaml_first(argv), switches))
+    words = parser.old_keys.in_words(switched(yaml_first(argv), switches))
     values = parser.parse_args(words).as_dict()
     return [
         cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init})
@@ -233,26 +221,6 @@ def _plain(cls: type, key: str, value: Any) -> Any:
         raise UserError(f"{key}: {value} is no number to compute with; give a finite one")
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     return plain(value) if plain else value
-
-
-def _yaml_first(argv: Sequence[str] | None) -> list[str]:
-    """The words with every --yaml_path in front: the later one wins, and that must be the flag."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    first: list[str] = []
-    rest: list[str] = []
-    while words:
-        taken = 2 if words[0] == "--yaml_path" else 1
-        (first if words[0].partition("=")[0] == "--yaml_path" else rest).extend(words[:taken])
-        del words[:taken]
-    return first + rest
-
-
-def _switched(words: Sequence[str], switches: set[str]) -> list[str]:
-    """The words with `true` behind each of `switches` that stands alone."""
-    found = []
-    for word, following in zip(words, [*words[1:], "--"]):
-        found += [word, "true"] if word in switches and following.startswith("--") else [word]
-    return found
 
 
 def peek(argv: Sequence[str] | None, key: str, default: str) -> str:

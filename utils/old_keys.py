@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from utils.command import UserError
+from utils.words import last_value
 
 
 class Alias(NamedTuple):
@@ -106,16 +107,6 @@ class OldKeys:
 
     def _refusal(self, key: str) -> UserError:
         return UserError(f"{key}: this key is gone; {self.removed[key].advice}")
-
-
-def last_value(words: Sequence[str], key: str) -> str | None:
-    """The value of the last --KEY VALUE or --KEY=VALUE of a command line, if there is one."""
-    found = None
-    for word, following in zip(words, [*words[1:], ""]):
-        flag, equals, value = word.partition("=")
-        if flag == f"--{key}":
-            found = value if equals else following
-    return found
 
 
 def _word(value: Any) -> str:

@@ -19,7 +19,7 @@ from utils.devices import pick_device, seconds
 from utils.images.data import Dataset, LabeledImages
 from utils.memory import Halving
 from utils.processes import world_size
-from utils.storage.record import peak_rss_bytes
+from utils.storage.environment import peak_rss_bytes
 
 MEASURED, VOTE_BYTES = 512, 50  # images that are timed; bytes of a vote with its resamples
 

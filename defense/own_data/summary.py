@@ -12,7 +12,7 @@ from defense.harness.result import Result
 from defense.own_data.given import Given
 from defense.own_data.output_folder import OutputFolder, outcome
 from utils.images.data import LabeledImages
-from utils.storage.record import environment, peak_rss_bytes
+from utils.storage.environment import environment, peak_rss_bytes
 
 SCHEMA = 1
 

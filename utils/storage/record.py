@@ -10,37 +10,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import logging
-import platform
 import re
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from utils.config import RECORDS, ROOT, UserError, command_line
+from utils.config import RECORDS, UserError, command_line
 from utils.storage import checksums, lock, mending
-from utils.storage.files import load_arrays, replacing, save_arrays, shortened, write_json
+from utils.storage.environment import environment
+from utils.storage.files import load_arrays, save_arrays  # noqa: F401  for who works with records
+from utils.storage.files import replacing, shortened, write_json
 from utils.yaml_files import is_short
-
-__all__ = [
-    "Record",
-    "environment",
-    "load_arrays",
-    "peak_rss_bytes",
-    "replacing",
-    "save_arrays",
-    "start_logging",
-    "write_json",
-]
 
 log = logging.getLogger("dataelixir")
 # keys that may differ when a run is continued: they say how fast or where, not what
@@ -57,7 +43,6 @@ RUNTIME_KEYS = (
 # what the data set was like, wherever it lay; records that are older than this key have none
 DATA_KEY = "data_sha256"
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
-PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn")
 
 
 class Record:
@@ -193,39 +178,6 @@ class Record:
     def _note_partial(self, name: str, seconds: float) -> None:
         with contextlib.suppress(OSError):
             (self / f".{name}.partial").write_text(f"{seconds:.2f}")
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and git commit, to lie beside results."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "git_commit": git_commit(),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit this code is at, with '+' where files differ from it; None outside a checkout."""
-    try:
-        changed = "+" if _git("status", "--porcelain", "-uno") else ""
-        return _git("rev-parse", "HEAD") + changed
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(ROOT), *words]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    return run.stdout.strip()
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _File(logging.FileHandler):

@@ -1,0 +1,36 @@
+"""The words of a command line, before a parser reads them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+
+
+def last_value(words: Sequence[str], key: str) -> str | None:
+    """The value of the last --KEY VALUE or --KEY=VALUE of a command line, if there is one."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""]):
+        flag, equals, value = word.partition("=")
+        if flag == f"--{key}":
+            found = value if equals else following
+    return found
+
+
+def yaml_first(argv: Sequence[str] | None) -> list[str]:
+    """The words with every --yaml_path in front: the later one wins, and that must be the flag."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    first: list[str] = []
+    rest: list[str] = []
+    while words:
+        taken = 2 if words[0] == "--yaml_path" else 1
+        (first if words[0].partition("=")[0] == "--yaml_path" else rest).extend(words[:taken])
+        del words[:taken]
+    return first + rest
+
+
+def switched(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """The words with `true` behind each of `switches` that stands alone."""
+    found = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        found += [word, "true"] if word in switches and following.startswith("--") else [word]
+    return found
