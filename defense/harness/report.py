@@ -20,7 +20,8 @@ from utils.classifier.metrics import (
     survival,
     suspicion,
 )
-from utils.storage.record import Record, environment, peak_rss_bytes
+from utils.storage.environment import environment, peak_rss_bytes
+from utils.storage.record import Record
 
 log = logging.getLogger("dataelixir")
 SCHEMA = 1

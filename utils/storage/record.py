@@ -24,8 +24,7 @@ import yaml
 from utils.config import RECORDS, UserError, command_line
 from utils.storage import checksums, lock, mending
 from utils.storage.environment import environment
-from utils.storage.files import load_arrays, save_arrays  # noqa: F401  for who works with records
-from utils.storage.files import replacing, shortened, write_json
+from utils.storage.files import load_arrays, replacing, save_arrays, shortened, write_json  # noqa: F401
 from utils.yaml_files import is_short
 
 log = logging.getLogger("dataelixir")
