@@ -1,4 +1,4 @@
-"""Cleaning toys whose truth is known: exact networks in place of trained ones, the command, and a finished run."""
+"""Cleaning toys whose truth is known: exact networks, the command, and a finished run."""
 
 import json
 import shutil

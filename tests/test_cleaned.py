@@ -1,4 +1,4 @@
-"""What lies in cleaned/ is its owner's: no run takes away what was changed or added there. And it is the set that was decided on."""
+"""What lies in cleaned/ is what was decided on, and then its owner's: no run takes it away."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from utils.storage.record import save_arrays, write_json
 
 
 def mine(cleaned):
-    """A user's work in cleaned/: a file more, one less, and one that is another; what lies there then."""
+    """A user's work in cleaned/: files more, one less, one changed; what lies there then."""
     first, second, *_ = sorted(cleaned.rglob("*.png"))
     first.write_bytes(b"mine")
     second.unlink()
@@ -111,7 +111,7 @@ def test_an_analysis_that_is_made_again_writes_its_own_set(finished):
 
 
 def test_requantised_images_are_given_out_unless_they_would_be_scaled(toy, tmp_path):
-    """cleaned/ holds what purified.npz does; what is dropped are the samples under suspicion alone."""
+    """cleaned/ holds what purified.npz does; dropped are the samples under suspicion alone."""
     data, out = toy(POISONED), tmp_path / "out"
     summary = run(data, out, "--conform")
     product = np.load(out / "purified.npz")

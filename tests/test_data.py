@@ -50,7 +50,7 @@ def image_tree(root, classes, count, seed=0):
 
 
 def gtsrb_tree(root, archive):
-    """torchvision's layout with 2, 3 and 1 training images of classes 0..2 and test images of classes 2, 0, 1."""
+    """torchvision's layout: 2, 3 and 1 training images of classes 0..2, test images of 2, 0, 1."""
     train = [
         (
             label,
@@ -144,7 +144,8 @@ def test_test_folders_that_are_no_classes_are_refused(tmp_path):
     image_tree(tmp_path / "test", ["cat", "Dog", "eel"], 1)
     with pytest.raises(
         UserError,
-        match=r"dataset_path: .*test has 2 folders that train/ has not, the first is Dog/\..*dog.*Rename",
+        match=r"dataset_path: .*test has 2 folders that train/ has not, the first is "
+        r"Dog/\..*dog.*Rename",
     ):
         load("imagefolder", tmp_path, image_size=6)
 
@@ -173,7 +174,8 @@ def test_parts_of_a_set_are_no_classes(tmp_path, parts):
         image_tree(tmp_path / part, ["cat", "dog"], 4)
     with pytest.raises(
         UserError,
-        match=f"dataset_path: .*{'/, '.join(sorted(parts))}/, which are no classes; name the two to be used train/ and test/",
+        match=f"dataset_path: .*{'/, '.join(sorted(parts))}/, which are no classes; "
+        "name the two to be used train/ and test/",
     ):
         load("imagefolder", tmp_path, image_size=6)
     image_tree(tmp_path / "rail", ["train", "tram"], 4)  # a class may be called so
@@ -282,10 +284,8 @@ def test_labeled_images_check_their_shapes():
 
 def test_every_data_set_has_an_entry_that_can_be_used():
     for name, info in DATASETS.items():
-        assert (
-            len(info.mean) == len(info.std) == 3
-            and min(info.std) > 0
-            and (info.url or name == "digits")
-        ), name
+        assert len(info.mean) == len(info.std) == 3, name
+        assert min(info.std) > 0, name
+        assert info.url or name == "digits", name
     assert not DATASETS["gtsrb"].flip
     assert DATASETS["cifar10"].flip

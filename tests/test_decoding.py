@@ -1,6 +1,7 @@
-"""Image files to tensors: PIL's own resize as reference, the cache, and files that are no images."""
+"""Image files to tensors: PIL's own resize as reference, the cache, files that are no images."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,10 +32,8 @@ def pixels(*shape, seed=0):
 
 def count_decoding(monkeypatch):
     """A list that grows with every file that is really opened."""
-    opened, original = [], decoding._decoded
-    monkeypatch.setattr(
-        decoding, "_decoded", lambda path, size: opened.append(path) or original(path, size)
-    )
+    opened, original = [], decoding.open_image
+    monkeypatch.setattr(decoding, "open_image", lambda path: opened.append(path) or original(path))
     return opened
 
 
@@ -92,7 +91,7 @@ def test_nothing_half_written_stays_in_the_cache(tmp_path, monkeypatch):
     files = [(write(tmp_path / "a.png", pixels(4, 4, 3)), 0)]
 
     def full_disk(file, **arrays):
-        open(file, "wb").write(b"half")
+        Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:  # a cache is not worth stopping for
@@ -106,7 +105,7 @@ def test_nothing_half_written_stays_in_the_cache(tmp_path, monkeypatch):
 def test_an_unreadable_image_is_named(tmp_path, content):
     good = write(tmp_path / "good.png", pixels(20, 20, 3))
     (tmp_path / "bad.png").write_bytes(
-        open(good, "rb").read()[:200] if content is None else content
+        Path(good).read_bytes()[:200] if content is None else content
     )
     with pytest.raises(UserError, match="bad.png: not an image"):
         decode_files([(good, 0), (str(tmp_path / "bad.png"), 1)], 20)

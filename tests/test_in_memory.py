@@ -1,4 +1,4 @@
-"""Sets that are handed over from Python: what is read as what, what is refused and in which words, and what is said to have changed."""
+"""Sets handed over from Python: what is read as what, what is refused, and what has changed."""
 
 from dataclasses import replace
 
@@ -113,7 +113,7 @@ class Endless(IterableDataset):
         (
             pairs(random_images(9, 8, 3).numpy()),
             None,
-            r"data: images of different shapes or types, uint8 \(9, 8, 3\) and uint8 \(8, 8, 3\); bring",
+            r"data: images of different shapes or types, uint8 \(9, 8, 3\) and uint8 \(8, 8, 3\)",
         ),
         (pairs(ARRAYS[0] / 255), None, "data: images of different shapes or types, float64"),
         (pairs(Image.new("F", (8, 8))), None, "data: image 0 cannot be used .floating point"),

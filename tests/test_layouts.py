@@ -1,4 +1,4 @@
-"""Sets in the layouts that people keep: read whole, written back with nothing touched that was not to be."""
+"""Sets in the layouts that people keep: read whole, written back with nothing else touched."""
 
 import os
 import pickle
@@ -36,7 +36,7 @@ def unchanged(layout, size):
 
 
 def with_changes(layout, size, labels, replaced=(), dropped=()):
-    """An outcome with new labels {sample: label}, and samples whose image is replaced or that are left out."""
+    """An outcome with new labels {sample: label}, replaced images, and samples left out."""
     result = unchanged(layout, size)
     new = layout.labels.clone()
     new[list(labels)] = torch.tensor(list(labels.values()), dtype=torch.int64)
@@ -46,7 +46,7 @@ def with_changes(layout, size, labels, replaced=(), dropped=()):
 
 @pytest.fixture
 def folder(tmp_path):
-    """cat/1.png, cat/2.jpg, cat/deep/3.png, dog/1.png (grey), dog/2.png, an empty class, and files that are no images."""
+    """Pictures of cats and dogs, dog/1.png in grey, an empty class, and a file that is no image."""
     root, pixels = tmp_path / "set", random_images(5, 12, 12, 3).numpy()
     for k, name in enumerate(
         ("cat/1.png", "cat/2.jpg", "cat/deep/3.png", "dog/1.png", "dog/2.png")

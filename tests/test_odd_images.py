@@ -1,4 +1,4 @@
-"""Image folders as people have them: odd images are read as a viewer shows them, or listed with a reason before anything is computed."""
+"""Image folders as people have them: odd images are read as seen, or listed with a reason."""
 
 import os
 import re
@@ -163,7 +163,8 @@ def test_bad_images_are_listed_with_their_reasons_before_anything_is_computed(tm
     (root / "test" / "b" / "late.bmp").write_bytes(b"BM")
     with pytest.raises(
         UserError,
-        match=rf"dataset_path: {len(BAD) + 1} image files in .*data cannot be used, the first is .*\n.*--on_bad_image skip",
+        match=rf"dataset_path: {len(BAD) + 1} image files in .*data cannot be used, "
+        r"the first is .*\n.*--on_bad_image skip",
     ):
         load(root)
     for name, (_, reason) in BAD.items():

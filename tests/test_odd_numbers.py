@@ -1,10 +1,11 @@
-"""Runs at the edges: no poison, nothing but poison, every class a target, classes of three, 200 classes, a victim that knows nothing."""
+"""Runs at the edges: no poison, all poison, all targets, 200 classes of three, a blind victim."""
 
+import csv
 import json
 
 import pytest
 
-from tests.world import CLASSES, TRAIN, World
+from tests.world import CLASSES, World
 
 REPORT_KEYS = {"victim", "benign", "detection", "relabel", "target_labels", "rounds", "status"}
 
@@ -12,7 +13,8 @@ REPORT_KEYS = {"victim", "benign", "detection", "relabel", "target_labels", "rou
 def finished(world, name, *words):
     """The report of a run that must end well."""
     code, _ = world.run(name, *words)
-    assert code == 0 and "Traceback" not in world.said(), world.said()
+    assert code == 0, world.said()
+    assert "Traceback" not in world.said()
     report = json.loads((world.record(name) / "report.json").read_text())
     assert set(report) >= REPORT_KEYS
     return report
@@ -27,7 +29,7 @@ def test_no_poison_at_all(world, conform):
     assert all(row["poison_reads_target"] is None for row in report["rounds"])
     assert report["status"] in ("ok", "no-backdoor-found")
     assert (report["power"] is None) == bool(report["target_labels"]["detected"])
-    assert len(report["notes"]) == (report["power"] is not None)
+    assert report["notes"] or report["power"] is None
 
 
 @pytest.mark.parametrize("conform", ["true", "false"])
@@ -41,9 +43,9 @@ def test_everything_poisoned(world, conform):
 
 
 def test_every_class_a_target(world):
-    assert finished(world, "all2all", "--attack_label_trans", "all2all", "--conform", "false")[
-        "target_labels"
-    ]["true"] == list(range(CLASSES))
+    words = ("--attack_label_trans", "all2all", "--conform", "false")
+    report = finished(world, "all2all", *words)
+    assert report["target_labels"]["true"] == list(range(CLASSES))
 
 
 def test_a_victim_at_chance(world):
@@ -61,21 +63,10 @@ def test_a_learning_rate_that_loses_the_loss(world):
 
 def test_two_hundred_classes_of_three(tmp_path):
     world = World(tmp_path, classes=200, train=3, test=1)
-    report = finished(
-        world,
-        "many",
-        "--epochs",
-        "1",
-        "--rounds_n",
-        "1",
-        "--steps_T",
-        "4",
-        "--purify_batch_size",
-        "128",
-        "--pratio",
-        "0.01",
-        "--conform",
-        "false",
-    )
+    words = "--epochs 1 --rounds_n 1 --steps_T 4 --purify_batch_size 128 --pratio 0.01"
+    report = finished(world, "many", *words.split(), "--conform", "false")
     assert report["victim"]["n_clean"] == 200
-    assert TRAIN != 3
+    with open(world.record("many") / "decisions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 600
+    assert {int(row["new_label"]) for row in rows} <= set(range(200))

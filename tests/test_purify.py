@@ -1,4 +1,4 @@
-"""A folder in, a folder out: on a toy whose truth is known, from the command line and from Python."""
+"""A folder in, a folder out: a toy whose truth is known, from the command line and Python."""
 
 import csv
 from html import unescape
@@ -196,7 +196,8 @@ def test_the_readmes_example_runs(toy):
     example = readme.split("<!-- api example -->")[1].split("```")[1].removeprefix("python\n")
     toys = lambda **keys: DataElixirConfig(**keys) and CONFIG  # its keys exist; the toy's are used
     space = {"images": POISONED.images, "labels": POISONED.labels, "toys": toys}
-    exec(compile(example.replace("DataElixirConfig(", "toys("), "README.md", "exec"), space)  # noqa: S102 that it runs is the test
+    example = example.replace("DataElixirConfig(", "toys(")
+    exec(compile(example, "README.md", "exec"), space)  # noqa: S102 that it runs is the test
     assert torch.equal(space["cleaned"].data.labels, TRUTH.original_labels)
 
 

@@ -1,4 +1,4 @@
-"""Cleaning sets as strangers hand them over: odd images and names, links, few classes, another victim, files in cleaned/ that are the user's."""
+"""Cleaning sets as strangers hand them over: odd images and names, links, few classes, victims."""
 
 import csv
 import os
@@ -25,7 +25,10 @@ from utils.page.record_page import write_page
 
 @pytest.fixture
 def odd(tmp_path):
-    """a/: 16 bits of grey, a picture that EXIF turns, transparency; b/: a plain picture and a link to it. All 8 wide and 12 high as seen."""
+    """a/: 16 bits of grey, a picture that EXIF turns, transparency; b/: a plain one and a link to it.
+
+    All are 8 wide and 12 high as seen.
+    """
     root, pixels = tmp_path / "set", random_images(12, 8, 4).numpy()
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -82,7 +85,8 @@ def test_links_out_of_the_folder_and_bad_files_are_refused_by_name(
     Image.new("1", (9001, 9000)).save(odd / "b" / "bomb.png")
     with pytest.raises(
         UserError,
-        match=r"data: 4 image files in .*set cannot be used, the first is .*/a/out.png: leads out of the data folder;\nrepair",
+        match=r"data: 4 image files in .*set cannot be used, the first is "
+        r".*/a/out.png: leads out of the data folder;\nrepair",
     ):
         open_layout(odd)
     assert "c/plain.png: leads out" in caplog.text

@@ -83,9 +83,8 @@ def open_with_kind(path: str | Path) -> tuple[Image.Image, bool]:
 def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image" if os.path.getsize(path) else "empty file"
-    return (
-        (isinstance(error, OSError) and error.strerror) or shortened(error) or type(error).__name__
-    )
+    told = isinstance(error, OSError) and error.strerror
+    return told or shortened(error) or type(error).__name__
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -166,7 +165,7 @@ def _decode(files: Sequence[tuple[str, int]], size: int) -> Decoded:
     kept: list[int] = []
     for place, (path, _) in enumerate(files):
         try:
-            images[len(kept)] = _decoded(path, size)
+            images[len(kept)] = _resized(open_image(path), size)
             kept.append(place)
         except BadImage as error:
             bad[place] = str(error)
@@ -190,10 +189,6 @@ def _keep(cached: Path, found: Decoded) -> None:
         log.warning("decoded images are not kept for the next run: %s", shortened(error))
 
 
-def _decoded(path: str, size: int) -> np.ndarray:
-    return _resized(open_image(path), size)
-
-
 def _fingerprint(files: Sequence[tuple[str, int]], size: int) -> str:
     digest = hashlib.sha256(f"{RULES} {size}".encode())
     for path, label in files:
@@ -214,18 +209,13 @@ def files_by_class(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]
 
     What is hidden, or in a hidden folder, and other endings are passed over.
     """
-    return [
-        (str(path), label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_ENDINGS
-        and not _is_hidden(path.relative_to(folder / name))
-        and not path.is_dir()
-    ]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    found = []
+    for label, root in enumerate(folder / name for name in classes):
+        for path in sorted(root.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            if path.suffix.lower() in IMAGE_ENDINGS and not hidden and not path.is_dir():
+                found.append((str(path), label))
+    return found
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
