@@ -69,11 +69,7 @@ def class_names(labels: Tensor, classes: Sequence[str] | None) -> tuple[str, ...
 
 
 def _columns(data: Any) -> tuple[list[Any], list[Any]]:
-    """Images and labels of a Dataset; what its own code raises is left as it is.
-
-    Raises:
-        UserError: no Dataset with a length, or of other things than pairs.
-    """
+    """Images and labels of a Dataset; what its own code raises is left as it is."""
     if isinstance(data, (Tensor, np.ndarray)):
         raise UserError(
             "labels: give integers (N,) with these images; only a Dataset of (image, label) pairs "
@@ -98,11 +94,7 @@ def _columns(data: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _as_array(column: Any, what: str) -> np.ndarray:
-    """A column of N things as an array.
-
-    Raises:
-        UserError: nothing at all, or things of different shapes or kinds of number.
-    """
+    """A column of N things as an array."""
     if not isinstance(column, (list, tuple)):
         return _item(column, what)
     arrays = [_item(item, what) for item in column]
@@ -118,11 +110,7 @@ def _as_array(column: Any, what: str) -> np.ndarray:
 
 
 def _item(value: Any, what: str) -> np.ndarray:
-    """A tensor, an array, a number or a PIL image, read as an image file is, as an array.
-
-    Raises:
-        UserError: something that cannot be one.
-    """
+    """A tensor, an array, a number or a PIL image, read as an image file is, as an array."""
     try:
         if hasattr(value, "convert"):
             return np.asarray(as_rgb(value))
@@ -138,11 +126,7 @@ def _item(value: Any, what: str) -> np.ndarray:
 
 
 def _rounded(pixels: np.ndarray) -> Tensor:
-    """uint8 of floats in [0, 1]; less than half a level outside is rounding of whoever made them.
-
-    Raises:
-        UserError: floats of another range, or nan.
-    """
+    """uint8 of floats in [0, 1]; up to half a level outside is the rounding of a resize."""
     kind = np.float32 if pixels.dtype.itemsize <= 4 else np.float64
     known = torch.as_tensor(np.ascontiguousarray(pixels, dtype=kind))
     low, high = (bound.item() for bound in known.aminmax())

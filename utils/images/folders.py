@@ -34,37 +34,24 @@ def read_parts(
     found = [decode_readable(part, config.image_size, root) for part in parts]
     both = list(zip(parts, found))
     bad = [f"{part[k][0]}: {reason}" for part, read in both for k, reason in read.bad.items()]
-    _tell_bad(bad, sum(map(len, parts)), root)
+    told = tell_bad(bad, sum(map(len, parts)), root)
     if bad and config.on_bad_image == "stop":
-        raise UserError(
-            f"dataset_path: {_first_of(bad, root)}, or leave it out with --on_bad_image skip"
-        )
+        raise UserError(f"dataset_path: {told}, or leave it out with --on_bad_image skip")
     if classes:
         _tell_oddities(parts, found, classes)
     return [(read.images, [part[place][1] for place in read.kept]) for part, read in both]
 
 
-def refuse_bad(bad: Sequence[str], total: int, root: Path) -> None:
-    """Raises UserError where files of a set are no usable images, after logging all of them.
+def tell_bad(bad: Sequence[str], total: int, root: Path) -> str:
+    """Log which files of a set are no usable images; returns the complaint, empty without any.
 
     Args:
         bad: "path: reason" of each.
         total: files in the set.
     """
-    _tell_bad(bad, total, root)
-    if bad:
-        raise UserError(f"data: {_first_of(bad, root)}")
-
-
-def _tell_bad(bad: Sequence[str], total: int, root: Path) -> None:
     _tell(f"{len(bad)} of {total} image files in {root} cannot be used", bad)
-
-
-def _first_of(bad: Sequence[str], root: Path) -> str:
-    return (
-        f"{len(bad)} image files in {root} cannot be used, the first is {bad[0]};\n"
-        "repair or remove what is listed above"
-    )
+    told = f"{len(bad)} image files in {root} cannot be used, the first is {''.join(bad[:1])};\n"
+    return told + "repair or remove what is listed above" if bad else ""
 
 
 def refuse_unknown(test: Path, classes: Sequence[str]) -> None:

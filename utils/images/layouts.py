@@ -32,7 +32,7 @@ from utils.images.decoding import (
     resize_all,
     training_part,
 )
-from utils.images.folders import refuse_bad
+from utils.images.folders import tell_bad
 from utils.images.layout import Layout, Outcome, fitted
 
 
@@ -108,7 +108,8 @@ class ImageFolder(Layout):
                 shapes.append((image.height, image.width, grey))
             except BadImage as error:
                 bad.append(f"{self.folder / path}: {error}")
-        refuse_bad(bad, len(self.paths), self.folder)
+        if told := tell_bad(bad, len(self.paths), self.folder):
+            raise UserError(f"data: {told}")
         return shapes
 
     def images(self, size: int) -> Tensor:
