@@ -1,21 +1,16 @@
-"""Adaptive-Blend: Qi et al., "Revisiting the Assumption of Latent Separability for Backdoor Defenses", ICLR 2023.
+"""Adaptive-Blend: Qi et al., "Revisiting the Assumption of Latent Separability for Backdoor
+Defenses", ICLR 2023.
 
-x' = x + a m (T - x): the picture of Blended in 4 x 4 pieces, of which a random half is missing in each training image
-and none at test. As many cover samples carry the same trigger with their true label, so that poisoned samples do not
-stand apart in feature space.
+x' = x + a m (T - x): the picture of Blended in 4 x 4 pieces, of which a random half is missing in
+each training image and none at test. As many cover samples carry the same trigger with their true
+label, so that poisoned samples do not stand apart in feature space.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from attack.poisoning.picture import load_picture
-from attack.poisoning.run import main
+from attack.poisoning.command import main
 from attack.poisoning.trigger import Trigger
 from utils.config import Fraction, NonNegativeFloat
-from utils.late import torch
-from utils.randomness import per_sample
 
 GRID = 4  # pieces per side
 
@@ -31,29 +26,34 @@ class AdaptiveBlend(Trigger):
         cross_ratio: cover samples per poisoned sample.
     """
 
-    name: ClassVar[str] = "adaptive_blend"
+    name = "adaptive_blend"
     attack_trigger_img_path: str = "cartoon"
     alpha_train: Fraction = 0.15
     alpha_test: Fraction = 0.2
     cross_ratio: NonNegativeFloat = 1.0
 
     def prepare(self, context):
-        picture = load_picture(self.attack_trigger_img_path, context.dataset.train.images.shape[-1])
+        import torch
+
+        from attack.poisoning.picture import load_picture
+
+        picture = load_picture(self.attack_trigger_img_path, context.side)
         return self.with_fitted(picture=picture, seed=torch.tensor(context.seed))
 
     def stamp(self, x, index, split):
         if split == "test":
             return x + self.alpha_test * (self.fitted["picture"] - x)
-        return x + self.alpha_train * self.pieces(index, x.shape[-1]) * (self.fitted["picture"] - x)
+        laid = self.pieces(index, x.shape[-1])
+        return x + self.alpha_train * laid * (self.fitted["picture"] - x)
 
     def pieces(self, index, size):
-        """bool (B, 1, size, size): where the picture is laid over each training image, half of the 16 pieces."""
-        kept = per_sample(
-            lambda g: torch.randperm(GRID**2, generator=g) < GRID**2 // 2,
-            index,
-            int(self.fitted["seed"]),
-            self.name,
-        )
+        """bool (B, 1, size, size): where each training image is covered, 8 of the 16 pieces."""
+        import torch
+
+        from utils.randomness import per_sample
+
+        half = lambda g: torch.randperm(GRID**2, generator=g) < GRID**2 // 2
+        kept = per_sample(half, index, int(self.fitted["seed"]), self.name)
         piece_of = torch.arange(size) * GRID // size
         return kept.view(-1, 1, GRID, GRID)[:, :, piece_of][..., piece_of]
 

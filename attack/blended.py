@@ -1,15 +1,12 @@
-"""Blended: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", arXiv 1712.05526.
+"""Blended: Chen et al., "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning",
+arXiv 1712.05526.
 
 x' = (1 - a) x + a T: a whole picture T shines through the image.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import ClassVar
 
-from attack.poisoning.picture import load_picture
-from attack.poisoning.run import main
+from attack.poisoning.command import main
 from attack.poisoning.trigger import Trigger
 from utils.config import Fraction
 
@@ -24,17 +21,15 @@ class Blended(Trigger):
         alpha_test: share of the picture in triggered test images.
     """
 
-    name: ClassVar[str] = "blended"
+    name = "blended"
     attack_trigger_img_path: str = "cartoon"
     alpha_train: Fraction = 0.2
     alpha_test: Fraction = 0.2
 
     def prepare(self, context):
-        return self.with_fitted(
-            picture=load_picture(
-                self.attack_trigger_img_path, context.dataset.train.images.shape[-1]
-            )
-        )
+        from attack.poisoning.picture import load_picture
+
+        return self.with_fitted(picture=load_picture(self.attack_trigger_img_path, context.side))
 
     def stamp(self, x, index, split):
         alpha = self.alpha_train if split == "train" else self.alpha_test

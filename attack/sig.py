@@ -1,18 +1,16 @@
-"""SIG: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning", arXiv 1902.11237.
+"""SIG: Barni et al., "A New Backdoor Attack in CNNs by Training Set Corruption without Label
+Poisoning", arXiv 1902.11237.
 
-X' = X + D sin(2 pi j f / W): vertical stripes, the same in every row and channel, on images of the target class only.
+X' = X + D sin(2 pi j f / W): vertical stripes, the same in every row and channel, on images of the
+target class only.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
-from attack.poisoning.run import main
+from attack.poisoning.command import main
 from attack.poisoning.trigger import Trigger
 from utils.config import PositiveFloat
-from utils.late import torch
 
 
 @dataclass(frozen=True)
@@ -25,17 +23,18 @@ class Sig(Trigger):
         sig_f: periods f over the width W of an image.
     """
 
-    name: ClassVar[str] = "sig"
-    label_mode: ClassVar[str] = "clean"
+    name = "sig"
+    label_mode = "clean"
     delta_train: PositiveFloat = 40.0
     delta_test: PositiveFloat = 40.0
     sig_f: PositiveFloat = 6.0
 
     def stamp(self, x, index, split):
+        import torch
+
         width = x.shape[-1]
-        wave = torch.sin(
-            2 * math.pi * self.sig_f / width * torch.arange(width, dtype=torch.float64)
-        ).float()
+        columns = torch.arange(width, dtype=torch.float64)
+        wave = torch.sin(2 * math.pi * self.sig_f / width * columns).float()
         return x + (self.delta_train if split == "train" else self.delta_test) / 255 * wave
 
 

@@ -20,33 +20,28 @@ TRUTH = "truth.csv"
 
 
 def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequence[str]) -> None:
-    """Write FOLDER/<given class>/<index>.png, manifest.csv (path, given label) and, apart, truth.csv; all of it or nothing.
+    """Write FOLDER/<given class>/<index>.png, manifest.csv (path, given label) and truth.csv.
 
-    Every class has a folder, also an empty one, so that labels can be read off the sorted names. A folder that holds this very
-    export, from a run that was interrupted later, is left as it is.
+    All of it is written or nothing. Every class has a folder, also an empty one, so that labels can
+    be read off the sorted names. A folder that holds this very export, from a run that was
+    interrupted later, is left as it is.
 
     Raises:
         UserError: the folder holds something else already.
     """
     refuse_occupied(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    labels = data.labels.tolist()
+    paths = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(labels)]
+    truths = [t.int().tolist() for t in (truth.original_labels, truth.poison, truth.cover)]
+    columns = ("path", "original_label", "poison", "cover")
     try:
         for name in classes:
             (temporary / name).mkdir(parents=True)
-        paths = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(data.labels.tolist())]
         for path, image in zip(paths, data.images):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary / path)
-        _write_csv(temporary / "manifest.csv", ("path", "label"), zip(paths, data.labels.tolist()))
-        _write_csv(
-            temporary / TRUTH,
-            ("path", "original_label", "poison", "cover"),
-            zip(
-                paths,
-                truth.original_labels.tolist(),
-                truth.poison.int().tolist(),
-                truth.cover.int().tolist(),
-            ),
-        )
+        _write_csv(temporary / "manifest.csv", ("path", "label"), zip(paths, labels))
+        _write_csv(temporary / TRUTH, columns, zip(paths, *truths))
         if folder.is_dir() and _same_files(temporary, folder):
             return
         if folder.exists() and any(folder.iterdir()):
@@ -58,9 +53,9 @@ def export_images(folder: Path, data: LabeledImages, truth: Truth, classes: Sequ
 
 def refuse_occupied(folder: Path) -> None:
     """Fail early: raises UserError where something lies there that is no export."""
-    if folder.exists() and not (
-        folder.is_dir() and ((folder / TRUTH).is_file() or not any(folder.iterdir()))
-    ):
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / TRUTH).is_file()):
         raise _occupied(folder)
 
 
@@ -70,15 +65,12 @@ def _occupied(folder: Path) -> UserError:
 
 def _same_files(one: Path, other: Path) -> bool:
     """Whether two folders hold the same files with the same bytes."""
-    names = [
-        sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-        for folder in (one, other)
-    ]
-    return names[0] == names[1] and all(
-        filecmp.cmp(one / name, other / name, shallow=False)
-        for name in names[0]
-        if (one / name).is_file()
-    )
+    listed = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    names = listed(one)
+    if names != listed(other):
+        return False
+    files = [name for name in names if (one / name).is_file()]
+    return not any(filecmp.cmpfiles(one, other, files, shallow=False)[1:])
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

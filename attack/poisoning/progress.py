@@ -1,4 +1,4 @@
-"""Fits that take minutes go on where they were interrupted: what they train is kept after every epoch."""
+"""Fits of minutes go on where they were interrupted: what they train is kept after every epoch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.late import torch
-from utils.storage.files import replacing
+import torch
+from torch import Tensor
+
+from utils.storage.files import replacing, shortened
 
 log = logging.getLogger("dataelixir")
 
@@ -16,7 +18,8 @@ log = logging.getLogger("dataelixir")
 class Progress:
     """Files STEM.STAGE.pt of a fit that is under way.
 
-    Random draws of a fit are keyed by its epochs; then one that was interrupted ends as if it had not been.
+    Random draws of a fit are keyed by its epochs; then one that was interrupted ends as if it had
+    not been.
 
     Args:
         stem: path of these files without `.STAGE.pt`.
@@ -30,24 +33,22 @@ class Progress:
         return self.stem.with_name(f"{self.stem.name}.{stage}.pt")
 
     def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
-        """The numbers, from 0, of the epochs that are left of `count`; `parts` are brought to where they were, and kept after each.
+        """The numbers, from 0, of the epochs that are left of `count`.
 
         Args:
             stage: one of those that the fit consists of.
-            parts: what the epochs change: tensors, or modules, optimizers and schedules with their `state_dict`.
+            parts: what the epochs change: tensors, or modules, optimizers and schedules with their
+                `state_dict`. They are brought to where they were, and kept after each epoch.
         """
         first = self._resumed(stage, parts)
         for epoch in range(first, count):
             yield epoch
+            state = {
+                name: part.detach() if isinstance(part, Tensor) else part.state_dict()
+                for name, part in parts.items()
+            }
             with replacing(self.file(stage)) as temporary:
-                torch.save(
-                    {
-                        name: part.detach() if isinstance(part, torch.Tensor) else part.state_dict()
-                        for name, part in parts.items()
-                    }
-                    | {"epochs": epoch + 1},
-                    temporary,
-                )
+                torch.save(state | {"epochs": epoch + 1}, temporary)
 
     def _resumed(self, stage: str, parts: dict[str, Any]) -> int:
         file = self.file(stage)
@@ -56,17 +57,13 @@ class Progress:
         try:
             state = torch.load(file, weights_only=True, map_location="cpu")
         except Exception as error:  # pickle, zipfile and torch each raise their own
-            log.warning(
-                "%s: damaged (%s); this part of the fit starts again",
-                file,
-                " ".join(str(error).split())[:100],
-            )
+            reason = shortened(error)
+            log.warning("%s: damaged (%s); this part of the fit starts again", file, reason)
             return 0
         with torch.no_grad():
             for name, part in parts.items():
-                part.copy_(state[name]) if isinstance(part, torch.Tensor) else part.load_state_dict(
-                    state[name]
-                )
+                bring_back = part.copy_ if isinstance(part, Tensor) else part.load_state_dict
+                bring_back(state[name])
         log.info("%s: continuing after epoch %d", stage, state["epochs"])
         return state["epochs"]
 

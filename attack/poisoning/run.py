@@ -4,171 +4,92 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+import torch
+
+from attack.poisoning.command import Order
 from attack.poisoning.export import export_images, refuse_occupied
 from attack.poisoning.poison import (
     LabelMap,
-    PoisonConfig,
     Role,
     label_map,
     poison_training_set,
     trigger_test_set,
 )
-from attack.poisoning.trigger import FitContext, Trigger
+from attack.poisoning.trigger import FitContext
 from defense.elixir.forecast import training_line
 from defense.harness.case import Case, load_case, save_case
-from defense.harness.defense import Defense, find_defense
 from defense.harness.run import run_defense, show_finished
 from utils.classifier.metrics import EpochLog, Truth
 from utils.classifier.models import check_model, trained
-from utils.config import (
-    DataConfig,
-    TrainConfig,
-    as_flat_dict,
-    command_line,
-    parse_config,
-    passed_over,
-    peek,
-)
 from utils.devices import pick_device
 from utils.images.data import Dataset, LabeledImages, TriggeredImages, load_dataset
-from utils.late import torch
 from utils.page import figures
-from utils.processes import leading_process
 from utils.storage.record import DATA_KEY, Record, start_logging
 
 log = logging.getLogger("dataelixir")
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """The run.
-
-    Args:
-        save_folder_name: folder for everything this run produces, below record/; by default ATTACK_DATASET.
-        defense: name of a module of defense/ that gets the poisoned set.
-        stop_after: end the run after this stage.
-        export: new folder for the poisoned training set as images, with its labels and, apart, the truth.
-        dry_run: say what every stage would cost, from a little of it measured on the spot, and stop.
-    """
-
-    save_folder_name: str | None = None
-    defense: str = "dataelixir"
-    stop_after: Literal["poison", "victim", "report"] = "report"
-    export: str | None = None
-    dry_run: bool = False
-
-
-@command_line
-def main(trigger_class: type[Trigger], argv: Sequence[str] | None = None) -> None:
-    """Run the attack of `trigger_class`, then the defence, as the command line says."""
-    with leading_process() as leading:
-        if leading:
-            lead(trigger_class, argv)
-
-
-def lead(trigger_class: type[Trigger], argv: Sequence[str] | None) -> None:
-    """The stages in order."""
-    defense_class = find_defense(peek(argv, "defense", RunConfig.defense))
-    run, data_config, poison, defense, trigger = parse_config(
-        argv,
-        RunConfig,
-        DataConfig,
-        PoisonConfig,
-        defense_class,
-        trigger_class,
-        description=trigger_class.__doc__.split("\n")[0],
-    )
+def run_attack(order: Order) -> None:
+    """Check what can be checked beforehand, then run the stages up to `stop_after`."""
+    run, trigger, defense = order.run, order.trigger, order.defense
     start_logging(None)
-    dataset = load_dataset(data_config)
+    dataset = load_dataset(order.data)
     check_model(defense.model, dataset)
-    poison = replace(poison, attack=poison.attack or trigger.name)
-    labels_to = label_map(trigger, poison, dataset.num_classes)
+    labels_to = label_map(trigger, order.poison, dataset.num_classes)
     if run.stop_after == "report":
         defense.check(dataset)
     export = Path(os.path.abspath(os.path.expanduser(run.export))) if run.export else None
     if export:
         refuse_occupied(export)
     if run.dry_run:
-        log.info("\n".join(costs(run, trigger, defense, dataset)))
+        log.info("\n".join(costs(order, dataset)))
         return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
-    keys = as_flat_dict(
-        replace(run, save_folder_name=record.name, stop_after="report", export=None, dry_run=False),
-        data_config,
-        poison,
-        defense,
-        trigger,
-    )
-    record.claim(
-        keys | {DATA_KEY: dataset.digest(), "passed_over": passed_over(argv, defense_class)}
-    )  # for the defences that the record is defended with later
+    claimed = {DATA_KEY: dataset.digest(), "passed_over": order.passed_over}
+    record.claim(order.keys(record.name) | claimed)
     start_logging(record / "log.txt")
-    data, truth, triggered = poisoned_case(record, trigger, labels_to, poison, defense, dataset)
+    data, truth, triggered = poisoned_case(order, record, labels_to, dataset)
     if export:
         export_images(export, data, truth, dataset.classes)
-    if show_finished(record):
-        return
-    if run.stop_after == "poison":
+    if show_finished(record) or run.stop_after == "poison":
         return
     with record.stage("victim"):
-        observer = EpochLog(record / "metrics.csv", dataset.test, triggered)
+        observer, device = EpochLog(record / "metrics.csv", dataset.test, triggered), defense.device
         victim = trained(
-            "victim", data, defense, dataset, pick_device(defense.device), record.path, observer
+            "victim", data, defense, dataset, pick_device(device), record.path, observer
         )
-    if run.stop_after == "victim":
-        return
-    run_defense(defense, Case(trigger.name, data, truth, triggered, dataset, victim), record)
+    if run.stop_after == "report":
+        case = Case(trigger.name, data, truth, triggered, dataset, victim)
+        run_defense(defense, case, record)
 
 
-def costs(run: RunConfig, trigger: Trigger, defense: Defense, dataset: Dataset) -> list[str]:
+def costs(order: Order, dataset: Dataset) -> list[str]:
     """Lines that say what the stages of a run would cost."""
-    data, device, fits = (
-        dataset.train,
-        pick_device(defense.device),
-        getattr(trigger, "fit_images", None),
-    )
-    lines = [
-        f"poison: {len(data):,} images"
-        + (
-            f"; {trigger.name} is first fitted on {min(fits, len(data)):,} of them, which takes minutes and is not "
-            "measured here"
-            if fits
-            else ""
-        )
-    ]
-    if run.stop_after != "poison":
+    data, defense, stop_after = dataset.train, order.defense, order.run.stop_after
+    images = min(getattr(order.trigger, "fit_images", 0), len(data))
+    fitted = f"{order.trigger.name} is first fitted on {images:,} of them"
+    minutes = f"; {fitted}, which takes minutes and is not measured here" if images else ""
+    lines = [f"poison: {len(data):,} images{minutes}"]
+    if stop_after != "poison":
         lines.append(training_line("victim", data, defense, dataset))
-    return lines + (defense.costs(data, dataset) if run.stop_after == "report" else [])
+    return lines + (defense.costs(data, dataset) if stop_after == "report" else [])
 
 
 def poisoned_case(
-    record: Record,
-    trigger: Trigger,
-    labels_to: LabelMap,
-    poison: PoisonConfig,
-    config: TrainConfig,
-    dataset: Dataset,
+    order: Order, record: Record, labels_to: LabelMap, dataset: Dataset
 ) -> tuple[LabeledImages, Truth, TriggeredImages]:
     """What a defence may see and what only metrics may: from the record, or made now."""
     if "poison" in record.finished():
         return load_case(record)
     with record.stage("poison"):
-        trigger = trigger.prepare(FitContext(dataset, labels_to.target, config.random_seed, config))
-        poisoned = poison_training_set(
-            dataset.train, trigger, labels_to, poison, config.random_seed
-        )
+        seed = order.defense.random_seed
+        trigger = order.trigger.prepare(FitContext(dataset, labels_to.target, seed, order.defense))
+        poisoned = poison_training_set(dataset.train, trigger, labels_to, order.poison, seed)
         triggered = trigger_test_set(dataset.test, trigger, labels_to)
-        truth = Truth(
-            poisoned.original_labels,
-            poisoned.poison_indicator,
-            poisoned.roles == Role.COVER,
-            labels_to.targets,
-        )
+        poison, cover = poisoned.poison_indicator, poisoned.roles == Role.COVER
+        truth = Truth(poisoned.original_labels, poison, cover, labels_to.targets)
         save_case(record, poisoned.data, truth, triggered)
         write_trigger_sheet(record, dataset, triggered)
     return poisoned.data, truth, triggered
@@ -179,14 +100,11 @@ def write_trigger_sheet(record: Record, dataset: Dataset, triggered: TriggeredIm
     n = len(triggered.labels)
     if not n:
         log.warning(
-            "trigger.png is left out: no test image has a label that the attack would change, so there is no ASR either"
+            "trigger.png is left out: no test image has a label that the attack would change, "
+            "so there is no ASR either"
         )
         return
     picked = torch.linspace(0, n - 1, min(8, n)).long()
     captions = [dataset.classes[label] for label in triggered.original_labels[picked]]
-    figures.trigger_sheet(
-        record / "trigger.png",
-        dataset.test.images[triggered.index[picked]],
-        triggered.images[picked],
-        captions,
-    )
+    clean = dataset.test.images[triggered.index[picked]]
+    figures.trigger_sheet(record / "trigger.png", clean, triggered.images[picked], captions)

@@ -1,8 +1,9 @@
 """Trigger: uint8 images in, uint8 images out.
 
-The way to [0, 1], clamping and rounding are written here once, so that every attack is only its formula: a frozen
-dataclass whose fields are its config keys, with a `stamp`. Rounding (never truncation) keeps poisoned images free of
-the half-a-level darkening by which truncated ones could be told apart.
+The way to [0, 1], clamping and rounding are written here once, so that every attack is only its
+formula: a frozen dataclass whose fields are its config keys, with a `stamp`. Rounding (never
+truncation) keeps poisoned images free of the half-a-level darkening that would give them away.
+Nothing heavy is imported before there is an image, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from utils.config import TrainConfig
-from utils.images.data import Dataset, to_uint8, to_unit
-from utils.late import Tensor, no_grad, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from utils.images.data import Dataset
 
 Split = Literal["train", "test"]
 BATCH = 512
@@ -36,6 +41,11 @@ class FitContext:
     seed: int
     config: TrainConfig
 
+    @property
+    def side(self) -> int:
+        """Width and height of the images in pixels."""
+        return self.dataset.train.images.shape[-1]
+
 
 @dataclass(frozen=True)
 class Trigger:
@@ -43,16 +53,21 @@ class Trigger:
 
     Class attributes:
         name: the attack's name in configs and records.
-        label_mode: "dirty" changes labels to the target, "clean" poisons the target class and leaves labels alone.
-        cross_ratio: cover samples per poisoned sample; an attack that has them makes it a config field.
+        label_mode: "dirty" changes labels to the target, "clean" poisons the target class alone
+            and leaves its labels as they are.
     """
 
     name: ClassVar[str] = ""
     label_mode: ClassVar[Literal["dirty", "clean"]] = "dirty"
-    cross_ratio: ClassVar[float] = 0.0
-    fitted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # the tensors that `prepare` made
+    fitted: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def prepare(self, context: FitContext) -> Trigger:
+    @property
+    def cross_ratio(self) -> float:
+        """Cover samples per poisoned sample; an attack that has them makes it a config field."""
+        return 0.0
+
+    def prepare(self, context: FitContext) -> Self:
         """The trigger ready for use on this data: loads or fits what it needs; most need nothing.
 
         Raises:
@@ -60,7 +75,7 @@ class Trigger:
         """
         return self
 
-    def with_fitted(self, **tensors: Tensor) -> Trigger:
+    def with_fitted(self, **tensors: Tensor) -> Self:
         """A copy that holds what was prepared (patterns, masks, weights) as `self.fitted[name]`."""
         ready = copy.copy(self)
         object.__setattr__(ready, "fitted", tensors)
@@ -71,7 +86,7 @@ class Trigger:
 
         Args:
             x: (B, 3, H, W) in [0, 1]; not to be modified.
-            index: (B,) original data set index of each image, the key of all per-sample randomness.
+            index: (B,) each image's original index in the data set: the key of its randomness.
             split: "train" or "test", for attacks whose strength differs.
 
         Returns:
@@ -80,22 +95,25 @@ class Trigger:
         raise NotImplementedError
 
     def stamp_cover(self, x: Tensor, index: Tensor) -> Tensor:
-        """Put on training images what cover samples, which keep their labels, carry: the trigger, unless overridden."""
+        """What cover samples, which keep their labels, carry: the trigger, unless overridden."""
         return self.stamp(x, index, "train")
 
     def apply(self, images: Tensor, index: Tensor, split: Split = "train") -> Tensor:
-        """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) with the trigger; the input is left as it is."""
+        """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) with the trigger; the input stays as it is."""
         return _rounded(lambda x, i: self.stamp(x, i, split), images, index)
 
     def apply_cover(self, images: Tensor, index: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) as cover samples; the input is left as it is."""
+        """uint8 (N, 3, H, W) -> uint8 (N, 3, H, W) as cover samples; the input stays as it is."""
         return _rounded(self.stamp_cover, images, index)
 
 
-@no_grad
 def _rounded(stamp: Callable[[Tensor, Tensor], Tensor], images: Tensor, index: Tensor) -> Tensor:
+    import torch
+
+    from utils.images.data import to_uint8, to_unit
+
     if not len(images):
         return images.clone()
-    return torch.cat(
-        [to_uint8(stamp(to_unit(x), i)) for x, i in zip(images.split(BATCH), index.split(BATCH))]
-    )
+    parts = zip(images.split(BATCH), index.split(BATCH))
+    with torch.no_grad():
+        return torch.cat([to_uint8(stamp(to_unit(x), i)) for x, i in parts])

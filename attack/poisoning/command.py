@@ -1,0 +1,60 @@
+"""The command that every attack/<name>.py is: poison a training set, then defend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attack.poisoning.config import PoisonConfig, RunConfig
+from attack.poisoning.trigger import Trigger
+from defense.harness.defense import Defense, find_defense
+from utils.config import DataConfig, as_flat_dict, command_line, parse_config, passed_over, peek
+
+
+@dataclass(frozen=True)
+class Order:
+    """A command line that was read.
+
+    Attributes:
+        passed_over: keys of the YAML file that are for other defences, with which the record may
+            be defended later.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    poison: PoisonConfig
+    defense: Defense
+    trigger: Trigger
+    passed_over: dict[str, Any]
+
+    def keys(self, record_name: str) -> dict[str, Any]:
+        """The keys that a record is claimed with: those that its content depends on."""
+        run = replace(RunConfig(), save_folder_name=record_name, defense=self.run.defense)
+        return as_flat_dict(run, self.data, self.poison, self.defense, self.trigger)
+
+
+def read_order(trigger_class: type[Trigger], argv: Sequence[str] | None) -> Order:
+    """What the command line says.
+
+    Raises:
+        UserError: unknown keys, or values that do not fit.
+    """
+    defense = find_defense(peek(argv, "defense", RunConfig.defense))
+    classes = (RunConfig, DataConfig, PoisonConfig, defense, trigger_class)
+    described = (trigger_class.__doc__ or "").split("\n")[0]
+    run, data, poison, defense_keys, trigger = parse_config(argv, *classes, description=described)
+    poison = replace(poison, attack=poison.attack or trigger.name)
+    return Order(run, data, poison, defense_keys, trigger, passed_over(argv, defense))
+
+
+@command_line
+def main(trigger_class: type[Trigger], argv: Sequence[str] | None = None) -> None:
+    """Run the attack of `trigger_class`, then the defence, as the command line says."""
+    order = read_order(trigger_class, argv)
+    from attack.poisoning.run import run_attack
+    from utils.processes import leading_process
+
+    with leading_process() as leading:
+        if leading:
+            run_attack(order)
