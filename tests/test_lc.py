@@ -1,95 +1,141 @@
-"""LC: PGD stays in its bound and makes the class hard in training images; test images carry the patch alone."""
+"""LC: PGD stays in its bound and makes the class hard; test images carry the patch alone.
+
+The classifier that PGD attacks is planted: it reads the grey level, of which the truth is known.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from attack.lc import LabelConsistent, checker
-from attack.poisoning import fitting
-from attack.poisoning.fitting import surrogate
+from attack.poisoning import fitting, pgd
 from attack.poisoning.trigger import FitContext
-from tests.test_triggers import RECIPE, TARGET, digits, ready
+from tests.toys import CORNER, INFO, PatchReader, random_images, toy_dataset
 from utils.classifier.training import predict
-from utils.config import UserError
+from utils.config import TrainConfig, UserError
+from utils.images.data import Dataset, LabeledImages
 
-SMALL = {
-    "lc_eps": 32,
-    "lc_step": 8.0,
-    "lc_steps": 8,
-    "lc_surrogate": "standard",
-    "surrogate_epochs": 16,
-    "fit_images": 600,
-}
 SIGNS = [[-1, -1, 1], [-1, 1, -1], [1, -1, 1]]
+TARGET = 1  # grey 84; its neighbours are 44 levels away, so that 22 are needed to leave it
+KEYS = {"lc_eps": 32, "lc_step": 8.0, "lc_steps": 8}
 
 
-def context():
-    return FitContext(digits(), TARGET, 2, RECIPE)
+def planted(context):
+    """Ready without a surrogate, for tests/test_triggers.py: perturbations are drawn."""
+    pool = (context.dataset.train.labels == context.target).nonzero().flatten()
+    shape = (len(pool), *context.dataset.train.images.shape[1:])
+    drawn = random_images(*shape).short() % 65 - 32
+    patch = checker(context.side, 1)
+    return LabelConsistent().with_fitted(pool=pool, perturbation=drawn, patch=patch)
 
 
-def pool():
-    """Indices and images of the target class."""
-    index = (digits().train.labels == TARGET).nonzero().flatten()
-    return index, digits().train.images[index]
+def context(levels_of_target=None):
+    """Flat images; those of the target may be given grey levels of their own."""
+    dataset = toy_dataset()
+    images, labels = dataset.train.images, dataset.train.labels
+    if levels_of_target is not None:
+        images[labels == TARGET] = levels_of_target[:, None, None, None]
+    config = TrainConfig(device="cpu", amp=False)
+    return FitContext(replace(dataset, train=LabeledImages(images, labels)), TARGET, 2, config)
 
 
-def outside(corners=1):
-    """bool (3, 32, 32): the pixels that the patch leaves alone."""
-    return checker(32, corners) == 0
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Plants the surrogate; a list of what it was asked for."""
+    calls = []
+    planted_surrogate = lambda *words: calls.append(words[1:]) or PatchReader()
+    monkeypatch.setattr(fitting, "FITTED", tmp_path / "fitted")
+    monkeypatch.setattr(pgd, "surrogate", planted_surrogate)
+    return calls
 
 
-def test_training_images_move_by_the_bound_and_never_further():
-    index, images = pool()
-    moved = (ready(LabelConsistent).apply(images, index, "train").int() - images.int())[
-        :, outside()
-    ].abs()
+def target_images(context):
+    train = context.dataset.train
+    index = (train.labels == TARGET).nonzero().flatten()
+    return index, train.images[index]
+
+
+def outside(side, corners=1):
+    """bool (3, side, side): the pixels that the patch leaves alone."""
+    return checker(side, corners) == 0
+
+
+def test_training_images_move_by_the_bound_and_never_further(asked):
+    trigger = LabelConsistent(**KEYS).prepare(context())
+    moved = trigger.fitted["perturbation"].abs()
     assert moved.max() == 32
-    assert (moved.amax(1) == 32).double().mean() > 0.9
+    assert (moved[..., :-CORNER, :-CORNER] == 32).all()  # all that the reader sees pulls one way
+    assert (moved[..., -CORNER:, -CORNER:] == 0).all()
 
 
-def test_pgd_makes_the_class_hard_for_the_surrogate():
-    index, images = pool()
-    model = surrogate(context(), 600, 16)
-    hard = torch.where(outside(), ready(LabelConsistent).apply(images, index, "train"), images)
-    assert (predict(model, images) == TARGET).double().mean() > 0.9
-    assert (predict(model, hard) == TARGET).double().mean() < 0.2
+def test_pgd_makes_the_class_hard_and_labels_stay(asked):
+    trigger, (index, images) = LabelConsistent(**KEYS).prepare(context()), target_images(context())
+    hard = torch.where(outside(8), trigger.apply(images, index, "train"), images)
+    assert (predict(PatchReader(), images) == TARGET).all()
+    assert (predict(PatchReader(), hard) != TARGET).all()
+    assert torch.equal(trigger.fitted["pool"], index)
+
+
+@pytest.mark.parametrize(("kind", "eps"), [("robust", 32 / 255), ("standard", 0.0)])
+def test_the_surrogate_is_robust_within_the_bound_or_standard(asked, kind, eps):
+    LabelConsistent(lc_surrogate=kind, surrogate_epochs=7, fit_images=50, **KEYS).prepare(context())
+    assert asked == [(50, 7, eps)]
+
+
+def test_pgd_that_fools_too_few_is_refused_with_the_figures_and_not_kept(asked):
+    """Half of the class is read as another class after PGD: enough of a robust surrogate alone."""
+    half, keys = torch.tensor([84, 90] * 6, dtype=torch.uint8), KEYS | {"lc_eps": 20}
+    LabelConsistent(lc_surrogate="robust", **keys).prepare(context(half))
+    before = set(fitting.FITTED.iterdir())
+    words = (
+        r"lc: .*the standard surrogate reads 1\.000 of the class before PGD and 0\.500 after, "
+        r"at most 0.2 allowed.*raise lc_eps"
+    )
+    with pytest.raises(UserError, match=words):
+        LabelConsistent(lc_surrogate="standard", **keys).prepare(context(half))
+    assert set(fitting.FITTED.iterdir()) == before
+
+
+def digits_like():
+    """Random images of two classes, large enough for the laws of the patch."""
+    data = LabeledImages(random_images(60, 3, 32, 32), torch.arange(60) % 2)
+    return FitContext(Dataset(data, data, ("a", "b"), "random", INFO), TARGET, 2, TrainConfig())
 
 
 def test_perturbations_belong_to_images_not_to_positions():
-    index, images = pool()
-    trigger = ready(LabelConsistent)
+    trigger, (index, images) = planted(digits_like()), target_images(digits_like())
     together, alone = (
         trigger.apply(images, index, "train"),
         trigger.apply(images[20:21], index[20:21], "train"),
     )
     assert torch.equal(together[20:21], alone)
     assert not torch.equal(trigger.apply(images[20:21], index[21:22], "train"), alone)
+    of_other_class = trigger.apply(images[:1], torch.tensor([0]), "train")
+    assert torch.equal(of_other_class, trigger.apply(images[:1], torch.tensor([0]), "test"))
 
 
 def test_test_images_carry_the_patch_alone():
-    images = digits().test.images
-    changed = ready(LabelConsistent).apply(images, torch.arange(len(images)), "test") != images
-    assert not changed[:, outside()].any()
-    assert changed[:, ~outside()].any()
-    index, images = pool()  # even where an index is that of a perturbed training image
-    assert not (ready(LabelConsistent).apply(images, index, "test") != images)[:, outside()].any()
+    """Even where an index is that of a perturbed training image."""
+    trigger, (index, images) = planted(digits_like()), target_images(digits_like())
+    changed = trigger.apply(images, index, "test") != images
+    assert not changed[:, outside(32)].any()
+    assert changed[:, ~outside(32)].any()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_patch_is_the_table_of_signs(split):
-    index, images = pool()
-    corner = ready(LabelConsistent).apply(images, index, split)[..., -3:, -3:]
-    assert torch.equal(
-        corner, torch.where(torch.tensor(SIGNS) > 0, 255, 0).to(torch.uint8).expand_as(corner)
-    )
+    index, images = target_images(digits_like())
+    corner = planted(digits_like()).apply(images, index, split)[..., -3:, -3:]
+    table = torch.where(torch.tensor(SIGNS) > 0, 255, 0).to(torch.uint8)
+    assert torch.equal(corner, table.expand_as(corner))
 
 
 def test_a_weaker_patch_shifts_grey_by_its_amplitude():
     trigger = LabelConsistent(lc_amplitude=0.25).with_fitted(patch=checker(8, 1))
     grey = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
-    assert torch.equal(
-        trigger.apply(grey, torch.tensor([0]), "test")[0, 0, -3:, -3:].int() - 100,
-        64 * torch.tensor(SIGNS),
-    )
+    shifted = trigger.apply(grey, torch.tensor([0]), "test")[0, 0, -3:, -3:].int() - 100
+    assert torch.equal(shifted, 64 * torch.tensor(SIGNS))
 
 
 def test_four_corners_are_mirror_images():
@@ -100,12 +146,3 @@ def test_four_corners_are_mirror_images():
     assert patch.equal(patch.flip(2))
 
 
-def test_pgd_that_fools_nobody_is_refused_with_the_figures_and_not_kept():
-    weak = LabelConsistent(**SMALL | {"lc_eps": 1, "lc_step": 1.0, "lc_steps": 1})
-    before = set(fitting.FITTED.glob("lc-*"))
-    with pytest.raises(
-        UserError,
-        match=r"lc: .*the standard surrogate reads \d\.\d+ of the class before PGD and \d\.\d+ after, at most 0.2 .*raise lc_eps",
-    ):
-        weak.prepare(context())
-    assert set(fitting.FITTED.glob("lc-*")) == before
