@@ -12,8 +12,9 @@ import argparse
 
 import torch
 
-from attack.lc import LabelConsistent, checker, pgd
+from attack.lc import LabelConsistent, checker
 from attack.poisoning.fitting import surrogate
+from attack.poisoning.pgd import pgd
 from attack.poisoning.trigger import FitContext
 from utils.classifier.models import build_classifier, load_weights
 from utils.classifier.training import predict

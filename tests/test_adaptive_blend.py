@@ -4,7 +4,8 @@ import torch
 
 from attack.adaptive_blend import AdaptiveBlend
 from attack.blended import Blended
-from attack.poisoning.poison import PoisonConfig, Role, label_map, poison_training_set
+from attack.poisoning.config import PoisonConfig
+from attack.poisoning.poison import Role, label_map, poison_training_set
 from tests.toys import CLASSES, fit_context, random_images
 from utils.images.data import LabeledImages
 

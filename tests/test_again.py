@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from attack.badnet import BadNet
-from attack.poisoning.run import main
+from attack.poisoning.command import main
 from defense.harness.command import read_order
 from defense.harness.run import defend_again
 from utils.config import UserError

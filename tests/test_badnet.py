@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from attack.badnet import PATCHES, BadNet, patch_on
+from attack.badnet import BadNet
+from attack.poisoning.picture import PATCHES, load_patch
 from tests.toys import fit_context, random_images
 from utils import config
 from utils.config import UserError
@@ -113,14 +114,14 @@ def test_where_a_mask_file_has_alpha_black_is_a_colour_like_others(tmp_path):
     pixels[28:, 28:] = (0, 0, 0, 255)
     pixels[28, 28, :3] = 255
     Image.fromarray(pixels).save(tmp_path / "mask.png")
-    pattern, mask = patch_on(32, str(tmp_path / "mask.png"))
+    pattern, mask = load_patch(str(tmp_path / "mask.png"), 32)
     assert torch.equal(mask[0], corner(32, 4))
     assert int(pattern.sum()) == 3 * 255
 
 
 def test_a_mask_file_of_sixteen_bits_is_scaled_down(tmp_path):
     Image.fromarray(np.full((4, 4), 120 * 257, np.uint16)).save(tmp_path / "mask.png")
-    assert (patch_on(4, str(tmp_path / "mask.png"))[0] == 120).all()
+    assert (load_patch(str(tmp_path / "mask.png"), 4)[0] == 120).all()
 
 
 @pytest.mark.parametrize(
@@ -137,14 +138,14 @@ def test_a_mask_file_of_sixteen_bits_is_scaled_down(tmp_path):
 )
 def test_patches_that_cannot_be_had_are_refused(size, name, words):
     with pytest.raises(UserError, match=words):
-        patch_on(size, name)
+        load_patch(name, size)
 
 
 def test_a_mask_of_another_size_is_scaled_without_new_colours(tmp_path):
     small = np.zeros((8, 8, 3), np.uint8)
     small[7, 7] = (10, 20, 30)
     Image.fromarray(small).save(tmp_path / "mask.png")
-    pattern, mask = patch_on(32, str(tmp_path / "mask.png"))
+    pattern, mask = load_patch(str(tmp_path / "mask.png"), 32)
     assert torch.equal(mask[0], corner(32, 4))
     assert (pattern[:, mask[0]] == torch.tensor([10, 20, 30])[:, None]).all()
 
@@ -153,7 +154,7 @@ def test_a_mask_path_is_tried_relative_to_attack(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "SCRIPTS", tmp_path / "attack")
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(tmp_path / "mask.png")
     monkeypatch.chdir("/")
-    assert patch_on(4, "../mask.png")[1].all()
+    assert load_patch("../mask.png", 4)[1].all()
 
 
 def test_unusable_masks_are_refused_in_words(tmp_path):

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from attack.badnet import BadNet
-from attack.poisoning.poison import PoisonConfig
-from attack.poisoning.run import RunConfig
+from attack.poisoning.config import PoisonConfig, RunConfig
 from defense.elixir import purification, purifier
 from defense.elixir.purifier import Purifier
 from defense.harness.case import save_case

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from attack.bpp import Bpp, dither, quantise
-from attack.poisoning.poison import PoisonConfig, Role, label_map, poison_training_set
+from attack.poisoning.config import PoisonConfig
+from attack.poisoning.poison import Role, label_map, poison_training_set
 from tests.toys import CLASSES, fit_context, random_images
 from utils.config import UserError
 from utils.images.data import LabeledImages
@@ -105,7 +106,5 @@ def test_cover_samples_keep_their_labels(ratio):
 def test_fewer_levels_are_possible_but_not_one():
     assert len(stamped(random_images(5, 3, 16, 16), squeeze_num=2).unique()) == 2
     for levels in (1, 257):
-        with pytest.raises(
-            UserError, match="squeeze_num: .* is no number of levels between 2 and 256"
-        ):
+        with pytest.raises(UserError, match="squeeze_num: .* is not between 2 and 256 levels"):
             Bpp(squeeze_num=levels)

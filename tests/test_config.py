@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from attack.badnet import BadNet
-from attack.poisoning.poison import PoisonConfig
-from attack.poisoning.run import RunConfig
+from attack.poisoning.config import PoisonConfig, RunConfig
 from attack.poisoning.trigger import Trigger
 from defense.elixir.config import DataElixirConfig, PurifyConfig
 from defense.harness.command import AgainConfig

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from attack.badnet import BadNet
-from attack.poisoning.run import main
+from attack.poisoning.command import main
 from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
 from diffusion.network import build_unet

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attack.bpp import Bpp
+from attack.poisoning.command import main
 from attack.poisoning.export import export_images
-from attack.poisoning.run import main
 from tests.toys import random_images
 from utils.classifier.metrics import Truth
 from utils.config import UserError

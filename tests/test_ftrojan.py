@@ -6,7 +6,7 @@ import torch
 from scipy.fft import dctn
 
 from attack.ftrojan import FTrojan
-from attack.poisoning.run import main
+from attack.poisoning.command import main
 from tests.toys import fit_context, random_images
 from utils.config import UserError
 

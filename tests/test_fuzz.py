@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from attack.badnet import BadNet, patch_on
-from attack.poisoning.poison import PoisonConfig
-from attack.poisoning.run import RunConfig
+from attack.badnet import BadNet
+from attack.poisoning.config import PoisonConfig, RunConfig
+from attack.poisoning.picture import load_patch
 from defense.elixir.config import DataElixirConfig
 from diffusion.denoiser import DenoiserError, load_denoiser
 from tests.toys import INFO, random_images
@@ -148,7 +148,7 @@ def test_damaged_images(ending, harm):
     for name in (f"mask.{ending}", f"train/a/0.{ending}"):
         with open(name, "wb") as file:
             file.write(damaged(content.getvalue(), **harm))
-    told(lambda: patch_on(8, os.path.abspath(f"mask.{ending}")))
+    told(lambda: load_patch(os.path.abspath(f"mask.{ending}"), 8))
     told(lambda: load_dataset(DataConfig("imagefolder", os.getcwd(), 8)))
 
 

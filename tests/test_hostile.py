@@ -13,8 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from attack.badnet import patch_on
-from attack.poisoning.picture import load_picture
+from attack.poisoning.picture import load_patch, load_picture
 from diffusion import denoiser as denoisers
 from diffusion.denoiser import DenoiserError, load_denoiser
 from tests.toys import INFO
@@ -129,7 +128,7 @@ def test_a_mask_a_picture_and_a_folder_of_images(made, tmp_path, form):
         FORMS[form](Bomb(made), tmp_path / name)
     for name in ("mask.png", "mask.npy"):
         with pytest.raises(UserError, match="patch_mask_path"):
-            patch_on(8, str(tmp_path / name))
+            load_patch(str(tmp_path / name), 8)
         with pytest.raises(UserError, match="attack_trigger_img_path"):
             load_picture(str(tmp_path / name), 8)
     (tmp_path / "test" / "a").mkdir(parents=True)
@@ -198,7 +197,7 @@ def test_devices_and_pipes_are_no_files(made, tmp_path):
         with pytest.raises(UserError, match="no regular file"):
             parse_config(["--yaml_path", place], TrainConfig)
         with pytest.raises(UserError, match="no regular file"):
-            patch_on(8, place)
+            load_patch(place, 8)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ def test_a_bomb_of_compressed_pixels_is_not_unfolded(made, tmp_path):
         + chunk(b"IEND", b"")
     )
     for read in (
-        lambda: patch_on(8, str(tmp_path / "bomb.png")),
+        lambda: load_patch(str(tmp_path / "bomb.png"), 8),
         lambda: load_picture(str(tmp_path / "bomb.png"), 8),
     ):
         with pytest.raises(UserError, match="pixels|bomb"):

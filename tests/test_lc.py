@@ -144,5 +144,3 @@ def test_four_corners_are_mirror_images():
     assert patch[:, -3:, -3:].equal(torch.tensor(SIGNS).float().expand(3, 3, 3))
     assert patch.equal(patch.flip(1))
     assert patch.equal(patch.flip(2))
-
-

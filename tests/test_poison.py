@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attack.poisoning.config import PoisonConfig
 from attack.poisoning.poison import (
     LabelMap,
-    PoisonConfig,
     Role,
     choose_poison,
     label_map,
@@ -20,6 +20,7 @@ from tests.toys import CleanLabelTrigger, ToyTrigger, random_images
 from utils.config import UserError
 from utils.images.data import LabeledImages
 
+TOY = ToyTrigger()
 K, COUNTS = 5, (40, 25, 20, 10, 5)  # images of class 0..4, 100 in all
 ONE = PoisonConfig(pratio=0.1, attack_target=2)
 ALL = replace(ONE, attack_label_trans="all2all")
@@ -31,13 +32,13 @@ def data(seed=0):
     return LabeledImages(random_images(100, 3, 4, 4), labels[order])
 
 
-def poison(config=ONE, trigger=ToyTrigger(), train=None, seed=0):
+def poison(config=ONE, trigger=TOY, train=None, seed=0):
     return poison_training_set(
         train or data(), trigger, label_map(trigger, config, K), config, seed
     )
 
 
-def chosen(config=ONE, trigger=ToyTrigger(), labels=None, seed=0):
+def chosen(config=ONE, trigger=TOY, labels=None, seed=0):
     labels = data().labels if labels is None else labels
     return choose_poison(labels, trigger, label_map(trigger, config, K), config, seed)
 
@@ -88,7 +89,7 @@ def test_rates_of_the_target_class():
 
 def test_pools():
     labels = data().labels
-    everything = lambda config, trigger=ToyTrigger(): set(labels[chosen(config, trigger)].tolist())
+    everything = lambda config, trigger=TOY: set(labels[chosen(config, trigger)].tolist())
     assert everything(replace(ONE, pratio=0.8)) == {0, 1, 3, 4}
     assert len(chosen(replace(ONE, pratio=0.8))) == 80
     assert everything(replace(ONE, pratio=1.0, attack_pool="all")) == set(range(5))

@@ -1,5 +1,6 @@
 """A fit that was killed goes on with the epoch it was killed in, and ends with the same tensors as one that was not."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -13,9 +14,8 @@ from attack.poisoning import fitting
 from attack.poisoning.fitting import FitRejected, surrogate
 from attack.poisoning.progress import Progress
 from attack.ssba import SampleSpecific
-from tests.toys import fit_context
-from utils.config import DataConfig, UserError
-from utils.images.data import load_dataset
+from tests.toys import fit_context, toy_dataset
+from utils.config import UserError
 
 
 class Killed(BaseException):
@@ -26,29 +26,24 @@ class Killed(BaseException):
 def context(monkeypatch, tmp_path):
     monkeypatch.setattr(fitting, "FITTED", tmp_path / "fitted")
     monkeypatch.setattr(fitting, "require", lambda *words: None)
-    context = fit_context()
-    config = replace(context.config, model="preactresnet_small", lr=0.05, batch_size=32)
-    return replace(
-        context, dataset=load_dataset(DataConfig("digits", image_size=16)), config=config
-    )
+    for module in ("dynamic_triggers", "hidden_bits", "pgd", "smooth_pattern"):
+        if hasattr(importlib.import_module(f"attack.poisoning.{module}"), "require"):
+            monkeypatch.setattr(f"attack.poisoning.{module}.require", lambda *words: None)
+    context = fit_context(side=8)
+    config = replace(context.config, model="preactresnet_small", lr=0.05, batch_size=16)
+    return replace(context, dataset=toy_dataset(16), config=config)
 
 
 ATTACKS = {
-    "lc": (LabelConsistent(lc_steps=3, surrogate_epochs=3, fit_images=64), "attack.lc"),
-    "lf": (LowFrequency(lf_epochs=3, surrogate_epochs=2, fit_images=64), "attack.lf"),
-    "ssba": (
-        SampleSpecific(ssba_bits=4, ssba_width=8, ssba_epochs=4, ssba_warmup=1, fit_images=64),
-        "attack.ssba",
-    ),
-    "inputaware": (
-        InputAware(ia_width=4, ia_mask_epochs=2, ia_epochs=2, fit_images=64),
-        "attack.inputaware",
-    ),
+    "lc": LabelConsistent(lc_steps=3, surrogate_epochs=3, fit_images=48),
+    "lf": LowFrequency(lf_epochs=3, surrogate_epochs=2, fit_images=48),
+    "ssba": SampleSpecific(ssba_bits=4, ssba_width=4, ssba_epochs=4, ssba_warmup=1, fit_images=48),
+    "inputaware": InputAware(ia_width=2, ia_mask_epochs=2, ia_epochs=2, fit_images=48),
 }
 
 
 def interrupted_after(monkeypatch, number):
-    """Kills the program when the epoch with this number, counted over all loops of `Progress` and the surrogate's training, is done."""
+    """Kills the program after that many epochs, of all loops of `Progress` and the surrogate's."""
     whole, left = torch.save, [number]
 
     def save(state, path):
@@ -63,8 +58,7 @@ def interrupted_after(monkeypatch, number):
 
 @pytest.mark.parametrize("name", list(ATTACKS))
 def test_a_killed_fit_ends_as_one_that_was_not(name, context, monkeypatch, tmp_path):
-    trigger, module = ATTACKS[name]
-    monkeypatch.setattr(f"{module}.require", lambda *words: None)
+    trigger = ATTACKS[name]
     whole = trigger.prepare(context).fitted
     monkeypatch.setattr(fitting, "FITTED", tmp_path / "again")
     for epochs in (0, 1, 2):  # killed three times: each time some epochs later
@@ -81,13 +75,13 @@ def test_a_killed_fit_ends_as_one_that_was_not(name, context, monkeypatch, tmp_p
 def test_a_robust_surrogate_goes_on_with_the_noise_it_would_have_had(
     context, monkeypatch, tmp_path
 ):
-    whole = surrogate(context, 64, 3, eps=0.05).state_dict()
+    whole = surrogate(context, 48, 3, eps=0.05).state_dict()
     monkeypatch.setattr(fitting, "FITTED", tmp_path / "again")
     back = interrupted_after(monkeypatch, 1)
     with pytest.raises(Killed):
-        surrogate(context, 64, 3, eps=0.05)
+        surrogate(context, 48, 3, eps=0.05)
     back()
-    again = surrogate(context, 64, 3, eps=0.05).state_dict()
+    again = surrogate(context, 48, 3, eps=0.05).state_dict()
     assert "batches_seen" not in again
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
@@ -132,7 +126,7 @@ def test_a_refused_fit_leaves_nothing(context, monkeypatch, tmp_path):
     def refuse(*words):
         raise FitRejected("not good enough")
 
-    monkeypatch.setattr("attack.lf.require", refuse)
+    monkeypatch.setattr("attack.poisoning.smooth_pattern.require", refuse)
     with pytest.raises(UserError, match="not good enough"):
-        ATTACKS["lf"][0].prepare(context)
+        ATTACKS["lf"].prepare(context)
     assert not list((tmp_path / "fitted").glob("lf*"))

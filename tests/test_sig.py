@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from attack.poisoning.poison import PoisonConfig, label_map, poison_training_set
+from attack.poisoning.config import PoisonConfig
+from attack.poisoning.poison import label_map, poison_training_set
 from attack.sig import Sig
 from tests.toys import CLASSES, random_images
 from utils.images.data import LabeledImages

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 
 from attack.badnet import BadNet
-from attack.poisoning.run import main as run_attack
+from attack.poisoning.command import main as run_attack
 from diffusion.config import DenoiserConfig
 from diffusion.denoiser import Denoiser
 from diffusion.network import build_unet

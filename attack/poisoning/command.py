@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from attack.poisoning.config import PoisonConfig, RunConfig
+from attack.poisoning.config import Order, PoisonConfig, RunConfig
 from attack.poisoning.trigger import Trigger
-from defense.harness.defense import Defense, find_defense
-from utils.config import DataConfig, as_flat_dict, command_line, parse_config, passed_over, peek
-
-
-@dataclass(frozen=True)
-class Order:
-    """A command line that was read.
-
-    Attributes:
-        passed_over: keys of the YAML file that are for other defences, with which the record may
-            be defended later.
-    """
-
-    run: RunConfig
-    data: DataConfig
-    poison: PoisonConfig
-    defense: Defense
-    trigger: Trigger
-    passed_over: dict[str, Any]
-
-    def keys(self, record_name: str) -> dict[str, Any]:
-        """The keys that a record is claimed with: those that its content depends on."""
-        run = replace(RunConfig(), save_folder_name=record_name, defense=self.run.defense)
-        return as_flat_dict(run, self.data, self.poison, self.defense, self.trigger)
+from defense.harness.defense import find_defense
+from utils.config import DataConfig, command_line, parse_config, passed_over, peek
 
 
 def read_order(trigger_class: type[Trigger], argv: Sequence[str] | None) -> Order:

@@ -1,11 +1,12 @@
-"""The keys that all attacks share: which samples are poisoned, and how far a run goes."""
+"""The keys that all attacks share, and what a whole command line says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from utils.config import Fraction, NonNegativeInt
+from attack.poisoning.trigger import Trigger
+from utils.config import DataConfig, Fraction, NonNegativeInt, as_flat_dict
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,26 @@ class RunConfig:
     stop_after: Literal["poison", "victim", "report"] = "report"
     export: str | None = None
     dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Order:
+    """A command line that was read.
+
+    Attributes:
+        defense: of a class that is derived from defense/harness/defense.py's `Defense`.
+        passed_over: keys of the YAML file that are for other defences, with which the record may
+            be defended later.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    poison: PoisonConfig
+    defense: Any
+    trigger: Trigger
+    passed_over: dict[str, Any]
+
+    def keys(self, record_name: str) -> dict[str, Any]:
+        """The keys that a record is claimed with: those that its content depends on."""
+        run = RunConfig(save_folder_name=record_name, defense=self.run.defense)
+        return as_flat_dict(run, self.data, self.poison, self.defense, self.trigger)

@@ -108,7 +108,7 @@ def _read_patch(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         rgba = np.asarray(seen.resize((size, size), Image.Resampling.NEAREST))
     except UserError as error:
         raise UserError(f"{error}; built-in patches: {', '.join(PATCHES)}") from None
-    except Exception as error:  # each of PIL's readers raises its own on a hostile file
+    except Exception as error:  # noqa: BLE001 - each of PIL's readers raises its own
         raise UserError(f"patch_mask_path: {path} is not an image ({str(error)[:80]})") from None
     mask = rgba[..., 3] > 0 if has_alpha else rgba[..., :3].max(-1) > 0
     if not mask.any():

@@ -56,7 +56,7 @@ class Progress:
             return 0
         try:
             state = torch.load(file, weights_only=True, map_location="cpu")
-        except Exception as error:  # pickle, zipfile and torch each raise their own
+        except Exception as error:  # noqa: BLE001 - pickle, zipfile and torch raise their own
             reason = shortened(error)
             log.warning("%s: damaged (%s); this part of the fit starts again", file, reason)
             return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from attack.poisoning.command import Order
+from attack.poisoning.config import Order
 from attack.poisoning.export import export_images, refuse_occupied
 from attack.poisoning.poison import (
     LabelMap,
