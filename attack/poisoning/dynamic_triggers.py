@@ -24,7 +24,8 @@ from attack.poisoning.progress import Progress
 from attack.poisoning.trigger import FitContext
 from utils.classifier.models import build_classifier
 from utils.classifier.networks import Classifier
-from utils.classifier.training import make_optimizer, predict
+from utils.classifier.optimizer import make_optimizer
+from utils.classifier.training import predict
 from utils.config import UserError
 from utils.devices import pick_device
 from utils.images.augmentation import random_crop_flip

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from attack.poisoning.progress import Progress
 from attack.poisoning.trigger import FitContext
-from utils.classifier import models, networks, training
+from utils.classifier import models, networks, optimizer, training
 from utils.classifier.models import build_classifier
 from utils.classifier.networks import Classifier
 from utils.classifier.training import Trainer, predict
@@ -95,8 +95,9 @@ def _digest(context: FitContext, keys: dict[str, Any], make: Callable) -> str:
     """A hash of everything that a fit depends on."""
     data, info = context.dataset, context.dataset.info
     recipe = {f.name for f in fields(TrainConfig)}.difference(NO_INFLUENCE)
-    modules = inspect.getmodule(make), inspect.getmodule(cached), augmentation, models
-    code = "\n".join(inspect.getsource(m) for m in (*modules, networks, training) if m)
+    own = inspect.getmodule(make), inspect.getmodule(cached)
+    modules = (*own, augmentation, models, networks, optimizer, training)
+    code = "\n".join(inspect.getsource(module) for module in modules if module)
     parts = {
         "data": of_tensors(data.train.images, data.train.labels),
         "entry": (data.num_classes, info.mean, info.std, info.flip),
