@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the optimizers import it, and no fork should have to
 from torch.distributed import TCPStore
 
 from utils.command import command_line

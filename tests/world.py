@@ -62,6 +62,7 @@ SAME_BYTES = (
     "benign.safetensors",
 )
 LATE_IMPORTS = (
+    "torch._dynamo",
     "matplotlib.pyplot",
     "defense.dataelixir",
     "diffusers.models.unets.unet_2d",
