@@ -44,7 +44,7 @@ KEYS = {
     "amp": False,
     "device": "cpu",
     "random_seed": 5,
-    "steps_T": 4,
+    "steps_T": 3,
     "rounds_n": 2,
     "last_steps_m": 3,
     "purify_batch_size": BATCH,
@@ -63,10 +63,13 @@ SAME_BYTES = (
 )
 LATE_IMPORTS = (
     "torch._dynamo",
+    "docstring_parser",
+    "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "defense.dataelixir",
     "diffusers.models.unets.unet_2d",
     "scipy.stats",
+    "sklearn.metrics",
 )
 
 
@@ -231,6 +234,7 @@ def import_late():
     """Import what runs import in the middle, so that no fork has to."""
     for module in LATE_IMPORTS:
         importlib.import_module(module)
+    Image.init()
 
 
 def seconds_by_stage(world: World) -> dict[str, float]:
