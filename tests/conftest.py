@@ -13,6 +13,8 @@ import tempfile
 # The product reads both when it is first imported, here and in the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DATAELIXIR_RECORD"] = tempfile.mkdtemp(prefix="dataelixir-record-")
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # else each program compiles all of torch anew
+    os.environ["PYTHONPYCACHEPREFIX"] = os.environ["DATAELIXIR_RECORD"] + "/.bytecode"
 
 import pytest
 import torch

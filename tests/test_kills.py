@@ -15,7 +15,6 @@ from utils.config import ROOT
 
 # What a run was about to publish when it was killed, in the order of the stages.
 MOMENTS = (
-    "truth.npz",
     "victim.checkpoint.pt",
     "block-00000024.npz",
     "benign_stage1.safetensors",
@@ -38,7 +37,10 @@ def dying_before(file, number):
     return lambda: setattr(os, "replace", replace_or_die)
 
 
-def test_killed_in_every_stage_and_still_the_same(world):
+def test_stopped_and_killed_in_every_stage_and_still_the_same(world):
+    assert world.run("killed", "--stop_after", "poison")[0] == 0
+    assert (world.record("killed") / "poisoned.npz").exists()
+    assert not (world.record("killed") / "victim.safetensors").exists()
     for k, file in enumerate(MOMENTS):
         number = SIGNALS[k % len(SIGNALS)]
         code, _ = world.run("killed", limit=dying_before(file, number))
