@@ -328,6 +328,8 @@ HIDDEN = {
     "truth.npz",
 }
 MEASURING = (
+    "defense.harness.case",
+    "defense.harness.evidence",
     "defense.harness.knowledge",
     "defense.harness.report",
     "defense.harness.run",
