@@ -51,11 +51,10 @@ def records_of_the_world(world, monkeypatch):
 def program(world, script, *words, folder=ROOT):
     """The ended process of a script of the project, run as a user would, with one thread as the world's own runs."""
     places = {"DATAELIXIR_RECORD": str(world.place / "record"), "OMP_NUM_THREADS": "1"}
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
         [sys.executable, script, *map(str, words)],
         cwd=folder,
-        env=inherited | places,
+        env=os.environ | places,
         capture_output=True,
         text=True,
         timeout=240,
