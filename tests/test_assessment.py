@@ -16,8 +16,10 @@ from utils.images.data import LabeledImages
 EACH, VOTES, TAU = 100, 11, 5
 GOOD, POOR = {"0.1": 1.0, "0.05": 1.0, "0.01": 0.2}, {"0.1": 0.5, "0.05": 0.1, "0.01": 0.0}
 
+RULE = TargetRule()
 
-def found(classes=10, backdoor=(), drift=(), rule=TargetRule()):
+
+def found(classes=10, backdoor=(), drift=(), rule=RULE):
     """Target labels where half of a `backdoor` class goes back to all classes, and half of a `drift` class goes to the next one."""
     labels = torch.arange(classes).repeat_interleave(EACH)
     votes, place = labels[:, None].repeat(1, VOTES), torch.arange(len(labels)) % EACH

@@ -31,7 +31,10 @@ def irritated(share=0.6):
     return votes
 
 
-def power(votes, labels=LABELS, rule=TargetRule(), seed=0):
+RULE = TargetRule()
+
+
+def power(votes, labels=LABELS, rule=RULE, seed=0):
     known = votes[:, 0] >= 0
     nothing = target_labels(
         votes[known],

@@ -230,13 +230,13 @@ def test_confidence_and_reason_by_hand():
     told = confidence(torch.tensor([0, 5, 20, 5, -1]), torch.tensor([20, 20, 20, 10, 0]))
     assert told.tolist()[:4] == [0, 0.25, 1, 0.5]
     assert told[4].isnan()
-    assert reason(Verdict.BENIGN, False, False, False, -1, -1, 0).endswith("it was not purified")
+    assert reason(Verdict.BENIGN, False, False, -1, -1, 0).endswith("it was not purified")
     told = [
-        reason(Verdict.BENIGN, False, False, False, 3, 3, 9),
-        reason(Verdict.BENIGN, True, False, False, 8, 8, 9),
-        reason(Verdict.POISONED, True, True, True, 1, 8, 9),
-        reason(Verdict.SUSPICIOUS, True, True, True, 4, 5, 9),
-        reason(Verdict.SUSPICIOUS, True, False, True, 4, 4, 9),
+        reason(Verdict.BENIGN, False, False, 3, 3, 9),
+        reason(Verdict.BENIGN, True, False, 8, 8, 9),
+        reason(Verdict.POISONED, True, True, 1, 8, 9),
+        reason(Verdict.SUSPICIOUS, True, True, 4, 5, 9),
+        reason(Verdict.SUSPICIOUS, True, False, 4, 4, 9),
     ]
     assert told[0] == "kept: its class is no target label"
     assert told[1] == "kept: 8 of 9 purified images are read as the given label"

@@ -1,5 +1,7 @@
 """The intermediaries' waiting room: every sample once, in data set order, and only what is missing is asked for again."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -92,12 +94,13 @@ def test_a_block_that_was_not_finished_is_missing(tmp_path, monkeypatch):
     write(store, 0, 1, 2, 3)
 
     def full_disk(file, **arrays):
-        open(file, "wb").write(b"half")
+        Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="No space left"):
+    with monkeypatch.context() as patched:
         patched.setattr("numpy.savez", full_disk)
-        write(store, 4, 5)
+        with pytest.raises(UserError, match="No space left"):
+            write(store, 4, 5)
     assert store.missing(torch.arange(6)).tolist() == [4, 5]
     assert len(list(tmp_path.iterdir())) == 1
 

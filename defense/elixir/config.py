@@ -6,14 +6,16 @@ This module imports no torch, so that --help and a mistaken key are answered at 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from utils.config import TrainConfig
 from utils.old_keys import Alias, RemovedKey
 
-Config = TypeVar("Config", bound="DataElixirConfig")
+if TYPE_CHECKING:
+    from typing_extensions import Self  # part of typing from Python 3.11 on
+
 SAMPLE_FIRST = 64  # images of each class in the first sample of targets first
 SAMPLE_ERROR = 0.02  # share of resamples in which the verdict on a class may come out differently
 SELECTION_RANK = 0.8  # a chosen image is farther from its original than this share of candidates
@@ -183,14 +185,14 @@ class DataElixirConfig(PurifyingConfig):
         """What the preset stands for."""
         return PUBLISHED if self.preset == "published" else DEFAULT
 
-    def resolved(self: Config) -> Config:
+    def resolved(self) -> Self:
         """This config as it runs: published takes every step of every image, in float32."""
         if self.preset == "default":
             return self
         return replace(self, reverse_steps=None, amp=False, target_first=False)
 
     @property
-    def of_fine_tuning(self: Config) -> Config:
+    def of_fine_tuning(self) -> Self:
         """This config with the epochs and learning rate of the fine-tuning."""
         return replace(self, lr=self.ft_lr, epochs=self.ft_epochs or self.epochs)
 

@@ -19,8 +19,10 @@ class Decisions:
         verdict: int64 (N,) of Verdict.
         new_labels: int64 (N,).
         is_target: bool (N,), the given label is a detected target label.
-        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label; -1 where a sample was not purified.
-        pixel, feature: float64 (N,), distances of the chosen image from the original; nan where the original stayed.
+        votes_old, votes_new: int64 (N,), intermediaries read as the given and as the new label; -1
+            where a sample was not purified.
+        pixel, feature: float64 (N,), distances of the chosen image from the original; nan where the
+            original stayed.
         column: int64 (N,), the chosen image among the intermediaries; 0 = the original.
         intermediaries: int64 (N,), how many of each sample the victim read.
     """
@@ -36,49 +38,46 @@ class Decisions:
     intermediaries: Tensor
 
     def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
-        """Columns of decisions.csv; round counts from 1, step is the noise level left (0 = none), -1 = the original."""
-        moved = self.column > 0
-        round_ = torch.where(moved, (self.column - 1) // last_steps_m + 1, -1)
-        step = torch.where(moved, last_steps_m - 1 - (self.column - 1) % last_steps_m, -1)
-        names = np.array([verdict.name for verdict in Verdict])
-        return {
-            "index": np.arange(len(labels)),
-            "given_label": labels.numpy(),
-            "new_label": self.new_labels.numpy(),
-            "verdict": names[self.verdict.numpy()],
-            "target_class": self.is_target.int().numpy(),
-            "votes_old": self.votes_old.numpy(),
-            "votes_new": self.votes_new.numpy(),
-            "pixel_distance": self.pixel.numpy(),
-            "feature_distance": self.feature.numpy(),
-            "round": round_.numpy(),
-            "step": step.numpy(),
-            "confidence": confidence(self.votes_new, self.intermediaries).numpy(),
-            "reason": reasons(
-                self.verdict,
-                self.is_target,
-                self.new_labels != labels,
-                moved,
-                self.votes_old,
-                self.votes_new,
-                self.intermediaries,
-            ),
+        """Columns of decisions.csv, given the labels int64 (N,) as received.
+
+        round counts from 1, step is the noise level left (0 = none); -1 stands for the original.
+        """
+        moved, place = self.column > 0, self.column - 1
+        step = last_steps_m - 1 - place % last_steps_m
+        told = (self.verdict, self.is_target, self.new_labels != labels)
+        counts = (self.votes_old, self.votes_new, self.intermediaries)
+        rows = zip(*(column.tolist() for column in (*told, *counts)))
+        columns = {
+            "index": torch.arange(len(labels)),
+            "given_label": labels,
+            "new_label": self.new_labels,
+            "verdict": np.array([verdict.name for verdict in Verdict])[self.verdict.numpy()],
+            "target_class": self.is_target.int(),
+            "votes_old": self.votes_old,
+            "votes_new": self.votes_new,
+            "pixel_distance": self.pixel,
+            "feature_distance": self.feature,
+            "round": torch.where(moved, place // last_steps_m + 1, -1),
+            "step": torch.where(moved, step, -1),
+            "confidence": confidence(self.votes_new, self.intermediaries),
+            "reason": np.array([reason(*row) for row in rows], dtype=str),
         }
+        return {name: np.asarray(column) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One purified sample for the report: its index and all its intermediaries uint8 (1+nm, 3, H, W)."""
+    """One purified sample for the report: its index, all its intermediaries (1+nm, 3, H, W)."""
 
     index: int
     images: Tensor
 
 
 def confidence(votes_new: Tensor, intermediaries: Tensor) -> Tensor:
-    """float64 (N,) in [0, 1]: the share of a sample's intermediaries that the classifier reads as its new label.
+    """float64 (N,) in [0, 1]: the share of intermediaries that are read as the new label.
 
-    It says how far the purified images agree with the decision; it is no calibrated probability. nan where a sample was
-    not purified.
+    It says how far the purified images agree with the decision; it is no calibrated probability.
+    nan where a sample was not purified.
 
     Args:
         votes_new: int64 (N,), intermediaries read as the new label; -1 where there are none.
@@ -88,46 +87,27 @@ def confidence(votes_new: Tensor, intermediaries: Tensor) -> Tensor:
     return torch.where(votes_new >= 0, share, torch.nan)
 
 
-def reason(
-    verdict: int, is_target: bool, relabelled: bool, moved: bool, old: int, new: int, total: int
-) -> str:
+def reason(verdict: int, is_target: bool, relabelled: bool, old: int, new: int, total: int) -> str:
     """One sample's decision in words.
 
     Args:
         verdict: of Verdict.
         is_target: the given label is a detected target label.
-        relabelled, moved: the label, the image was changed.
-        old, new, total: intermediaries read as the given label, as the new one, and all; old is -1 where it was not purified.
+        relabelled: the label was changed.
+        old, new, total: intermediaries read as the given label, as the new one, and all; old is -1
+            where the sample was not purified.
     """
+    images, accused = f"of {total} purified images", "the given label is a target label"
     if old < 0:
         return "kept: its class is no target label; it was not purified"
+    if verdict == Verdict.BENIGN and not is_target:
+        return "kept: its class is no target label"
     if verdict == Verdict.BENIGN:
-        return (
-            f"kept: {old} of {total} purified images are read as the given label"
-            if is_target
-            else "kept: its class is no target label"
-        )
+        return f"kept: {old} {images} are read as the given label"
+    if verdict == Verdict.POISONED and relabelled:
+        return f"{accused}, and {new} {images} are read as the new one"
     if verdict == Verdict.POISONED:
-        return (
-            f"the given label is a target label, and {new} of {total} purified images are read as the new one"
-            if relabelled
-            else f"the given label is a target label; the image as given is misread, {new} of {total} purified images confirm the label"
-        )
+        return f"{accused}; the image as given is misread, {new} {images} confirm the label"
     judged = "reads another label" if relabelled else "confirms the given one"
-    return f"the given label is a target label and purified images disagree ({old} of {total} keep it); the benign model {judged}"
-
-
-def reasons(
-    verdict: Tensor,
-    is_target: Tensor,
-    relabelled: Tensor,
-    moved: Tensor,
-    old: Tensor,
-    new: Tensor,
-    total: Tensor,
-) -> np.ndarray:
-    """`reason` of N samples, each argument a tensor (N,)."""
-    columns = (
-        column.tolist() for column in (verdict, is_target, relabelled, moved, old, new, total)
-    )
-    return np.array([reason(*row) for row in zip(*columns)], dtype=str)
+    kept = f"{old} of {total} keep it"
+    return f"{accused} and purified images disagree ({kept}); the benign model {judged}"
