@@ -10,7 +10,6 @@ from defense import purify
 from defense.elixir import purifier
 from defense.elixir.config import DataElixirConfig
 from defense.own_data import cleaning
-from diffusion import denoiser
 from tests.toys import FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
 
 DATASET = toy_dataset(per_class=8)
@@ -34,8 +33,7 @@ KEYS = [word for key, value in CHOSEN.items() for word in (f"--{key}", str(value
 
 def use_exact_networks(patch):
     """The toy's denoiser and victim are there for the asking, whatever their name."""
-    for module in (denoiser, purifier):
-        patch.setattr(module, "load_denoiser", lambda *_, **__: FlatDenoiser(), raising=False)
+    patch.setattr(purifier, "load_denoiser", lambda *_, **__: FlatDenoiser())
     patch.setattr(cleaning, "trained", lambda *_: PatchReader().eval())
 
 

@@ -182,8 +182,7 @@ def test_three_classes_with_samples_are_enough_whatever_their_numbers(toy):
 @pytest.mark.parametrize("published", [False, True])
 def test_changed_is_what_differs_from_what_was_given(toy, published):
     """As published, images that stay are requantised, and so differ too."""
-    key = {"preset": "published"} if hasattr(CONFIG, "preset") else {"conform": True}
-    config = replace(CONFIG, **key) if published else CONFIG
+    config = replace(CONFIG, preset="published") if published else CONFIG
     cleaned = purify.clean(POISONED.images, POISONED.labels, config=config)
     images = (cleaned.data.images != POISONED.images).flatten(1).any(1)
     differs = images | (cleaned.data.labels != POISONED.labels)

@@ -68,7 +68,7 @@ def test_a_learning_rate_that_loses_the_loss(world):
 
 def test_a_hundred_classes_of_three(tmp_path):
     world = World(tmp_path, classes=100, train=3, test=1)
-    words = "--epochs 1 --rounds_n 1 --steps_T 4 --purify_batch_size 128 --pratio 0.01"
+    words = "--epochs 1 --batch_size 32 --rounds_n 1 --purify_batch_size 128 --pratio 0.01"
     report = finished(world, "many", *words.split(), "--conform", "false")
     assert report["victim"]["n_clean"] == 100
     with open(world.record("many") / "decisions.csv") as file:

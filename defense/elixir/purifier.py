@@ -46,7 +46,7 @@ def requantised(images: Tensor) -> Tensor:
     return quantised(images.float() / 255 * 2 - 1, truncate=True)
 
 
-def open_denoiser(config: PurifyConfig, resolution: int, dataset: str) -> Denoiser:
+def open_denoiser(config: PurifyConfig, resolution: int | None, dataset: str) -> Denoiser:
     """The denoiser that `config.ddpm` names, checked against the images and the noise level.
 
     Raises:
