@@ -181,8 +181,8 @@ def test_purifying_with_less_memory_gives_the_same(world, monkeypatch):
         monkeypatch.setattr(
             Rounds,
             "__call__",
-            lambda self, index, ends=None: (
-                call(self, index, ends) if len(index) <= 3 else (_ for _ in ()).throw(MemoryError())
+            lambda self, index: (
+                call(self, index) if len(index) <= 3 else (_ for _ in ()).throw(MemoryError())
             ),
         )
 
