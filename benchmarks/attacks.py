@@ -95,8 +95,8 @@ def table(rows: list[dict]) -> str:
     ]
     for attack in dict.fromkeys(row["attack"] for row in rows):
         own = [row for row in rows if row["attack"] == attack]
-        mean = lambda key: statistics.mean(row[key] for row in own)
-        spent = lambda stage: statistics.mean(row["seconds"][stage] for row in own)
+        mean = lambda key, own=own: statistics.mean(row[key] for row in own)
+        spent = lambda stage, own=own: statistics.mean(row["seconds"][stage] for row in own)
         asr, gate = [row["asr"] for row in own], GATES.get(attack, 0.9)
         met = "-" if attack == NO_ATTACK else f"{gate} {'met' if mean('asr') >= gate else 'missed'}"
         lines.append(

@@ -31,13 +31,12 @@ def held_out(text: str) -> torch.Tensor:
 
 def row(denoiser: Denoiser, name: str, data: str, images: torch.Tensor) -> dict:
     """Errors of one denoiser on one set."""
-    size = sum(weight.numel() for weight in denoiser.parameters())
     return {
         "denoiser": name,
         "data": data.partition(":")[0],
         "images": len(images),
         "gflops": denoiser.gflops(),
-        "parameters": size,
+        "parameters": denoiser.size,
         "errors": {error["t"]: error["mse"] for error in denoising_error(denoiser, images)},
     }
 

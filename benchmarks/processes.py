@@ -18,16 +18,8 @@ import sys
 
 from benchmarks.runs import ROOT, write_results
 
-FIXED = (
-    "--compile",
-    "off",
-    "--target_first",
-    "false",
-    "--epochs",
-    "1",
-    "--ft_epochs",
-    "1",
-)  # the trainings are not what is measured
+# the trainings are not what is measured
+FIXED = ("--target_first", "false", "--epochs", "1", "--ft_epochs", "1")
 COMPARED = ("votes.npz", "purified.npz")
 
 
@@ -48,15 +40,9 @@ def run(record: str, processes: int, extra: list[str]) -> dict:
     name = f"processes_{processes}"
     out = ROOT / "record" / record / "defense" / name
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-        str(ROOT / "defense" / "dataelixir.py"),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = str(ROOT / "defense" / "dataelixir.py")
+    command = [*torchrun, "--nproc_per_node", str(processes), script]
     subprocess.run(
         [*command, "--result_file", record, "--run_name", name, *FIXED, *extra],
         check=True,

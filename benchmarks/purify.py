@@ -35,6 +35,7 @@ from defense.elixir.store import IntermediaryStore
 from diffusion.denoiser import Denoiser, load_denoiser
 from utils.classifier.models import build_classifier
 from utils.classifier.training import extract_features, predict
+from utils.compiled import Compiled, FixedRows
 from utils.devices import mixed_precision, pick_device, timed
 from utils.images.data import DATASETS, LabeledImages
 
@@ -120,20 +121,14 @@ def ours(
     denoiser: Denoiser, victim, images: Tensor, folder: Path, compiled: bool, device: torch.device
 ) -> dict[str, float]:
     """The same seconds, of what a run calls; a short round is enough for a pass, a whole set of states for the rest."""
-    config = PurifyConfig(
-        steps_T=STEPS_T,
-        rounds_n=1,
-        last_steps_m=1,
-        reverse_steps=4,
-        compile="on" if compiled else "off",
-    )
-    purifier, index = (
-        purifier_for(denoiser, config, len(images), 0, device, True),
-        torch.arange(len(images)),
-    )
-    spread = (
-        10 * index
-    )  # as samples of one class lie in a set; noise is keyed by where a sample lies
+    config = PurifyConfig(steps_T=STEPS_T, rounds_n=1, last_steps_m=1, reverse_steps=4)
+    # for no images nothing is compiled
+    purifier, index = purifier_for(denoiser, config, 0, 0, device, True), torch.arange(len(images))
+    if compiled:
+        network = Compiled(denoiser)
+        purifier.denoiser = FixedRows(network) if device.type == "cpu" else network
+    # as samples of one class lie in a set; noise is keyed by where a sample lies
+    spread = 10 * index
     one_pass = best(lambda: purifier.intermediaries(images, spread), device) / len(images) / 4
     columns = images[:64, None].repeat(1, 1 + N * M, 1, 1, 1).to(device)  # the states are there
     label = best(lambda: predict(victim, columns.flatten(0, 1), amp=True), device, 1) / len(columns)
@@ -204,7 +199,10 @@ def peak_memory(size: int) -> int:
     code = rf"""
 import re, tempfile, torch
 from pathlib import Path
-from benchmarks.purify import CPU, DATASETS, IntermediaryStore, LabeledImages, PurifyConfig, Purifier, Purification, Rounds, TargetRule, build_classifier
+from benchmarks.purify import CPU, DATASETS, IntermediaryStore, LabeledImages
+from benchmarks.purify import PurifyConfig, Purifier, Rounds, build_classifier
+from defense.elixir.config import TargetRule
+from defense.elixir.purification import Purification
 images = torch.randint(0, 256, ({size}, 3, 32, 32), dtype=torch.uint8)
 victim = build_classifier("preactresnet_small", 10, DATASETS["digits"], (0, "bench")).eval()
 victim.head.weight.data.zero_()

@@ -2,10 +2,11 @@
 
     python benchmarks/soak.py [--on digits] [--runs 50] [--minutes 30] [--megabytes 1500] [--seed 0]
 
-`toy` is the small run of tests/world.py, `digits` that of config/badnet/digits.yaml with fewer epochs and rounds and a rule
-that flags some class even so, such that every stage is run. Each record is killed up to three times at random moments, whatever it
-is doing, and then finished. Writes benchmarks/results/soak_<on>.json and .md after every run, so that it may be stopped; exit
-code 1 where a result differs or memory grows.
+`toy` is the small run of tests/world.py, `digits` that of config/badnet/digits.yaml with
+fewer epochs and rounds, with the published preset, such that every stage is run. Each record is killed
+up to three times at random moments, whatever it is doing, and then finished. Writes
+benchmarks/results/soak_<on>.json and .md after every run, so that it may be stopped; exit code 1 where
+a result differs or memory grows.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ SHORTENED = {
     "ft_epochs": 1,
     "rounds_n": 1,
     "reverse_steps": 11,
-    "sample_first": 32,
-    "outlier_threshold": 0.5,
-    "sample_error": 0.5,
+    "preset": "published",  # which trains a benign model whatever it finds
     "purify_batch_size": 64,
     "device": "cpu",
 }

@@ -23,7 +23,8 @@ from benchmarks.runs import write_results
 from diffusion.config import DenoiserConfig
 from diffusion.training import Training
 from utils.classifier.models import build_classifier
-from utils.classifier.training import Trainer, make_optimizer
+from utils.classifier.optimizer import make_optimizer
+from utils.classifier.training import Trainer
 from utils.compiled import Compiled
 from utils.config import TrainConfig
 from utils.devices import autocast, pick_device, timed
@@ -137,7 +138,7 @@ def table(rows: list[dict]) -> str:
         "|---" * 7 + "|",
     ]
     for row in rows:
-        per = lambda key: 1000 * row[key] / row["steps"] / BATCH
+        per = lambda key, row=row: 1000 * row[key] / row["steps"] / BATCH
         inside = row["compiled" if row["network"].startswith("denoiser") else "ours"]
         lines.append(
             f"| {row['network']} | {per('plain'):.2f} | {per('ours'):.2f} | {per('compiled'):.2f} | {row['plain'] / row['ours']:.2f} | "
