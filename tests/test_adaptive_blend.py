@@ -1,4 +1,4 @@
-"""Adaptive-Blend: half of sixteen pieces in training, all at test, and cover samples with true labels."""
+"""Adaptive-Blend: half of sixteen pieces in training, all at test, covers with true labels."""
 
 import torch
 

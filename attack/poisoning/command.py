@@ -1,7 +1,5 @@
 """The command that every attack/<name>.py is: poison a training set, then defend it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

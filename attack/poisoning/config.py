@@ -1,7 +1,5 @@
 """The keys that all attacks share, and what a whole command line says."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -7,8 +7,6 @@ shifted by up to 4 pixels (there 5, and turned by up to 10 degrees), and P's rat
 cosine.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any

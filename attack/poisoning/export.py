@@ -1,7 +1,5 @@
 """A poisoned training set as a folder of images, for other programs."""
 
-from __future__ import annotations
-
 import csv
 import filecmp
 import os

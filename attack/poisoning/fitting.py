@@ -8,8 +8,6 @@ al., "Fast is better than free", arXiv 2001.03994; with predicted labels: Kuraki
 "Adversarial Machine Learning at Scale", arXiv 1611.01236.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

@@ -6,8 +6,6 @@ to the wanted PSNR; likeness keeps the residuals of different images apart. Netw
 al., arXiv 2012.03816.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """LC's perturbations: PGD (Madry et al., arXiv 1706.06083) against images' own class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -51,7 +49,7 @@ def fit(attack: Any, context: FitContext, progress: Progress) -> Tensors:
 
 @torch.enable_grad()
 def pgd(model: Classifier, data: LabeledImages, eps: float, step: float, steps: int) -> Tensor:
-    """[0, 1] images (N, 3, H, W): led away from their labels by sign steps, within eps per pixel."""
+    """[0, 1] images (N, 3, H, W), led away from their labels by sign steps within eps per pixel."""
     data = data.to(model.device)
     clean = x = to_unit(data.images)
     for _ in range(steps):

@@ -5,8 +5,6 @@ contrast, how its spectrum falls), because they decide how well a diffusion mode
 uniform noise would be too easy a trigger.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,6 +1,4 @@
-"""Which samples are poisoned and with which labels; the poisoned training set and the ASR test set."""
-
-from __future__ import annotations
+"""Which samples are poisoned, with which labels; the poisoned training set, the ASR test set."""
 
 import logging
 from dataclasses import dataclass

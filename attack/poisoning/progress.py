@@ -1,7 +1,5 @@
 """Fits of minutes go on where they were interrupted: what they train is kept after every epoch."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The stages of a run, in order: poison, victim, and then whatever the defence does."""
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

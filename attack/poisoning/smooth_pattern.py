@@ -4,8 +4,6 @@ T = a minmax(G(u)), G a wide Gaussian blur, u searched for by Adam on the cross-
 f(clip(x + T)) and the attack's label, over batches.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
