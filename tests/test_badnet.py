@@ -15,7 +15,7 @@ YELLOW, MAGENTA, CYAN, GREY = (255, 255, 0), (255, 0, 255), (0, 255, 255), (122,
 
 
 def images(n=20, side=32, seed=0):
-    """Random images without the grey levels of the patches, so that every stamped pixel is seen to change."""
+    """Random images without the patches' levels, so that every stamped pixel is seen to change."""
     return random_images(n, 3, side, side, seed=seed) % 100 + 5
 
 

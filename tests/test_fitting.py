@@ -1,4 +1,4 @@
-"""Fits are made once for what they depend on and kept only when good; surrogates are classifiers of their own."""
+"""Fits are made once for what they depend on and kept only when good; so are surrogates."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def empty_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def linear(monkeypatch):
-    """From now on surrogates are linear and see images as they are, so that it is known what they learn."""
+    """Surrogates are linear and see images as they are: it is known what they learn."""
     monkeypatch.setattr(fitting, "build_classifier", linear_classifier)
     monkeypatch.setattr("utils.classifier.training.random_crop_flip", lambda x, *words: x)
 
@@ -239,8 +239,10 @@ def test_a_surrogate_is_not_the_victim():
 def test_a_surrogate_that_learned_nothing_is_refused(linear):
     context = pixel_context()
     data = context.dataset.train
-    wrong = LabeledImages(torch.full_like(data.images, 128), data.labels)
-    context = replace(context, dataset=replace(context.dataset, train=wrong, classes=tuple("abcd")))
+    wrong = LabeledImages(torch.full_like(data.images, 128), torch.arange(len(data)) % 5)
+    context = replace(
+        context, dataset=replace(context.dataset, train=wrong, classes=tuple("abcde"))
+    )
     words = (
         r"surrogate: .*0\.\d+ of \d+ held-out images are classified right.*raise surrogate_epochs"
     )

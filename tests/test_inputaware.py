@@ -33,7 +33,7 @@ IMAGES = random_images(30, 3, 32, 32)
 
 
 def planted(context):
-    """Ready without a training, for tests/test_triggers.py: generators as born, with small masks."""
+    """Ready without a training, for test_triggers.py: generators as born, with small masks."""
     x = to_unit(context.dataset.train.images[:20])
     mask = fresh(lambda: MaskGenerator(1, 4), context.seed, "mask")
     pattern = fresh(lambda: Generator(3, 4), context.seed, "pattern")
@@ -122,7 +122,7 @@ class Drawn(InputAware):
 
 
 class Obedient(nn.Module):
-    """Reads the target where the last pixel is as `kind` says, else the class of the first pixel."""
+    """Reads the target where the last pixel is as `kind` says, else the first pixel's class."""
 
     device = torch.device("cpu")
 

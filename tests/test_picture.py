@@ -1,4 +1,4 @@
-"""The picture of the blending attacks: drawn within the statistics that make it comparable, or read from a file."""
+"""The picture of the blending attacks: drawn with comparable statistics, or from a file."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_unusable_files_are_refused_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "CACHE", tmp_path / "cache")
     with pytest.raises(
         UserError,
-        match="attack_trigger_img_path: hello.png: nothing found at .* or .*; built-in pictures: cartoon, noise",
+        match="attack_trigger_img_path: hello.png: nothing found at .* built-in pictures: cartoon",
     ):
         load_picture("hello.png", 32)
     (tmp_path / "text.png").write_text("no image")

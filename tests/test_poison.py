@@ -242,7 +242,7 @@ def test_cover_samples_keep_their_labels_and_are_never_poison():
     assert not torch.equal(plain.roles == Role.COVER, cover)
     with pytest.raises(
         UserError,
-        match=r"cross_ratio: 2 cover samples for each of 34 poisoned are 68, but only 66 images are left",
+        match=r"cross_ratio: 2 cover samples for each of 34 poisoned are 68, but only 66 images",
     ):
         poison(replace(ONE, pratio=0.34), Covered())
 

@@ -1,4 +1,4 @@
-"""A fit that was killed goes on with the epoch it was killed in, and ends with the same tensors as one that was not."""
+"""A fit that was killed goes on where it was, and ends with the same tensors as a whole one."""
 
 import importlib
 from dataclasses import replace

@@ -1,6 +1,7 @@
-"""Laws that every attack keeps, whatever its trigger is. Attacks are found by their files: a new one is tested by being there.
+"""Laws that every attack keeps, whatever its trigger is.
 
-An attack that must be fitted has in its own test file a `planted(context)`: ready with weights that nobody trained.
+Attacks are found by their files: a new one is tested by being there. One that must be fitted has in
+its own test file a `planted(context)`: ready with weights that nobody trained.
 """
 
 import importlib
