@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from defense.harness.command import main
-from defense.harness.defense import Detector, Findings
+from defense.harness.defense import Detector
+from defense.harness.findings import Findings
 from utils.config import OpenFraction, PositiveInt
 
 log = logging.getLogger("dataelixir")

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defense.harness.command import main
-from defense.harness.defense import Defense, Findings
+from defense.harness.defense import Defense
+from defense.harness.findings import Findings
 from utils.config import NonNegativeInt, OpenFraction, UserError
 
 

@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 
 from defense.harness.command import main
-from defense.harness.defense import Detector, Findings
+from defense.harness.defense import Detector
+from defense.harness.findings import Findings
 from defense.harness.knowledge import POISON_RATE, poison_rate
 from utils.config import OpenFraction
 

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from defense.harness.command import main
-from defense.harness.defense import Detector, Findings
+from defense.harness.defense import Detector
+from defense.harness.findings import Findings
 from defense.harness.knowledge import POISON_RATE, poison_rate
 
 ALPHA, MARGIN = 4.0, 1.5  # as published

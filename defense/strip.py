@@ -20,7 +20,8 @@ from typing import Literal
 from tqdm import tqdm
 
 from defense.harness.command import main
-from defense.harness.defense import Detector, Findings, ToldCleanImages
+from defense.harness.defense import Detector, ToldCleanImages
+from defense.harness.findings import Findings
 from defense.harness.knowledge import clean_images
 from utils.config import OpenFraction, PositiveInt, UserError
 

@@ -12,8 +12,9 @@ from attack.poisoning.config import PoisonConfig, RunConfig
 from defense.elixir import purification, purifier
 from defense.elixir.purifier import Purifier
 from defense.harness.case import save_case
-from defense.harness.defense import Defense, Findings, find_defense
+from defense.harness.defense import Defense, find_defense
 from defense.harness.defense_run import DefenseRun
+from defense.harness.findings import Findings
 from tests.test_knowledge import DEFENSES
 from tests.toys import (
     CLASSES,

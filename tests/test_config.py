@@ -16,7 +16,7 @@ from attack.badnet import BadNet
 from attack.poisoning.config import PoisonConfig, RunConfig
 from attack.poisoning.trigger import Trigger
 from defense.elixir.config import DataElixirConfig, PurifyConfig
-from defense.harness.command import AgainConfig
+from defense.harness.config import AgainConfig
 from diffusion.config import DenoiserConfig
 from utils import config as module
 from utils.config import (

@@ -113,3 +113,13 @@ def test_what_is_purified_is_neither_measured_nor_made_again(monkeypatch):
     assert len(asked) == before
     assert torch.equal(first.votes(), again.votes())
     assert first.level == again.level
+
+
+def test_a_record_of_an_earlier_version_is_gone_on_with():
+    """Its config says `conform: false` and the switches of then, with the values of today."""
+    config, record = {"threshold_tau": 3, "preset": "default"}, Record("old")
+    record.claim({"threshold_tau": 3, "conform": False, "ssim": "channel"})
+    (record / "poisoned.npz").write_bytes(b"made")
+    Record("old").claim(config, DataElixir)
+    with pytest.raises(UserError, match="preset: 'default' there, 'published' now"):
+        Record("old").claim(config | {"preset": "published"}, DataElixir)

@@ -46,7 +46,7 @@ def run_attack(order: Order) -> None:
         return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
     claimed = {DATA_KEY: dataset.digest(), "passed_over": order.passed_over}
-    record.claim(order.keys(record.name) | claimed)
+    record.claim(order.keys(record.name) | claimed, type(defense))
     start_logging(record / "log.txt")
     data, truth, triggered = poisoned_case(order, record, labels_to, dataset)
     if export:

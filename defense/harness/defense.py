@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from defense.elixir.config import DATAELIXIR_KEYS
+from defense.harness.findings import Findings
 from defense.harness.knowledge import CLEAN_IMAGES
 from utils.config import OpenFraction, TrainConfig, choose_by_name
 
@@ -77,21 +78,6 @@ class Defense(TrainConfig):
 
     def clean_up(self, record: Record) -> None:
         """After a complete run: delete intermediate files."""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What an inspection says about N samples, in tensors or arrays.
-
-    Attributes:
-        flagged: bool (N,), taken for poisoned.
-        score: float64 (N,), higher = more suspicious; None where the method ranks nothing.
-        targets: classes taken for target labels; None where the method does not ask.
-    """
-
-    flagged: Any
-    score: Any = None
-    targets: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from defense.harness.defense import Findings
+from defense.harness.findings import Findings
 from defense.harness.result import Result
 from utils.classifier.models import save_classifier, trained
 from utils.classifier.networks import Classifier

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from defense.harness.case import Case, load_case, load_whole_case
-from defense.harness.command import Order
+from defense.harness.config import Order
 from defense.harness.defense import Defense
 from defense.harness.defense_run import DefenseRun
 from defense.harness.evidence import write_evidence, write_figures, write_product
@@ -83,7 +83,7 @@ def defend_again(order: Order) -> None:
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     folder = again.run_name or f"{defense.name}-{digest}"
     record = Record(f"{source.name}/defense/{folder}", key="run_name")
-    record.claim({"defense": defense.name, **keys})
+    record.claim({"defense": defense.name, **keys}, type(defense))
     start_logging(record / "log.txt")
     if taken := taken_over(kept, defense):
         told = ", ".join(f"{key} {value}" for key, value in taken.items())

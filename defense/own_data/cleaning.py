@@ -101,7 +101,7 @@ class Cleaning:
         """
         data, victim = self.data, self.victim and weights_digest(self.victim)
         known = {DATA_KEY: of_tensors(data.images, data.labels), VICTIM_KEY: victim}
-        folder.claim(as_flat_dict(self.defense) | told | known)
+        folder.claim(as_flat_dict(self.defense) | told | known, type(self.defense))
 
     def analyse(self, folder: OutputFolder, paths: Sequence[str] = ()) -> Result:
         """Run the defence, and write what it decided and what the page is made of.

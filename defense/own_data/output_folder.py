@@ -37,7 +37,7 @@ class OutputFolder(Record):
         self.name, self.path, self.key = path.name, path, "out"
         path.mkdir(parents=True, exist_ok=True)
 
-    def claim(self, config: dict[str, Any]) -> None:
+    def claim(self, config: dict[str, Any], *classes: type) -> None:
         """Take the folder, or go on with the run that it holds; cleaned/ is left as it is.
 
         Raises:
@@ -54,7 +54,7 @@ class OutputFolder(Record):
         for left in self.path.glob(f".{CLEANED}.*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         self.note_cleaned()
-        super().claim(config)
+        super().claim(config, *classes)
 
     def note_cleaned(self) -> None:
         """Note the checksums of what lies in cleaned/, and in what was put aside, as it is now.

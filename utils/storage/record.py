@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from utils.config import RECORDS, UserError, command_line
+from utils.old_keys import OldKeys
 from utils.storage import checksums, lock, mending
 from utils.storage.environment import environment
 from utils.storage.files import load_arrays, replacing, save_arrays, shortened, write_json  # noqa: F401
@@ -74,11 +75,15 @@ class Record:
     def __truediv__(self, file: str) -> Path:
         return self.path / file
 
-    def claim(self, config: dict[str, Any]) -> None:
+    def claim(self, config: dict[str, Any], *classes: type) -> None:
         """Take the folder for this config: write config.yaml, or check that it says the same.
 
         It is this run's alone from then on. Damaged files are set aside, so that their stage is run
         again. A folder that holds nothing but a config and a log can be taken by any config.
+
+        Args:
+            config: the keys of this run.
+            classes: config classes whose earlier keys (utils/old_keys.py) an older record may have.
 
         Raises:
             UserError: the folder belongs to another config (names the keys that differ) or is in
@@ -86,15 +91,15 @@ class Record:
         """
         self.lock = lock.acquire(self.path, self.key)
         if self._holds_results():
-            self._refuse_other(config)
+            self._refuse_other(config, OldKeys(*classes))
         mending.mend(self.path, self.key)
         made_with = yaml.safe_dump({"environment": environment()}, sort_keys=False)
         text = yaml.safe_dump(config, sort_keys=False) + "\n# made with\n" + made_with
         with replacing(self / "config.yaml") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def _refuse_other(self, config: dict[str, Any]) -> None:
-        old = self.config()
+    def _refuse_other(self, config: dict[str, Any], old_keys: OldKeys) -> None:
+        old = old_keys.in_file(self.config(), of_record=True)
         compared = [
             key for key in config if key not in RUNTIME_KEYS and (key != DATA_KEY or key in old)
         ]
