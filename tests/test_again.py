@@ -15,7 +15,7 @@ from utils.storage import record
 
 @pytest.fixture
 def again(tmp_path, monkeypatch):
-    """Defends a record of the digits' config that has no victim; returns the configs of its defences.
+    """Defends a record of the digits' config without a victim; gives its defences' configs.
 
     The record was made for the defence `none`.
     """
