@@ -32,7 +32,7 @@ SHORTENED = {
     "epochs": 3,
     "ft_epochs": 1,
     "rounds_n": 1,
-    "reverse_steps": 11,
+    "steps_T": 11,
     "preset": "published",  # which trains a benign model whatever it finds
     "purify_batch_size": 64,
     "device": "cpu",
