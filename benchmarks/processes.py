@@ -46,7 +46,12 @@ def run(record: str, processes: int, extra: list[str]) -> dict:
     subprocess.run(
         [*command, "--result_file", record, "--run_name", name, *FIXED, *extra],
         check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+        },
     )
     cost = json.loads((out / "report.json").read_text(encoding="utf-8"))["cost"]
     return {
