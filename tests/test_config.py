@@ -7,7 +7,7 @@ import importlib
 import itertools
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -387,8 +387,8 @@ def test_a_bug_is_not_dressed_up_as_the_users_mistake():
 class NewConfig(TrainConfig):
     """A config that has changed: `fast` stands for `speed`, `turbo` and `boost` are gone."""
 
-    ALIASES: ClassVar = {"fast": Alias("speed", {True: "high", False: "low"})}
-    REMOVED_KEYS: ClassVar = {
+    ALIASES: ClassVar[dict[str, Any]] = {"fast": Alias("speed", {True: "high", False: "low"})}
+    REMOVED_KEYS: ClassVar[dict[str, Any]] = {
         "turbo": RemovedKey("use speed: high", [False]),
         "boost": RemovedKey("leave it out"),
     }

@@ -86,7 +86,7 @@ class TrainConfig:
         random_seed: seed of every random choice.
     """
 
-    REMOVED_KEYS: ClassVar = dict.fromkeys(
+    REMOVED_KEYS: ClassVar[dict[str, Any]] = dict.fromkeys(
         ("steplr_stepsize", "steplr_gamma"),
         RemovedKey("use lr_scheduler: CosineAnnealingLR or constant"),
     )

@@ -108,7 +108,7 @@ class PurifyConfig:
             all steps_T.
     """
 
-    REMOVED_KEYS: ClassVar = {
+    REMOVED_KEYS: ClassVar[dict[str, Any]] = {
         **_by_preset(noise_index="T-1", quantise="round", sampler="ancestral"),
         "compile": RemovedKey("the denoiser is compiled where that pays"),
     }
@@ -154,8 +154,10 @@ class DataElixirConfig(PurifyingConfig):
             32x32 image); otherwise only their votes stay.
     """
 
-    ALIASES: ClassVar = {"conform": Alias("preset", {True: "published", False: "default"})}
-    REMOVED_KEYS: ClassVar = {
+    ALIASES: ClassVar[dict[str, Any]] = {
+        "conform": Alias("preset", {True: "published", False: "default"})
+    }
+    REMOVED_KEYS: ClassVar[dict[str, Any]] = {
         **_by_preset(
             outliers="one_sided",
             outlier_threshold=2.0,
