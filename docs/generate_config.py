@@ -1,8 +1,8 @@
 """Writes docs/config.md from the docstrings of the config classes: python docs/generate_config.py
 
-A config class is a frozen dataclass of the program whose fields are flags of a command: one called ...Config, or an
-attack or a defence. tests/test_docs.py fails where the page is not
-what this program would write.
+A config class is a frozen dataclass of the program whose fields are flags of a command: one called
+...Config, or an attack or a defence. tests/test_docs.py fails where the page is not what this
+program would write.
 """
 
 from __future__ import annotations
@@ -32,16 +32,20 @@ GROUPS = {  # heading -> folder; a class belongs to the last one that its file l
 INTRODUCTION = """\
 # Every key
 
-Written by `python docs/generate_config.py` from the docstrings of the config classes; edit those, not this page.
+Written by `python docs/generate_config.py` from the docstrings of the config classes; edit those,
+not this page.
 
-Every key is a flag of the command line (`--pratio 0.05`) and a key of the YAML file that `--yaml_path` names. Flags win
-over the file, which wins over the defaults. `--help` lists the keys of a command, `--print_config` prints the values
-that it would use. An unknown key ends the command in one line that names the nearest known one.
+Every key is a flag of the command line (`--pratio 0.05`) and a key of the YAML file that
+`--yaml_path` names. Flags win over the file, which wins over the defaults. `--help` lists the
+keys of a command, `--print_config` prints the values that it would use. An unknown key ends the
+command in one line that names the nearest known one.
 
-* An attack script takes the keys of the run, of the images, of the poisoning, of its attack and of the defence that
-  `--defense` names; every defence has the keys of training.
-* A defence script takes the keys of the record that is defended, of the images and of the defence.
-* `defense/purify.py` takes its own keys and DataElixir's, `diffusion/train.py` its own and those of the images.
+* An attack script takes the keys of the run, of the images, of the poisoning, of its attack and
+  of the defence that `--defense` names; every defence has the keys of training.
+* A defence script takes the keys of the record that is defended, of the images and of the
+  defence.
+* `defense/purify.py` takes its own keys and DataElixir's, `diffusion/train.py` its own and those
+  of the images.
 """
 
 
@@ -86,7 +90,7 @@ def is_config(kind: type) -> bool:
 
 
 def is_attack_or_defence(kind: type) -> bool:
-    """Whether a class stamps a trigger, or has the keys of training; bases of such classes do too."""
+    """Whether a class stamps a trigger or has the keys of training, as bases of them do too."""
     return hasattr(kind, "stamp") or hasattr(kind, "random_seed")
 
 
@@ -143,7 +147,7 @@ def keys(kind: type) -> list[Key]:
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """{key: meaning} of the Args of a docstring; lines that are indented further go on with the last one."""
+    """{key: meaning} of the Args of a docstring; a line indented further continues the last one."""
     arguments = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")[2]
     joined = re.sub(r"\n {5,}", " ", arguments)
     return dict(re.findall(r"^    (\w+): (.*)$", joined, re.MULTILINE))
@@ -161,7 +165,7 @@ def default(field: Field) -> str:
 
 
 def former(kinds: list[type]) -> list[str]:
-    """The keys of former versions: other words for keys of today, and what to use instead of those that are gone."""
+    """The keys of former versions: other words for keys of today, and what replaces the others."""
     old = OldKeys(*kinds)
     told = {key: removed.advice for key, removed in old.removed.items()}
     for key, alias in old.aliases.items():

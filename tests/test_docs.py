@@ -1,4 +1,4 @@
-"""README.md and docs/: commands parse, links lead somewhere, the reference of keys is what the code says."""
+"""README.md and docs/: commands parse, links lead somewhere, the reference of keys is current."""
 
 import argparse
 import ast
