@@ -28,8 +28,8 @@ class DataElixir(DataElixirConfig, Defense):
     def defend(self, data, victim, run):
         """Sanitize `data` and train a benign model on the result, in the paper's order.
 
-        Three things are ours, and none of them decides under `preset: published`: targets first
-        (in purify), the inflow (in target_labels), and a level found by `steps_T: auto`.
+        Ours, and without a say under `preset: published`: targets first (in purify) and the inflow
+        (in target_labels). Ours as well: a noise level found by `steps_T: auto`, and assess.
         """
         from defense.elixir.assessment import assess
         from defense.elixir.draft import Draft, Selector
