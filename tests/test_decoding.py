@@ -32,8 +32,9 @@ def pixels(*shape, seed=0):
 
 def count_decoding(monkeypatch):
     """A list that grows with every file that is really opened."""
-    opened, original = [], decoding.open_image
-    monkeypatch.setattr(decoding, "open_image", lambda path: opened.append(path) or original(path))
+    opened, original = [], decoding.open_with_kind
+    counted = lambda path, root: opened.append(path) or original(path, root)
+    monkeypatch.setattr(decoding, "open_with_kind", counted)
     return opened
 
 

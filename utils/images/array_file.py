@@ -1,8 +1,5 @@
 """Sets in a .npz file, read without unpickling."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,7 @@ from utils.storage.files import shortened
 
 # names of the two arrays
 PAIRS = (("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("data", "labels"))
-# labels 0..K-1 below this are class numbers; any others are numbered in ascending order
-PLAIN = 1000
+PLAIN = 1000  # labels 0..K-1 below are class numbers; any others are numbered in ascending order
 
 
 class ArrayFile(Layout):
@@ -42,10 +38,9 @@ class ArrayFile(Layout):
         if keys is None:
             held = ", ".join(self.arrays) or "nothing"
             raise UserError(f"data: {file} holds {held}; expected the arrays images and labels")
-        self.keys = keys
-        pixels, given = (self.arrays[key] for key in keys)
-        self.axes, integers = _axes(pixels.shape), given.dtype.kind in "iu"
-        if pixels.dtype != np.uint8 or not self.axes or not integers or given.size != len(pixels):
+        self.keys, (pixels, given) = keys, [self.arrays[key] for key in keys]
+        seen, fits = as_hwc(pixels), given.dtype.kind in "iu" and given.size == len(pixels)
+        if pixels.dtype != np.uint8 or seen is None or not fits:
             raise UserError(
                 f"data: {file}: images must be uint8 (N, H, W, 3) or (N, 3, H, W) and labels "
                 f"integers (N,), not {pixels.dtype} {pixels.shape} and {given.dtype} {given.shape}"
@@ -55,23 +50,17 @@ class ArrayFile(Layout):
         self.labels = torch.from_numpy(np.searchsorted(self.values, given.reshape(-1)))
         self.classes = tuple(map(str, self.values))
         self.paths = [f"{file.name}#{k}" for k in range(len(pixels))]
-        self.sizes = [self._as_hwc(pixels[:1]).shape[1:3]]
-
-    def _as_hwc(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3 or 1), a view."""
-        if self.axes == "grey":
-            return pixels[..., None]
-        return pixels.transpose(0, 2, 3, 1) if self.axes == "first" else pixels
+        self.pixels, self.sizes = seen, [seen.shape[1:3]]
 
     def images(self, size: int) -> Tensor:
-        pixels = self._as_hwc(self.arrays[self.keys[0]])
-        colours = np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
+        colours = np.ascontiguousarray(np.broadcast_to(self.pixels, (*self.pixels.shape[:3], 3)))
         return torch.from_numpy(resize_all(colours, size))
 
     def write(self, folder: Path, outcome: Outcome) -> None:
         """The same file name and arrays; arrays other than the two are left as they are."""
         pixels, given = (self.arrays[key].copy() for key in self.keys)
-        seen = self._as_hwc(pixels)
+        seen = as_hwc(pixels)
+        assert seen is not None
         for k in outcome.replaced.nonzero().flatten().tolist():
             image = fitted(outcome.images[k].numpy(), self.sizes[0], grey=seen.shape[3] == 1)
             seen[k] = image.reshape(seen.shape[1:])
@@ -82,13 +71,11 @@ class ArrayFile(Layout):
         np.savez(folder / self.file.name, **{**self.arrays, **new})
 
 
-def _axes(shape: Sequence[int]) -> str:
-    """Where the channels of images of this shape are: last, first or grey (no such axis).
-
-    Empty where it is no shape of images.
-    """
-    if len(shape) == 3:
-        return "grey"
-    if len(shape) == 4 and shape[3] in (1, 3):
-        return "last"
-    return "first" if len(shape) == 4 and shape[1] in (1, 3) else ""
+def as_hwc(pixels: np.ndarray) -> np.ndarray | None:
+    """A view (N, H, W, 3 or 1) of images; None where the shape is none of images."""
+    if pixels.ndim == 3:
+        return pixels[..., None]
+    if pixels.ndim == 4 and pixels.shape[3] in (1, 3):
+        return pixels
+    first = pixels.ndim == 4 and pixels.shape[1] in (1, 3)
+    return pixels.transpose(0, 2, 3, 1) if first else None

@@ -1,7 +1,5 @@
 """Augmentation of training batches, drawn from a generator of the caller's."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,15 +8,10 @@ PAD = 4
 
 
 def random_crop_flip(x: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each image of (B, C, H, W) shifted by up to PAD pixels over zeros, and half of them mirrored.
-
-    Args:
-        flip: without it, none is mirrored.
-    """
+    """Each image of (B, C, H, W) shifted by up to PAD pixels over zeros, and half mirrored if `flip`."""
     b, _, h, w = x.shape
-    draw = lambda high, *shape: torch.randint(0, high, shape, generator=generator).to(
-        x.device, non_blocking=True
-    )
+    drawn = lambda high, *shape: torch.randint(0, high, shape, generator=generator)
+    draw = lambda high, *shape: drawn(high, *shape).to(x.device, non_blocking=True)
     padded = F.pad(x, (PAD,) * 4).permute(0, 2, 3, 1)
     top, left = draw(2 * PAD + 1, 2, b)
     mirrored = draw(2, b).bool() & flip

@@ -1,11 +1,8 @@
 """CIFAR's python files (Krizhevsky, https://www.cs.toronto.edu/~kriz/cifar.html), read safely.
 
 They are pickles, and a pickle is a program that may call anything it names. This unpickler lets it
-name the few things that an array is made of and nothing else, so a file that names more is refused
-before anything of it is called.
+name only what an array is made of, and refuses a file that names more before anything is called.
 """
-
-from __future__ import annotations
 
 import pickle
 from pathlib import Path
@@ -31,8 +28,8 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-# What any version of numpy names to rebuild an array. Where this version has the two functions is
-# asked of an array.
+# What any version of numpy names to rebuild an array; an array says where this version has them.
+REBUILDERS = (("multiarray", "_reconstruct", 2), ("numeric", "_frombuffer", 5))  # with protocol
 ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -40,19 +37,13 @@ ALLOWED = {
     **{
         (f"numpy.{core}.{module}", name): np.zeros(1).__reduce_ex__(protocol)[0]
         for core in ("core", "_core")
-        for module, name, protocol in (
-            ("multiarray", "_reconstruct", 2),
-            ("numeric", "_frombuffer", 5),
-        )
+        for module, name, protocol in REBUILDERS
     },
 }
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain containers, numbers, text, bytes and numpy arrays.
-
-    Raises pickle.UnpicklingError at anything else.
-    """
+    """Reads containers, numbers, text, bytes and arrays; raises UnpicklingError at anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -113,12 +104,11 @@ class CifarFiles(Layout):
     kind = "CIFAR python files"
 
     def __init__(self, folder: Path):
-        files = training_files(folder)
         for path in sorted(folder.iterdir()):
             if leads_out(path, folder):
-                raise UserError(
-                    f"data: {path} {OUTSIDE}; put the file itself there, or remove the link"
-                )
+                advice = "put the file itself there, or remove the link"
+                raise UserError(f"data: {path} {OUTSIDE}; {advice}")
+        files = training_files(folder)
         parts = [self._read(path) for path in files]
         pixels = np.concatenate([data for data, _ in parts]).reshape(-1, 3, SIDE, SIDE)
         self.folder, self.pixels = folder, np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
@@ -127,9 +117,8 @@ class CifarFiles(Layout):
         unnamed = range(len(self.names), max(labels, default=-1) + 1)
         self.classes = (*self.names, *map(str, unnamed))
         self.sizes = [(SIDE, SIDE)]
-        self.paths = [
-            f"{path.name}#{k}" for path, (data, _) in zip(files, parts) for k in range(len(data))
-        ]
+        counts = [(path.name, len(data)) for path, (data, _) in zip(files, parts)]
+        self.paths = [f"{name}#{k}" for name, count in counts for k in range(count)]
         self.remark = (
             f"CIFAR's python files are not written: cleaned/{folder.name}.npz holds the training "
             "set as images uint8 (N, 32, 32, 3), labels int64 (N,) and the names of the classes."
@@ -140,18 +129,12 @@ class CifarFiles(Layout):
         """Pixels uint8 (N, 3072) and N labels of a batch."""
         batch = read_pickle(path)
         data, labels = entry(batch, "data"), entry(batch, "fine_labels", "labels")
+        values, is_label = 3 * SIDE**2, lambda k: type(k) is int and 0 <= k < MOST_LABELS
         pixels = isinstance(data, np.ndarray) and data.dtype == np.uint8
-        if (
-            not pixels
-            or data.shape[1:] != (3 * SIDE * SIDE,)
-            or not isinstance(labels, list)
-            or len(labels) != len(data)
-            or not all(type(label) is int and 0 <= label < MOST_LABELS for label in labels)
-        ):
-            raise UserError(
-                f"data: {path}: expected data uint8 (N, {3 * SIDE * SIDE}) and a list of N labels"
-            )
-        return data, labels
+        listed = isinstance(labels, list) and all(map(is_label, labels))
+        if pixels and data.shape[1:] == (values,) and listed and len(labels) == len(data):
+            return data, labels
+        raise UserError(f"data: {path}: expected data uint8 (N, {values}) and a list of N labels")
 
     def _names(self) -> list[str]:
         meta = next(self.folder / name for name in META if (self.folder / name).is_file())
@@ -162,7 +145,6 @@ class CifarFiles(Layout):
         return torch.from_numpy(resize_all(self.pixels, size))
 
     def write(self, folder: Path, outcome: Outcome) -> None:
-        """All samples that are not left out, in their order, in one file."""
         pixels, kept = self.pixels.copy(), ~outcome.dropped.numpy()
         for k in outcome.replaced.nonzero().flatten().tolist():
             pixels[k] = fitted(outcome.images[k].numpy(), (SIDE, SIDE))

@@ -1,8 +1,4 @@
-"""Data sets as two aligned tensors: images uint8 (N, 3, H, W) and labels int64 (N,).
-
-One `DATASETS` entry says all there is to know about a data set; nothing else in the project names
-one. Images are decoded and resized once (PIL bilinear, as the papers of this field do).
-"""
+"""Data sets as aligned images and labels; a `DATASETS` entry says all there is to know of one."""
 
 from __future__ import annotations
 
@@ -16,26 +12,15 @@ import torch
 from torch import Tensor
 
 from utils.config import DataConfig, UserError, candidate_paths, choose_by_name
-from utils.images.loaders import (
-    Splits,
-    download,
-    load_cifar,
-    load_digits,
-    load_gtsrb,
-    load_imagefolder,
-)
+from utils.images import loaders
 from utils.storage.checksums import of_tensors
 
 log = logging.getLogger("dataelixir")
-CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (the python version, unpacked there)"
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images uint8 (N, 3, H, W) and labels int64 (N,), aligned.
-
-    Images become contiguous: what is computed from them must not depend on where they came from.
-    """
+    """Images uint8 (N, 3, H, W), made contiguous, and labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -56,18 +41,14 @@ class LabeledImages:
         return LabeledImages(self.images[which], self.labels[which])
 
     def to(self, device: torch.device) -> LabeledImages:
-        """The same on another device."""
         return LabeledImages(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class TriggeredImages:
-    """The ASR test set of M samples.
+    """The ASR test set: triggered images uint8 (M, 3, H, W), and three tensors int64 (M,).
 
-    Attributes:
-        images: triggered images uint8 (M, 3, H, W).
-        labels, original_labels: int64 (M,), the attack's and the true ones.
-        index: int64 (M,), places in the test set.
+    These are the attack's labels, the true ones, and the places in the test set.
     """
 
     images: Tensor
@@ -78,21 +59,20 @@ class TriggeredImages:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """All there is to know about one data set.
+    """One data set.
 
     Attributes:
-        mean, std: of each channel of pixels in [0, 1]; the classifier's first layer normalises.
+        mean, std: of each channel of pixels in [0, 1].
         flip: whether a horizontal flip leaves the class unchanged.
-        load: (folder, DataConfig) -> Splits; raises FileNotFoundError where the folder does not
-            hold the data set.
-        download: (name, folder) -> None, or None where there is nothing to download.
+        load: raises FileNotFoundError where the folder does not hold the data set.
+        download: called with the set's name and a folder; None where there is nothing to download.
         url: where a person gets it.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     flip: bool
-    load: Callable[[Path, DataConfig], Splits]
+    load: Callable[[Path, DataConfig], loaders.Splits]
     download: Callable[[str, Path], None] | None = None
     url: str = ""
 
@@ -130,8 +110,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     """The data set that `config` names, decoded, checked and cached.
 
     Raises:
-        UserError: unknown name, nothing found (lists every place and how to get it), fewer than
-            two classes.
+        UserError: unknown name, nothing found, or fewer than two classes.
     """
     info = choose_by_name(config.dataset, DATASETS, "dataset")
     *parts, classes = _load_from_any_place(info, config)
@@ -141,18 +120,14 @@ def load_dataset(config: DataConfig) -> Dataset:
     )
     present = len(train.labels.unique())
     if present < 2:
-        raise UserError(
-            f"dataset: '{config.dataset}' has training images of {present} class; "
-            "two or more are needed"
-        )
-    log.info(
-        f"{config.dataset}: {len(train)} training and {len(test)} test images of "
-        f"{len(classes)} classes, {config.image_size}x{config.image_size}"
-    )
+        found = f"training images of {present} class; two or more are needed"
+        raise UserError(f"dataset: '{config.dataset}' has {found}")
+    counts = f"{len(train)} training and {len(test)} test images of {len(classes)} classes"
+    log.info(f"{config.dataset}: {counts}, {config.image_size}x{config.image_size}")
     return Dataset(train, test, classes, config.dataset, info)
 
 
-def _load_from_any_place(info: DatasetInfo, config: DataConfig) -> Splits:
+def _load_from_any_place(info: DatasetInfo, config: DataConfig) -> loaders.Splits:
     places = candidate_paths(config.dataset_path)
     for place in places:
         try:
@@ -160,33 +135,32 @@ def _load_from_any_place(info: DatasetInfo, config: DataConfig) -> Splits:
         except FileNotFoundError:
             continue
     tried = " or ".join(str(place) for place in places)
+    missing = f"dataset_path: no {config.dataset} data at {tried}"
     if info.download is None:
-        raise UserError(f"dataset_path: no {config.dataset} data at {tried}; expected {info.url}")
+        raise UserError(f"{missing}; expected {info.url}")
     log.info("%s is not at %s: downloading", config.dataset, tried)
     try:
         info.download(config.dataset, places[-1])
         return info.load(places[-1], config)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"dataset_path: no {config.dataset} data at {tried}, and the download failed "
-            f"({str(error)[:120]}); get it from {info.url}"
-        ) from None
+        reason = f"the download failed ({str(error)[:120]}); get it from {info.url}"
+        raise UserError(f"{missing}, and {reason}") from None
 
 
+CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (the python version, unpacked there)"
 GTSRB = (
     "https://benchmark.ini.rub.de (GTSRB/Training or GTSRB/Final_Training/Images, "
     "GTSRB/Final_Test/Images and GT-final_test.csv)"
 )
 FOLDERS = "train/<class>/* and test/<class>/*, or <class>/* to be split by test_fraction"
-HALF, QUARTER = (0.5,) * 3, (0.25,) * 3
+of_cifar = loaders.load_cifar, loaders.download, CIFAR
+of_gtsrb = loaders.load_gtsrb, loaders.download, GTSRB
 DATASETS: dict[str, DatasetInfo] = {
-    "digits": DatasetInfo((0.3, 0.3, 0.3), (0.35, 0.35, 0.35), False, load_digits),
-    "cifar10": DatasetInfo(
-        (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), True, load_cifar, download, CIFAR
+    "digits": DatasetInfo((0.3,) * 3, (0.35,) * 3, False, loaders.load_digits),
+    "cifar10": DatasetInfo((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), True, *of_cifar),
+    "cifar100": DatasetInfo((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True, *of_cifar),
+    "gtsrb": DatasetInfo((0.0,) * 3, (1.0,) * 3, False, *of_gtsrb),
+    "imagefolder": DatasetInfo(
+        (0.5,) * 3, (0.25,) * 3, False, loaders.load_imagefolder, url=FOLDERS
     ),
-    "cifar100": DatasetInfo(
-        (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True, load_cifar, download, CIFAR
-    ),
-    "gtsrb": DatasetInfo((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), False, load_gtsrb, download, GTSRB),
-    "imagefolder": DatasetInfo(HALF, QUARTER, False, load_imagefolder, url=FOLDERS),
 }

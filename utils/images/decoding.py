@@ -1,11 +1,8 @@
 """Image files and arrays to uint8 (N, 3, H, W), decoded once and kept in `record/.cache/`.
 
 A file is read as a viewer shows it: turned as EXIF says, transparency over white, 16 bits scaled
-down, the first frame of an animation. What cannot be read so is a bad image, with a reason. Nothing
-a file holds is run, and no file outside the data folder is read through a link in it.
+down, the first frame of an animation. What cannot be read so is a bad image, with a reason.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -30,9 +27,8 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif
 OUTSIDE = "leads out of the data folder"
 MAX_PIXELS = 80_000_000  # a small file can unfold to more than memory holds
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I")
-# names of the parts of a set, in lower case
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
-RULES = 2  # to be raised when images are read differently, so that no cache from before is used
+RULES = 2  # raised when images are read differently, so that no earlier cache is used
 STALE = 3600  # seconds after which a half-written file in the cache is nobody's
 
 
@@ -60,12 +56,17 @@ def open_image(path: str | Path) -> Image.Image:
     return open_with_kind(path)[0]
 
 
-def open_with_kind(path: str | Path) -> tuple[Image.Image, bool]:
+def open_with_kind(path: str | Path, root: Path | None = None) -> tuple[Image.Image, bool]:
     """An image file as a person sees it, in mode RGB, and whether it holds grey levels alone.
 
+    Args:
+        root: the folder that the path must not lead out of, by a link or by its name.
+
     Raises:
-        BadImage: not an image, damaged, too large, or of pixels without a known scale.
+        BadImage: not an image, damaged, too large, of pixels without a known scale, or not there.
     """
+    if root and leads_out(path, root):
+        raise BadImage(OUTSIDE)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadImage("not a regular file")
@@ -88,11 +89,7 @@ def _reason(error: Exception, path: str | Path) -> str:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image that is open in mode RGB: 16 bits of grey scaled to 8, transparency over white.
-
-    Raises:
-        BadImage: pixels without a known scale.
-    """
+    """An open image in mode RGB, converted as files are; raises BadImage as `open_with_kind`."""
     if image.mode == "F":
         raise BadImage("floating point pixels have no known scale")
     if image.mode.startswith("I"):  # 16 bits of grey
@@ -106,26 +103,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resized(image: Image.Image, size: int) -> np.ndarray:
-    """(3, size, size) uint8 of an RGB image: PIL bilinear."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
 def resize_all(images_hwc: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> uint8 (N, 3, size, size)."""
-    if images_hwc.shape[1:3] == (size, size):
-        return np.ascontiguousarray(images_hwc.transpose(0, 3, 1, 2))
-    return np.stack([_resized(Image.fromarray(image), size) for image in images_hwc])
+    """uint8 (N, H, W, 3) -> uint8 (N, 3, size, size): PIL bilinear."""
+    if images_hwc.shape[1:3] != (size, size):
+        images = (Image.fromarray(image) for image in images_hwc)
+        resized = (image.resize((size, size), Image.Resampling.BILINEAR) for image in images)
+        images_hwc = np.stack([np.asarray(image) for image in resized])
+    return np.ascontiguousarray(images_hwc.transpose(0, 3, 1, 2))
 
 
 def decode_files(files: Sequence[tuple[str, int]], size: int) -> np.ndarray:
-    """uint8 (N, 3, size, size) of (path, label) pairs, every one of which must be an image.
-
-    Raises:
-        UserError: a file that is not an image that PIL reads, by name.
-    """
+    """uint8 (N, 3, size, size) of (path, label) pairs; raises UserError where one is bad."""
     found = decode_readable(files, size)
     for place, reason in found.bad.items():
         path = files[place][0]
@@ -139,24 +127,9 @@ def decode_readable(
     """The images among (path, label) pairs, at `size`; decoded once, then read from the cache.
 
     Args:
-        root: what leads out of this folder, by a link or by its name, is a bad image; None lets it
-            lead anywhere.
+        root: what leads out of this folder is a bad image; None lets it lead anywhere.
     """
-    strays = [root is not None and leads_out(path, root) for path, _ in files]
-    inside = np.flatnonzero(~np.array(strays, bool))
-    found = _decode([files[place] for place in inside.tolist()], size)
-    bad = {place: OUTSIDE for place, stray in enumerate(strays) if stray}
-    bad |= {int(inside[k]): reason for k, reason in found.bad.items()}
-    return Decoded(found.images, inside[found.kept], dict(sorted(bad.items())))
-
-
-def leads_out(path: str | Path, root: Path) -> bool:
-    """Whether a path, or the link that it is, leads out of the data folder `root`."""
-    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
-def _decode(files: Sequence[tuple[str, int]], size: int) -> Decoded:
-    cached = CACHE / f"{_fingerprint(files, size)}.npz"
+    cached = CACHE / f"{_fingerprint(files, size, root)}.npz"
     # missing or damaged: what can be made again is no error
     with contextlib.suppress(Exception), np.load(cached, allow_pickle=False) as content:
         bad = dict(zip(content["bad"].tolist(), content["reasons"].tolist()))
@@ -165,13 +138,19 @@ def _decode(files: Sequence[tuple[str, int]], size: int) -> Decoded:
     kept: list[int] = []
     for place, (path, _) in enumerate(files):
         try:
-            images[len(kept)] = _resized(open_image(path), size)
+            pixels = np.asarray(open_with_kind(path, root)[0])
+            images[len(kept)] = resize_all(pixels[None], size)[0]
             kept.append(place)
         except BadImage as error:
             bad[place] = str(error)
     found = Decoded(images[: len(kept)], np.array(kept, np.int64), bad)
     _keep(cached, found)
     return found
+
+
+def leads_out(path: str | Path, root: Path) -> bool:
+    """Whether a path, or the link that it is, leads out of the data folder `root`."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _keep(cached: Path, found: Decoded) -> None:
@@ -189,14 +168,17 @@ def _keep(cached: Path, found: Decoded) -> None:
         log.warning("decoded images are not kept for the next run: %s", shortened(error))
 
 
-def _fingerprint(files: Sequence[tuple[str, int]], size: int) -> str:
+def _fingerprint(files: Sequence[tuple[str, int]], size: int, root: Path | None) -> str:
     digest = hashlib.sha256(f"{RULES} {size}".encode())
     for path, label in files:
-        digest.update(os.fsencode(os.path.abspath(path)) + f"|{label}|{_state(path)}\n".encode())
+        state = _state(path, root)
+        digest.update(os.fsencode(os.path.abspath(path)) + f"|{label}|{state}\n".encode())
     return digest.hexdigest()[:24]
 
 
-def _state(path: str) -> str:
+def _state(path: str, root: Path | None) -> str:
+    if root and leads_out(path, root):
+        return OUTSIDE
     try:
         found = os.stat(path)
     except OSError:  # a broken link
@@ -229,8 +211,3 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 def are_splits(names: Sequence[str]) -> bool:
     """Whether folders of these names are parts of a set, such as train and val, and no classes."""
     return bool(names) and all(name.casefold() in SPLITS for name in names)
-
-
-def training_part(names: Sequence[str]) -> str:
-    """Of the names of parts, the one a model is trained on; the first where none is called so."""
-    return next((name for name in names if name.casefold().startswith("train")), names[0])

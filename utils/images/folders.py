@@ -1,7 +1,5 @@
 """Image files of a data set that a person collected: every odd one is told of, in one list."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -20,16 +18,14 @@ SHOWN = 200
 def read_parts(
     parts: Sequence[Files], config: DataConfig, root: Path, classes: Sequence[str] = ()
 ) -> list[tuple[np.ndarray, list[int]]]:
-    """(images uint8 (M, 3, S, S), labels) of each part, of the training and of the test files.
+    """(images uint8 (M, 3, S, S), labels) of the training and of the test files.
 
     Args:
         root: the data folder; nothing outside it is read.
-        classes: their names, to log what is readable but hardly meant: one picture in two classes,
-            a class with hardly any image.
+        classes: their names, to log what is readable but hardly meant.
 
     Raises:
-        UserError: a file is no usable image, and `config.on_bad_image` is stop; all such files are
-            logged.
+        UserError: a file is no usable image (all are logged), and `config.on_bad_image` is stop.
     """
     found = [decode_readable(part, config.image_size, root) for part in parts]
     both = list(zip(parts, found))
@@ -43,12 +39,7 @@ def read_parts(
 
 
 def tell_bad(bad: Sequence[str], total: int, root: Path) -> str:
-    """Log which files of a set are no usable images; returns the complaint, empty without any.
-
-    Args:
-        bad: "path: reason" of each.
-        total: files in the set.
-    """
+    """Log the unusable files, "path: reason" each, of `total`; the complaint, empty without any."""
     _tell(f"{len(bad)} of {total} image files in {root} cannot be used", bad)
     told = f"{len(bad)} image files in {root} cannot be used, the first is {''.join(bad[:1])};\n"
     return told + "repair or remove what is listed above" if bad else ""
@@ -58,16 +49,13 @@ def refuse_unknown(test: Path, classes: Sequence[str]) -> None:
     """Raises UserError where test/ has folders that train/ has not: they would be left out."""
     unknown = [name for name in class_folders(test) if name not in classes]
     if unknown:
-        first = f"{unknown[0]}/.{nearest(unknown[0], list(classes))}"
-        raise UserError(
-            f"dataset_path: {test} has {len(unknown)} folders that train/ has not, the first is "
-            f"{first} Rename them as in train/, or take them out"
-        )
+        first = f"the first is {unknown[0]}/.{nearest(unknown[0], list(classes))}"
+        advice = "Rename them as in train/, or take them out"
+        found = f"{test} has {len(unknown)} folders that train/ has not, {first} {advice}"
+        raise UserError(f"dataset_path: {found}")
 
 
-def _tell_oddities(
-    parts: Sequence[Files], found: Sequence[Decoded], classes: Sequence[str]
-) -> None:
+def _tell_oddities(parts: Sequence[Files], found: Sequence[Decoded], classes: Sequence[str]):
     labels = ([part[place][1] for place in read.kept] for part, read in zip(parts, found))
     train, test = (np.bincount(column, minlength=len(classes)) for column in labels)
     few = [f"{name}: {n}" for name, n in zip(classes, train) if n < 2]
@@ -97,11 +85,7 @@ def _tell(heading: str, lines: Sequence[str]) -> None:
 
 
 def gtsrb_test_files(table: Path, images: Path, classes: int) -> list[tuple[str, int]]:
-    """(path, label) of the test images that GTSRB's table lists and that are there.
-
-    Raises:
-        UserError: the table is damaged, or lists nothing that is there.
-    """
+    """(path, label) of those that GTSRB's table lists and that are there; UserError if damaged."""
     try:
         lines = table.read_text(encoding="utf-8").splitlines()[1:]
         rows = [line.strip().split(";") for line in lines if line.strip()]
@@ -109,13 +93,10 @@ def gtsrb_test_files(table: Path, images: Path, classes: int) -> list[tuple[str,
     except ValueError as error:  # no number, no UTF-8, a zero byte in a name
         raise UserError(f"{table}: damaged ({str(error)[:80]}); download it again") from None
     if not files:
-        raise UserError(
-            f"{table}: none of the images that it lists is in {images}; download both again"
-        )
+        listed = "none of the images that it lists"
+        raise UserError(f"{table}: {listed} is in {images}; download both again")
     strange = [label for _, label in files if not 0 <= label < classes]
     if strange:
-        raise UserError(
-            f"{table}: lists class {strange[0]}, but the training images have classes "
-            f"0..{classes - 1}; download both again"
-        )
+        known = f"the training images have classes 0..{classes - 1}"
+        raise UserError(f"{table}: lists class {strange[0]}, but {known}; download both again")
     return files

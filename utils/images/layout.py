@@ -1,7 +1,5 @@
 """What a set in any layout offers: samples to read, and to write with some of them changed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,9 @@ class Outcome:
     """What becomes of N samples.
 
     Attributes:
-        labels: int64 (N,), the new labels.
-        images: uint8 (N, 3, R, R), the new images; looked at where `replaced`.
-        replaced: bool (N,), the image changes.
-        dropped: bool (N,), the sample is left out.
+        labels: int64 (N,), as they become.
+        images: uint8 (N, 3, R, R), looked at where `replaced`.
+        replaced, dropped: bool (N,); a dropped sample is left out.
     """
 
     labels: Tensor
@@ -60,7 +57,6 @@ class Layout:
         raise NotImplementedError
 
     def read(self, size: int) -> LabeledImages:
-        """Images of that side, and labels."""
         return LabeledImages(self.images(size), self.labels)
 
 

@@ -1,16 +1,12 @@
 """Sets of labelled images as people keep them, read whole and written back in the same layout.
 
-A layout knows how to read a set (`read`) and how to write it with some samples relabelled, replaced
-or left out (`write`). Untouched files are copied byte for byte. Reading runs nothing that a file
-says: images as everywhere in this program (utils/images/decoding.py), arrays without unpickling
-(array_file.py), CIFAR's pickles through an unpickler that knows arrays and nothing else (cifar.py).
-Only CIFAR's set comes back in another layout, as a .npz file.
+Untouched files are copied byte for byte. Reading runs nothing that a file says: arrays are read
+without unpickling (array_file.py), CIFAR's pickles by an unpickler that knows arrays and nothing
+else (cifar.py). Only CIFAR's set comes back in another layout, as a .npz file.
 """
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from utils.config import UserError
+from utils.images import decoding
 from utils.images.array_file import ArrayFile
 from utils.images.cifar import CifarFiles, is_cifar
-from utils.images.decoding import (
-    OUTSIDE,
-    BadImage,
-    are_splits,
-    class_folders,
-    files_by_class,
-    leads_out,
-    open_with_kind,
-    resize_all,
-    training_part,
-)
 from utils.images.folders import tell_bad
 from utils.images.layout import Layout, Outcome, fitted
 
@@ -50,24 +36,17 @@ def open_layout(path: Path) -> Layout:
     elif path.is_dir():
         layout = ImageFolder(path)
     else:
-        raise UserError(
-            f"data: {path} is no folder of class folders, no .npz file and no folder of CIFAR "
-            "batches"
-        )
+        kinds = "no folder of class folders, no .npz file and no folder of CIFAR batches"
+        raise UserError(f"data: {path} is {kinds}")
     present = len(layout.labels.unique())
     if present < 2:
-        raise UserError(
-            f"data: {path} has images of {present} class; two or more are needed "
-            f"(expected {path.name}/<class>/<image>)"
-        )
+        needed = f"two or more are needed (expected {path.name}/<class>/<image>)"
+        raise UserError(f"data: {path} has images of {present} class; {needed}")
     return layout
 
 
 class ImageFolder(Layout):
     """<class>/**/<image>; classes are the folder names, sorted.
-
-    Images are read as a viewer shows them (utils/images/decoding.py), so one that is replaced is
-    written upright.
 
     Raises:
         UserError: files that are no usable images, or links out of the folder (all are logged); or
@@ -77,52 +56,45 @@ class ImageFolder(Layout):
     kind = "image folder"
 
     def __init__(self, folder: Path):
-        self.folder, self.classes = folder, class_folders(folder)
-        if are_splits(self.classes):
-            raise UserError(
-                f"data: {folder} holds {'/, '.join(self.classes)}/, which are no classes; "
-                f"give the part to be cleaned, {folder / training_part(self.classes)}"
-            )
-        files = files_by_class(folder, self.classes)
+        self.folder, self.classes = folder, decoding.class_folders(folder)
+        if decoding.are_splits(self.classes):
+            trained_on = (name for name in self.classes if name.casefold().startswith("train"))
+            part = folder / next(trained_on, self.classes[0])
+            held = f"{'/, '.join(self.classes)}/, which are no classes"
+            raise UserError(f"data: {folder} holds {held}; give the part to be cleaned, {part}")
+        files = decoding.files_by_class(folder, self.classes)
         self.labels = torch.tensor([label for _, label in files], dtype=torch.int64)
         self.paths = [Path(path).relative_to(folder).as_posix() for path, _ in files]
         self.shapes = self._shapes()
-        self.sizes = common_sizes([shape[:2] for shape in self.shapes]) if files else []
+        sizes = Counter(sorted(shape[:2] for shape in self.shapes))
+        self.sizes = [size for size, _ in sizes.most_common()]
         inside = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         self.left_out = sorted(inside - set(self.paths))
 
-    def _open(self, path: str) -> tuple[Image.Image, bool]:
-        if leads_out(self.folder / path, self.folder):
-            raise BadImage(OUTSIDE)
-        return open_with_kind(self.folder / path)
-
     def _shapes(self) -> list[tuple[int, int, bool]]:
-        """Height, width and whether it is grey, of every image.
-
-        Memory holds one image at a time, so they are decoded again later.
-        """
+        """Height, width and whether it is grey, of every image; memory holds one at a time."""
         shapes, bad = [], []
         for path in self.paths:
             try:
-                image, grey = self._open(path)
+                image, grey = decoding.open_with_kind(self.folder / path, self.folder)
                 shapes.append((image.height, image.width, grey))
-            except BadImage as error:
+            except decoding.BadImage as error:
                 bad.append(f"{self.folder / path}: {error}")
         if told := tell_bad(bad, len(self.paths), self.folder):
             raise UserError(f"data: {told}")
         return shapes
 
     def images(self, size: int) -> Tensor:
-        parts = [resize_all(self._pixels(path), size) for path in self.paths]
+        parts = [decoding.resize_all(self._pixels(path), size) for path in self.paths]
         return torch.from_numpy(np.concatenate(parts))
 
     def _pixels(self, path: str) -> np.ndarray:
         try:
-            return np.asarray(self._open(path)[0])[None]
-        except BadImage as error:
-            raise UserError(
-                f"{self.folder / path}: cannot be read any more ({error}); repair or remove it"
-            ) from None
+            image, _ = decoding.open_with_kind(self.folder / path, self.folder)
+        except decoding.BadImage as error:
+            reason = f"cannot be read any more ({error}); repair or remove it"
+            raise UserError(f"{self.folder / path}: {reason}") from None
+        return np.asarray(image)[None]
 
     def write(self, folder: Path, outcome: Outcome) -> None:
         """Untouched files first, under their names; then those that keep their class; then all.
@@ -142,8 +114,7 @@ class ImageFolder(Layout):
             if outcome.replaced[k]:
                 target = folder / free_name(path.with_suffix(".png"), taken)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                height, width, grey = self.shapes[k]
-                image = fitted(outcome.images[k].numpy(), (height, width), grey)
+                image = fitted(outcome.images[k].numpy(), self.shapes[k][:2], self.shapes[k][2])
                 Image.fromarray(image).save(target)
             else:
                 self._copy(k, folder / free_name(path, taken))
@@ -153,18 +124,8 @@ class ImageFolder(Layout):
         shutil.copyfile(self.folder / self.paths[k], target)
 
 
-def common_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The distinct sizes, most common first."""
-    distinct, counts = np.unique(np.array(sizes), axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return [(int(height), int(width)) for height, width in distinct[order]]
-
-
 def free_name(name: Path, taken: set[str]) -> str:
-    """`name`, or with -2, -3, ... before its ending where that is taken.
-
-    What is returned is added to `taken` (case-folded).
-    """
+    """`name`, or with -2, -3, ... before its ending; added, case-folded, to what is `taken`."""
     numbered = (name.with_stem(f"{name.stem}-{k}") for k in range(2, len(taken) + 3))
     candidates = (path.as_posix() for path in (name, *numbered))
     free = next(path for path in candidates if path.casefold() not in taken)

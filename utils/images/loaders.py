@@ -1,7 +1,5 @@
 """The data sets this program knows, each read from its own files, with images resized."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ Splits = tuple[Part, Part, tuple[str, ...]]  # training set, test set, names of 
 def stratified_split(
     labels: Sequence[int] | np.ndarray, fraction: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the kept and of the split-off part, `fraction` of every class, fixed by `seed`.
+    """Indices of the kept part and of the split-off one, `fraction` of every class.
 
     Either part has one sample of a class at least; a class's only sample is kept.
     """
@@ -49,27 +47,22 @@ def load_cifar(folder: Path, config: DataConfig) -> Splits:
     """CIFAR-10 or CIFAR-100, as `config.dataset` says, in torchvision's layout."""
     from torchvision import datasets
 
-    name = config.dataset
-    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    roots = [root for root in (folder, folder / name) if (root / cls.base_folder).is_dir()]
+    cls, places = getattr(datasets, config.dataset.upper()), (folder, folder / config.dataset)
+    roots = [root for root in places if (root / cls.base_folder).is_dir()]
     if not roots:
         raise FileNotFoundError(folder)
     try:
         parts = [cls(str(roots[0]), train=train) for train in (True, False)]
     except RuntimeError:
-        raise UserError(
-            f"{roots[0] / cls.base_folder}: files are missing or damaged (checksum); "
-            "delete the folder and run again to download it"
-        ) from None
+        advice = "delete the folder and run again to download it"
+        found = f"{roots[0] / cls.base_folder}: files are missing or damaged (checksum)"
+        raise UserError(f"{found}; {advice}") from None
     train, test = ((resize_all(part.data, config.image_size), part.targets) for part in parts)
     return train, test, tuple(parts[0].classes)
 
 
 def load_gtsrb(folder: Path, config: DataConfig) -> Splits:
-    """torchvision's layout with either archive of training images.
-
-    Training holds 26,640 of them, Final_Training/Images 39,209.
-    """
+    """torchvision's layout with either archive of training images."""
     roots = [root for root in (folder, folder / "gtsrb") if (root / "GTSRB").is_dir()]
     base = roots[0] / "GTSRB" if roots else folder / "GTSRB"
     both = base / "Final_Training" / "Images", base / "Training"
@@ -78,16 +71,10 @@ def load_gtsrb(folder: Path, config: DataConfig) -> Splits:
     if not archives or not table.exists():
         raise FileNotFoundError(base)
     classes = class_folders(archives[0])
-    files = (
-        files_by_class(archives[0], classes),
-        gtsrb_test_files(table, base / "Final_Test" / "Images", len(classes)),
-    )
-    train, test = read_parts(files, config, base)
-    log.info(
-        "gtsrb: %d training images from %s (full archives: Training 26,640, Final_Training 39,209)",
-        len(train[1]),
-        archives[0],
-    )
+    tests = gtsrb_test_files(table, base / "Final_Test" / "Images", len(classes))
+    train, test = read_parts([files_by_class(archives[0], classes), tests], config, base)
+    full = "(full archives: Training 26,640, Final_Training 39,209)"
+    log.info("gtsrb: %d training images from %s %s", len(train[1]), archives[0], full)
     return train, test, classes
 
 
@@ -100,10 +87,9 @@ def load_imagefolder(folder: Path, config: DataConfig) -> Splits:
     else:
         classes = class_folders(folder)
         if are_splits(classes):
-            raise UserError(
-                f"dataset_path: {folder} holds {'/, '.join(classes)}/, which are no classes; "
-                "name the two to be used train/ and test/, or give one of them"
-            )
+            held = f"{'/, '.join(classes)}/, which are no classes"
+            advice = "name the two to be used train/ and test/, or give one of them"
+            raise UserError(f"dataset_path: {folder} holds {held}; {advice}")
         files = files_by_class(folder, classes)
         if not files:
             raise FileNotFoundError(folder)
@@ -119,9 +105,6 @@ def download(name: str, folder: Path) -> None:
     """Download the data set of that name into a folder, as torchvision does."""
     from torchvision import datasets
 
-    if name == "gtsrb":
-        for split in ("train", "test"):
-            datasets.GTSRB(str(folder), split=split, download=True)
-    else:
-        cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        cls(str(folder), download=True)
+    parts = [{"split": "train"}, {"split": "test"}] if name == "gtsrb" else [{}]
+    for part in parts:
+        getattr(datasets, name.upper())(str(folder), **part, download=True)
