@@ -145,6 +145,7 @@ class World:
         os.dup2(out, 1), os.dup2(out, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
         limit()
         try:
             run_attack(BadNet, words)
