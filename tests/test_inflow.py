@@ -95,7 +95,7 @@ def test_a_sample_of_every_class_tells_what_the_whole_set_tells():
 def test_drift_to_a_few_classes_does_not_count_and_hides_no_poison(drift):
     taken, found = estimate(*poisoned(0, [300] * 10, drift=drift), 10)
     assert taken.max() == 0
-    assert found.inflow_score.max() == 0
+    assert found.judged.inflow.score.max() == 0
     votes, labels = poisoned(0.1, [300] * 10, drift=drift)
     assert estimate(votes, labels, 10)[1].targets == (0,)
     alone = target_labels(
@@ -113,7 +113,7 @@ def test_what_all_classes_do_alike_is_no_outlier():
     )
     taken, found = estimate(read_as(origin, noisy), noisy, 8)
     assert taken.min() > 0.02
-    assert found.inflow_score.max() < 4
+    assert found.judged.inflow.score.max() < 4
     shifted = torch.where(torch.rand(4000, generator=draw) < 0.1, (origin + 1) % 8, origin)
     assert estimate(read_as(origin, shifted), shifted, 8)[1].targets == ()
 
@@ -132,7 +132,7 @@ def test_classes_that_are_empty_alone_or_two():
     votes, labels = poisoned(0.1, [200, 300, 0, 250, 200, 0, 300])
     taken, found = estimate(votes, labels, 7)
     assert taken[[2, 5]].tolist() == [0, 0]
-    assert found.inflow_score[[2, 5]].tolist() == [0, 0]
+    assert found.judged.inflow.score[[2, 5]].tolist() == [0, 0]
     assert found.targets == (0,)
     for few in (1, 2, 3, 4):  # drift and poison look alike there
         assert estimate(*poisoned(0.1 * (few > 1), [50] * few), few)[0].tolist() == [0] * few
@@ -157,8 +157,8 @@ def test_the_published_rule_knows_nothing_of_it():
     published = target_labels(votes, candidates, labels, 10, PUBLISHED_RULE)
     assert found.targets == (0,)
     assert plain.targets == ()
-    assert published.inflow_limit == torch.inf
-    assert torch.equal(found.score, plain.score)
+    assert published.judged.inflow.threshold == torch.inf
+    assert torch.equal(found.judged.discrepancy.score, plain.judged.discrepancy.score)
     assert torch.equal(found.inflow.share, published.inflow.share)
 
 
@@ -198,7 +198,7 @@ def test_what_few_samples_do_is_chance():
 def test_classes_that_drift_far_more_than_most_do_not_stand_apart_from_each_other():
     votes, labels = drifting([400] * 30, 0.6 * 0.8 ** torch.arange(30), 3.0, 1)
     found = estimate(votes, labels, 30)[1]
-    assert (found.inflow_score > 4).sum() >= 3
+    assert (found.judged.inflow.score > 4).sum() >= 3
     assert accused(votes, labels, 30) == ()
 
 

@@ -215,10 +215,8 @@ def undecided_at_once(votes, candidates, labels, sizes, found, rule, error, seed
     size, leaving = counts @ member, LabelFlow.of(votes, labels, len(sizes))
     metrics = discrepancy(class_share(own, total, size, votes.shape[1], rule.evidence_prior))
     flips = sum(
-        (
-            judge(metric, leaving.inflow(sizes, count), drawn > 0, rule).outlies != found.is_target
-        ).double()
-        for metric, drawn, count in zip(metrics, size, counts)
+        (judge(metric, leaving.inflow(sizes, count), rule).outlies != found.is_target).double()
+        for metric, count in zip(metrics, counts)
     )
     short, whole = flips > error * RESAMPLES, share == 1
     return (short | (short & whole).any()) & ~whole

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from defense.elixir.denoising_check import denoising_check, warn_if_noise
+from defense.elixir.noise_level import denoising_check, warn_if_noise
 from tests.toys import FlatDenoiser, random_images, toy_dataset
 from tests.world import World, differences
 from utils import command

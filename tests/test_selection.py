@@ -8,7 +8,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from defense.elixir.selection import choose, distances, image_distances, ssim3, to_distance
+from defense.elixir.selection import PairDistances, choose, image_distances, ssim3, to_distance
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())["selection"]
 
@@ -114,7 +114,8 @@ def test_distance_by_hand():
         [0, 0, 0.5, 1]
     ]  # whatever the similarity in column 0
     other = torch.tensor([[-1.0, 0.0, 1.0, 0.5]])
-    assert distances(similarity, other).tolist() == [[0, 0.25, 0.25, 0.625]]
+    found = PairDistances(to_distance(similarity), to_distance(other))
+    assert found.total.tolist() == [[0, 0.25, 0.25, 0.625]]
 
 
 def test_image_distances_do_not_depend_on_the_batch():

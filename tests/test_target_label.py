@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from defense.elixir.config import PUBLISHED_RULE, TargetRule
-from defense.elixir.target_label import class_scores, label_shares, target_labels
+from defense.elixir.outliers import robust_scores
+from defense.elixir.target_label import label_shares, target_labels
 from defense.elixir.verdict import filter_candidates
 
 GOLDEN = {
@@ -61,7 +62,7 @@ def random_case(seed=0, n=600, classes=7, width=21):
 def test_published_rule_agrees_with_golden(name):
     case, found = GOLDEN[name], detect(GOLDEN[name]["pools"])
     np.testing.assert_allclose(found.metric, numbers(case["metrics"]), rtol=1e-14)
-    np.testing.assert_allclose(found.score, numbers(case["scores"]), atol=1e-8)
+    np.testing.assert_allclose(found.judged.discrepancy.score, numbers(case["scores"]), atol=1e-8)
     assert list(found.targets) == case["target"]
 
 
@@ -71,7 +72,7 @@ def test_where_the_published_code_crashes_a_class_without_evidence_has_metric_0(
     assert found.metric[4] == 0
     assert not found.metric[4].signbit()
     assert found.share[4] == 1
-    assert found.score.isfinite().all()
+    assert found.judged.discrepancy.score.isfinite().all()
 
 
 def test_the_default_rule_finds_the_golden_target_too():
@@ -128,7 +129,7 @@ def test_a_share_of_0_is_infinite_as_published_and_finite_with_a_prior():
 def test_an_infinite_median_flags_nobody(two_sided):
     pools = [[[1] * 9 + [2]], [[2] * 9 + [0]], [drift(2, 0, 3)], [drift(3, 0, 4)]]
     found = detect(pools, replace(PUBLISHED_RULE, two_sided=two_sided), tau=1)
-    assert found.score.isnan().all()
+    assert found.judged.discrepancy.score.isnan().all()
     assert found.targets == ()
 
 
@@ -136,15 +137,14 @@ def test_without_deviation_and_floor_any_difference_counts():
     pools = [[drift(c, (c + 1) % 5, 3 + (c == 0))] for c in range(5)]
     found = detect(pools, tau=1)
     assert found.targets == (0,)
-    assert found.score[0] == pytest.approx(math.log(7 / 6) / 1.4826 / 1e-6)
+    assert found.judged.discrepancy.score[0] == pytest.approx(math.log(7 / 6) / 1.4826 / 1e-6)
     assert detect(pools, replace(PUBLISHED_RULE, mad_floor=0.2), tau=1).targets == ()
 
 
 def test_two_sided_flags_a_clean_class_and_one_sided_does_not():
     metric = torch.tensor([0.9, 1.0, 1.1, 1.05, 0.95, 0.0, 3.0], dtype=torch.float64)
     two, one = (
-        class_scores(metric, metric >= 0, replace(PUBLISHED_RULE, two_sided=side)).score
-        for side in (True, False)
+        robust_scores(metric, metric >= 0, 2.0, 0.0, two_sided=side).score for side in (True, False)
     )
     assert (two > 2).nonzero().flatten().tolist() == [5, 6]
     assert (one > 2).nonzero().flatten().tolist() == [6]
@@ -153,7 +153,7 @@ def test_two_sided_flags_a_clean_class_and_one_sided_does_not():
 
 def test_a_score_must_exceed_the_threshold():
     pools = GOLDEN["one_target"]["pools"]
-    score = detect(pools).score[0].item()
+    score = detect(pools).judged.discrepancy.score[0].item()
     assert detect(pools, replace(PUBLISHED_RULE, threshold=score)).targets == ()
     assert detect(pools, replace(PUBLISHED_RULE, threshold=math.nextafter(score, 0))).targets == (
         0,
@@ -167,7 +167,7 @@ def test_scores_use_the_middle_of_two_as_numpy_does(classes):
     )
     centre = np.median(metric)
     expected = (metric - centre) / 1.4826 / (np.median(abs(metric - centre)) + 1e-6)
-    found = class_scores(metric, metric >= 0, TargetRule(mad_floor=0.0)).score
+    found = robust_scores(metric, metric >= 0, 2.0, floor=0.0).score
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
@@ -176,8 +176,8 @@ def test_absent_classes_change_nothing():
     plain = target_labels(votes, candidates, labels, 7, PUBLISHED_RULE)
     wider = target_labels(votes, candidates, labels, 20, PUBLISHED_RULE)
     assert wider.targets == plain.targets
-    assert torch.equal(wider.score[:7], plain.score)
-    for values in (wider.metric, wider.score, wider.evidence):
+    assert torch.equal(wider.judged.discrepancy.score[:7], plain.judged.discrepancy.score)
+    for values in (wider.metric, wider.judged.discrepancy.score, wider.evidence):
         assert (values[7:] == 0).all()
 
 
@@ -193,7 +193,7 @@ def test_the_order_of_samples_and_the_names_of_labels_do_not_matter(rule):
     assert torch.equal(shuffled.metric, plain.metric)
     assert shuffled.targets == plain.targets
     assert torch.equal(renamed.metric[names], plain.metric)
-    assert torch.equal(renamed.score[names], plain.score)
+    assert torch.equal(renamed.judged.discrepancy.score[names], plain.judged.discrepancy.score)
     assert renamed.targets == tuple(sorted(names[list(plain.targets)].tolist()))
 
 

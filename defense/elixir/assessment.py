@@ -7,8 +7,6 @@ that is accused the two measures tell whether it lost its samples to all classes
 target does, or to a few, as images do that look alike to the classifier once they are purified.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +75,7 @@ def findings(
     """Lines: how often the victim reads a purified image as the original, measures, verdicts.
 
     Low shares say that T, denoiser and classifier do not match; one class far below the others is
-    what a backdoor looks like. Arguments as in `assess`.
+    what a backdoor looks like. Arguments as in `assess` and `verdict_notes`.
     """
     told = ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(survived))
     where = " (samples without a target label)" if found.targets else ""
@@ -86,11 +84,13 @@ def findings(
     last, given = reads_as_before(votes[known], last_steps_m)[:, -1].double(), draft.given[known]
     shares = (f"{label}: {last[given == label].mean():.2f}" for label in given.unique().tolist())
     yield f"prediction survives the last round, by given label: {', '.join(shares)}"
+    judged = found.judged
     for k in range(len(found.metric)):
         yield (
             f"class {k}: {found.evidence[k]} samples moved, discrepancy {found.metric[k]:.3f}, "
-            f"score {found.score[k]:.2f}, taken in {found.inflow.share[k]:.4f} of the others, "
-            f"score {found.inflow_score[k]:.2f}{'  <- target label' * (k in found.targets)}"
+            f"score {judged.discrepancy.score[k]:.2f}, "
+            f"taken in {found.inflow.share[k]:.4f} of the others, "
+            f"score {judged.inflow.score[k]:.2f}{'  <- target label' * (k in found.targets)}"
         )
     yield f"verdicts: {', '.join(f'{int((draft.verdict == v).sum())} {v.name}' for v in Verdict)}"
 
@@ -105,29 +105,21 @@ def verdict_notes(
     """Sentences for the page, also logged; none where there is nothing to say.
 
     Args:
-        found: the target labels.
         survived: share of predictions that survive each round (`rounds_survived`).
-        level: the noise level T.
         power: how often a backdoor would have been found, where none was.
-        classes: K names.
+        found, level, classes: as in `assess`.
     """
     said = {}  # sentence -> how grave it is
     if power:
         grave = logging.WARNING if says_little(power) else logging.INFO
-        said[in_words(power, looked_at(found))] = grave
+        said[in_words(power, int(found.inflow.seen.sum()))] = grave
     if survived[0] < DESTROYED:
         said[_destroyed(survived[0], level)] = logging.WARNING
-    alone = by_discrepancy_alone(found).tolist()
-    if alone:
+    if alone := by_discrepancy_alone(found).tolist():
         said[_alone([classes[k] for k in alone], survived[-1])] = logging.WARNING
     for sentence, grave in said.items():
         log.log(grave, sentence)
     return tuple(said)
-
-
-def looked_at(found: Discrepancy) -> int:
-    """Classes of which samples were purified."""
-    return int((found.inflow.unit > 0).sum())
 
 
 def by_discrepancy_alone(found: Discrepancy) -> Tensor:
@@ -135,8 +127,9 @@ def by_discrepancy_alone(found: Discrepancy) -> Tensor:
 
     None where the inflow is not asked, or there are too few classes for it to speak.
     """
-    speaks = found.inflow_limit < float("inf") and looked_at(found) > FEW
-    return (found.is_target & ~found.by_inflow & speaks).nonzero().flatten()
+    judged = found.judged.inflow
+    speaks = judged.threshold < float("inf") and int(found.inflow.seen.sum()) > FEW
+    return (found.is_target & ~judged.outlies & speaks).nonzero().flatten()
 
 
 def _destroyed(share: float, level: int) -> str:

@@ -3,11 +3,8 @@
 A level must be high enough that triggers are lost and low enough that what the classifier reads is
 not. The second can be measured without any truth: the share of images whose predicted label is the
 same after one round. `steps_T: auto` takes the highest level at which it is at least AGREEMENT,
-over a sample with the same number of images of every class (so that a class full of poison, whose
-labels should change, weighs little).
+over as many images of every class (so that a class full of poison weighs little).
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
@@ -18,21 +15,23 @@ import torch
 from torch import Tensor
 
 from defense.elixir.config import PurifyingConfig
-from defense.elixir.purifier import AUTO_TOP, Purifier, purifier_for
+from defense.elixir.purifier import AUTO_TOP, Network, Purifier, purifier_for
 from defense.elixir.sampling import stratified
 from defense.elixir.verdict import UNKNOWN, reads_as_before
 from diffusion.denoiser import Denoiser
+from diffusion.sampler import Sampler, Schedule
 from utils.classifier.networks import Classifier
 from utils.classifier.training import predict
 from utils.images.data import LabeledImages
 from utils.memory import Halving
+from utils.randomness import keyed_generator
 from utils.storage.record import load_arrays, save_arrays
 
 log = logging.getLogger("dataelixir")
-# Share of predictions that must survive a round; a tenth of poison, which should move, takes a
-# tenth of them.
+# Share of predictions that must survive a round; a tenth of poison takes a tenth of them.
 AGREEMENT = 0.75
 SAMPLE, GRAIN = 256, 10
+DENOISED = 32  # images that the denoiser is tried on
 KEPT = "level.npz"
 
 
@@ -47,24 +46,22 @@ def settled_level(
     """`config.steps_T`, or where that is "auto" the level found by bisection over multiples of 10.
 
     Args:
-        config: also seeds the sample and the noise, and says whether the network runs in mixed
-            precision.
+        config: also seeds the sample and the noise.
         denoiser: predicts the noise in [-1, 1] (B, 3, H, W) at levels (B,).
         data: the training set as received.
         victim: a classifier trained on it, in eval mode.
         num_classes: K.
-        folder: where the level found is kept, and taken from the next time: all blocks of a set
-            are to be made at one level.
+        folder: keeps the level found: all blocks of a set are to be made at one level.
     """
     if config.steps_T != "auto":
         return config.steps_T
     if folder and (folder / KEPT).exists():
         return int(load_arrays(folder / KEPT)["level"])
-    sizes = torch.full((num_classes,), max(1, SAMPLE // num_classes))
-    index = stratified(data.labels, sizes, config.random_seed)
+    sizes, seed = torch.full((num_classes,), max(1, SAMPLE // num_classes)), config.random_seed
+    index = stratified(data.labels, sizes, seed)
 
     def survives(level: int) -> float:
-        at_level, seed = replace(config, steps_T=level, rounds_n=1), config.random_seed
+        at_level = replace(config, steps_T=level, rounds_n=1)
         purifier = purifier_for(denoiser, at_level, 0, seed, victim.device, config.amp)
         share = survival(purifier, victim, data.images[index], index, config.purify_batch_size)
         told = "steps_T: at %d the classifier reads %.3f of %d images as before"
@@ -106,8 +103,8 @@ def highest(levels: Sequence[int], survives: Callable[[int], float]) -> int:
 def rounds_survived(votes: Tensor, labels: Tensor, last_steps_m: int, is_target: Tensor) -> Tensor:
     """float64 (n,): share of predictions that survive each round.
 
-    It is taken over the samples that were purified and carry no target label: the predictions of
-    those that do should change, and with targets first they are a good part of what is purified.
+    It is taken over the samples that were purified and carry no target label, as the predictions
+    of those that do should change.
 
     Args:
         votes: int64 (N, 1+nm), UNKNOWN where a sample was not purified.
@@ -117,3 +114,40 @@ def rounds_survived(votes: Tensor, labels: Tensor, last_steps_m: int, is_target:
     known = votes[:, 0] != UNKNOWN
     rows = known & ~is_target[labels]
     return reads_as_before(votes[rows if rows.any() else known], last_steps_m).double().mean(0)
+
+
+@torch.inference_mode()
+def denoising_check(
+    denoiser: Network, images: Tensor, level: int, seed: int, device: torch.device
+) -> tuple[float, float]:
+    """(mean squared error of the noise predicted at level - 1, that of a guess from single pixels).
+
+    The guess is ab v / (ab v + 1 - ab), with v the variance of the images' pixels: what a network
+    that has learned anything about these images, uint8 (N, 3, H, W), stays below.
+    """
+    generator = keyed_generator(seed, "denoising")
+    x0 = images[torch.randperm(len(images), generator=generator)[:DENOISED]].float() / 127.5 - 1
+    noise, t = torch.randn(x0.shape, generator=generator), level - 1
+    ab, variance = Schedule().alpha_bar(t), x0.var(correction=0).item()
+    x_t = Sampler(denoiser).q_sample(x0, t, noise).to(device)
+    predicted = denoiser(x_t, torch.full((len(x0),), t, device=device)).float().cpu()
+    return (predicted - noise).square().mean().item(), ab * variance / (ab * variance + 1 - ab)
+
+
+def warn_if_noise(
+    denoiser: Network, images: Tensor, level: int, seed: int, device: torch.device
+) -> None:
+    """Log the denoiser's error; warn where it is no better than a guess (`denoising_check`)."""
+    error, guess = denoising_check(denoiser, images, level, seed, device)
+    if error < guess:
+        told = "denoising error at T = %d: %.4f (from each pixel alone: %.4f)"
+        log.info(told, level, error, guess)
+        return
+    log.warning(
+        "ddpm: at T = %d the denoiser's error on these images is %.3f, and a guess from each "
+        "pixel alone has %.3f: it does not know such images, and what it makes of them means "
+        "nothing; take another --ddpm, or train one (diffusion/train.py)",
+        level,
+        error,
+        guess,
+    )

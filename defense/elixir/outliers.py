@@ -3,8 +3,6 @@
 1.4826 times the median absolute deviation (MAD) estimates a standard deviation under normality.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +14,14 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Scores:
-    """How far each class lies from the median class.
+    """How far each of K classes lies from the median class.
 
     Attributes:
-        score: float64 (K,), robust standard deviations; 0 for a class without samples.
+        score: float64 (K,), robust standard deviations; 0 for a class without samples, all nan
+            where the median is infinite.
         threshold: the value that a flagged class exceeds (on the upper side).
         outlies: bool (K,), whether it is flagged.
-        one_above: the value one robust standard deviation above the median.
+        one_above: float64 (), the value one robust standard deviation above the median.
     """
 
     score: Tensor
@@ -32,13 +31,11 @@ class Scores:
 
 
 def robust_scores(
-    values: Tensor, present: Tensor, limit: float, floor: float, two_sided: bool
+    values: Tensor, present: Tensor, limit: float, floor: float, two_sided: bool = False
 ) -> Scores:
-    """Scores of the values of K classes.
+    """Scores of values float64 (K,), which may be inf.
 
     Args:
-        values: float64 (K,), may hold inf; if half of them or more are, so is the median, and every
-            score is nan.
         present: bool (K,), the classes that have samples; only they enter median and deviation.
         limit: the score that a flagged class exceeds.
         floor: least median absolute deviation that is divided by.

@@ -1,16 +1,11 @@
 """What "no backdoor found" is worth: how large a backdoor would stand out in this very set (ours).
 
-Where purification, classifier and noise level do not match, clean samples move so much that poison
-among them does not stand out, and the verdict on a poisoned set is the one on a clean set. How
-often that happens can be told without any truth: poison is planted among the votes. The purified
-images of a poisoned sample whose trigger is lost are those of an image of its true class, so
-samples of other classes, with the votes that they have, are put into a class in place of its own,
-as many as a backdoor of that size would make, and the rule is asked whether it flags the class. A
-trigger that survives purification in part is found less often than that: the shares are upper
-bounds.
+Poison is planted among the votes. The purified images of a poisoned sample whose trigger is lost
+are those of an image of its true class, so samples of other classes, with the votes that they have,
+are put into a class in place of its own, as many as a backdoor of that size would make, and the
+rule is asked whether it flags the class. A trigger that survives purification in part is found less
+often than that: the shares are upper bounds.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -46,48 +41,39 @@ def detection_power(
     counts = labels.bincount(minlength=num_classes)
     votes, labels = votes[known], labels[known]
     sampled = labels.bincount(minlength=num_classes)
-    weight = class_weights(counts, sampled)[labels]
-    present, found = sampled > 0, {}
+    weight, present = class_weights(counts, sampled)[labels], sampled.nonzero().flatten()
+    found = {}
     for size in SIZES:
         generator, hits = keyed_generator(seed, "power", int(1000 * size)), []
-        for target in present.nonzero().flatten().repeat(-(-DRAWS // int(present.sum()))).tolist():
+        for target in present.repeat(-(-DRAWS // len(present))).tolist():
             grown = counts.double()
             grown[target] += size * counts.sum()
             share = 1 - counts[target] / grown[target]
             planted = _planted(votes, labels, target, share.item(), weight, generator)
-            hits.append(_is_found(planted, target, grown, present, nothing, tau, rule))
+            hits.append(_is_found(planted, target, grown, nothing, tau, rule))
         found[str(size)] = sum(hits) / len(hits)
     return found
 
 
 def _is_found(
-    planted: Tensor,
-    target: int,
-    sizes: Tensor,
-    present: Tensor,
-    nothing: Discrepancy,
-    tau: int,
-    rule: TargetRule,
+    planted: Tensor, target: int, sizes: Tensor, nothing: Discrepancy, tau: int, rule: TargetRule
 ) -> bool:
     """Whether class `target` is flagged when its samples have the votes `planted`.
 
     The other classes are as in `nothing`.
     """
-    row = torch.full((len(planted),), target)
-    shares = label_shares(
-        planted, filter_candidates(planted, tau), row, len(sizes), rule.evidence_prior
-    )
+    labels, candidates = torch.full((len(planted),), target), filter_candidates(planted, tau)
+    shares = label_shares(planted, candidates, labels, len(sizes), rule.evidence_prior)
     taken = nothing.inflow.with_class(target, taken_in(planted, target, sizes))
     metric = nothing.metric.clone()
     metric[target] = discrepancy(shares.share)[target]
-    return bool(judge(metric, taken, present, rule).outlies[target])
+    return bool(judge(metric, taken, rule).outlies[target])
 
 
 def taken_in(planted: Tensor, target: int, sizes: Tensor) -> Inflow:
-    """`LabelFlow.inflow` of samples of class `target`, for that class alone; both parts are (1,).
+    """`LabelFlow.inflow` of samples of class `target` for that class alone; both parts are (1,).
 
-    Of all classes it takes a table of K x K and a sort of each row, a fifth of a second with a
-    thousand classes, for every planted set.
+    The table of all K x K would take a fifth of a second with a thousand classes.
 
     Args:
         planted: int64 (S, 1+nm), the samples' votes, S >= 1.
@@ -96,9 +82,8 @@ def taken_in(planted: Tensor, target: int, sizes: Tensor) -> Inflow:
     row, num_classes = torch.tensor([target]), len(sizes)
     leaving = LabelFlow.of(planted, row.expand(len(planted)), num_classes)
     weight = class_weights(sizes[row], torch.tensor([len(planted)]))
-    flow = torch.zeros(num_classes, dtype=torch.float64).index_add_(
-        0, leaving.cell - target * num_classes, leaving.weight * weight
-    )
+    flow, to = torch.zeros(num_classes, dtype=torch.float64), leaving.cell - target * num_classes
+    flow.index_add_(0, to, leaving.weight * weight)
     return inflow(flow[None], weight, sizes, row)
 
 
@@ -119,9 +104,8 @@ def _planted(
     if not len(donors) or not count:
         return own
     places = torch.randperm(len(own), generator=generator)[:count]
-    own[places] = votes[
-        donors[torch.multinomial(weight[donors], count, replacement=True, generator=generator)]
-    ]
+    drawn = torch.multinomial(weight[donors], count, replacement=True, generator=generator)
+    own[places] = votes[donors[drawn]]
     own[places, 0] = target
     return own
 
@@ -141,14 +125,9 @@ def says_little(power: dict[str, float]) -> bool:
 
 
 def in_words(power: dict[str, float], classes: int = COMPARABLE) -> str:
-    """The shares as a sentence, and what they mean.
-
-    Args:
-        classes: how many have samples.
-    """
-    told = ", ".join(
-        f"in {found:.2f} of cases for {float(size):.0%} of the set" for size, found in power.items()
-    )
+    """The power as a sentence, and what it means where `classes` of them have samples."""
+    cases = (f"in {found:.2f} of cases for {float(size):.0%}" for size, found in power.items())
+    told = ", ".join(f"{case} of the set" for case in cases)
     said = (
         "Had poison been planted whose trigger purification takes away, its class would have been "
         f"found {told}."

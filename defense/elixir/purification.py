@@ -1,24 +1,21 @@
-"""A set through the purifier, block by block; targets first (ours): no more than decides.
+"""A set through the purifier, block by block.
 
-As published, every sample is purified. Only samples whose given label is a target label are ever
-changed, though, so by default a sample of each class is purified until the target labels are known
+As published, every sample is purified. Only samples that carry a target label are ever changed,
+though, so by default (ours) a sample of each class is purified until the target labels are known
 (sampling.py), and after that only the classes that they name.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from defense.elixir.config import SAMPLE_ERROR, SAMPLE_FIRST, DataElixirConfig, TargetRule
-from defense.elixir.denoising_check import warn_if_noise
 from defense.elixir.forecast import announced_pace
-from defense.elixir.noise_level import settled_level
+from defense.elixir.noise_level import settled_level, warn_if_noise
 from defense.elixir.purifier import open_denoiser
 from defense.elixir.rounds import PurificationPlan, Rounds
 from defense.elixir.sampling import smallest, stratified, undecided
@@ -35,10 +32,11 @@ log = logging.getLogger("dataelixir")
 Deal = Callable[[Sequence[Tensor]], Iterable[Block]]  # index tensors -> their blocks, in this order
 
 
+@dataclass
 class Purification:
     """Purifies samples of a data set; what is in the store is not made again.
 
-    Args:
+    Attributes:
         data: the training set as received.
         rounds: how a block is made.
         store: where votes and images of each block go.
@@ -48,19 +46,18 @@ class Purification:
         pace: seconds that an image takes, as far as known, for the progress bar.
     """
 
-    def __init__(
-        self,
-        data: LabeledImages,
-        rounds: Rounds,
-        store: IntermediaryStore,
-        rule: TargetRule,
-        num_classes: int,
-        deal: Deal | None = None,
-        pace: float | None = None,
-    ):
-        self.data, self.rounds, self.store, self.rule = data, rounds, store, rule
-        self.sizes, self.pace = data.labels.bincount(minlength=num_classes), pace
-        self.deal: Deal = deal or (lambda parts: map(rounds, parts))
+    data: LabeledImages
+    rounds: Rounds
+    store: IntermediaryStore
+    rule: TargetRule
+    num_classes: int
+    deal: Deal | None = None
+    pace: float | None = None
+
+    @property
+    def sizes(self) -> Tensor:
+        """int64 (K,), samples of each class."""
+        return self.data.labels.bincount(minlength=self.num_classes)
 
     @property
     def level(self) -> int:
@@ -72,8 +69,8 @@ class Purification:
         missing = self.store.missing(wanted)
         parts = split_into_blocks(missing, self.rounds.purifier.config.purify_batch_size)
         name += f", about {format_duration(self.pace * len(missing))}" if self.pace else ""
-        bar = tqdm(self.deal(parts), name, len(parts), unit="block", leave=False, disable=None)
-        for block in bar:
+        blocks = self.deal(parts) if self.deal else map(self.rounds, parts)
+        for block in tqdm(blocks, name, len(parts), unit="block", leave=False, disable=None):
             self.store.write(block)
 
     def votes(self) -> Tensor:
@@ -83,10 +80,11 @@ class Purification:
     def target_labels(self, votes: Tensor, candidates: Candidates) -> Discrepancy:
         """Target labels as far as the samples that were purified show them; see `votes`."""
         seen = votes[:, 0] != UNKNOWN
-        labels, num_classes = self.data.labels[seen], len(self.sizes)
-        return target_labels(
-            votes[seen], candidates[seen], labels, num_classes, self.rule, self.sizes
-        )
+        return self._verdicts(votes[seen], candidates[seen], self.data.labels[seen])
+
+    def _verdicts(self, votes: Tensor, candidates: Candidates, labels: Tensor) -> Discrepancy:
+        k, sizes = self.num_classes, self.sizes
+        return target_labels(votes, candidates, labels, k, self.rule, sizes)
 
     def everything(self) -> None:
         """Purify every sample, as published."""
@@ -107,31 +105,21 @@ class Purification:
     def _settled(self, sizes: Tensor, error: float, name: str) -> tuple[Tensor, Discrepancy]:
         """Purify `sizes` (K,) samples of the classes, and more where the verdicts are undecided.
 
-        Returns:
-            How many there are in the end, and the target labels.
+        Returns how many there are in the end, and the target labels.
         """
+        seed = self.rounds.purifier.seed
         while True:
-            rows = stratified(self.data.labels, sizes, self.rounds.purifier.seed)
+            rows = stratified(self.data.labels, sizes, seed)
             self.run(rows, name)
             votes, labels = self.votes()[rows], self.data.labels[rows]
-            candidates, k = filter_candidates(votes, self.rounds.tau), len(self.sizes)
-            found = target_labels(votes, candidates, labels, k, self.rule, self.sizes)
-            short = undecided(
-                votes,
-                candidates,
-                labels,
-                self.sizes,
-                found,
-                self.rule,
-                error,
-                self.rounds.purifier.seed,
-            )
+            candidates = filter_candidates(votes, self.rounds.tau)
+            found = self._verdicts(votes, candidates, labels)
+            purified = votes, candidates, labels, self.sizes
+            short = undecided(*purified, found, self.rule, error, seed)
             log.info(
-                "sample: %d of %d images purified, target labels %s, undecided classes %s",
-                len(rows),
-                len(self.data),
-                list(found.targets) or "none",
-                short.nonzero().flatten().tolist() or "none",
+                f"sample: {len(rows)} of {len(self.data)} images purified, "
+                f"target labels {list(found.targets) or 'none'}, "
+                f"undecided classes {short.nonzero().flatten().tolist() or 'none'}"
             )
             if not short.any():
                 return sizes, found
@@ -157,15 +145,11 @@ def purify(
     Raises:
         UserError: no such denoiser, or one that cannot serve these images or this noise level.
     """
-    most = config.rounds_n * config.last_steps_m // 2
-    if most < config.threshold_tau:
+    n, m, tau = config.rounds_n, config.last_steps_m, config.threshold_tau
+    if n * m // 2 < tau:
         log.warning(
-            "threshold_tau: of %d x %d intermediaries no two labels can have %d votes each, "
-            "so no sample will be SUSPICIOUS; take at most %d",
-            config.rounds_n,
-            config.last_steps_m,
-            config.threshold_tau,
-            max(1, most),
+            f"threshold_tau: of {n} x {m} intermediaries no two labels can have {tau} votes each, "
+            f"so no sample will be SUSPICIOUS; take at most {max(1, n * m // 2)}"
         )
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name).to(victim.device)
     store, unfinished = IntermediaryStore(record / "purify"), "purify" not in record.finished()

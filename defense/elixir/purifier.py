@@ -5,8 +5,6 @@ step. The last m states of every round are the intermediaries, and the last one,
 the next round starts. The states live in [-1, 1] here and nowhere else; what comes out is uint8.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +23,7 @@ from utils.devices import autocast, has_bfloat16
 from utils.randomness import keyed_generator
 
 AUTO_TOP = 300  # the highest level that steps_T: auto tries
-# Samples of one random stream: a GPU starts a kernel for each, a CPU would draw for samples that
-# are not asked for.
+# Samples of one random stream: a GPU starts a kernel for each; a CPU would draw in vain for others.
 STREAM_SHARED_BY = {"cpu": 1, "cuda": 8}
 # 10^9 operations from which on compiling takes less time than it saves; on a CPU without bfloat16
 # there is less to save.
@@ -64,10 +61,8 @@ def open_denoiser(config: PurifyConfig, resolution: int | None, dataset: str) ->
     # One level more than the network is told is its own, unless the schedule ends there.
     extra = config.rules.extra_noise and denoiser.t_max == 1000
     if config.steps_T + extra > denoiser.t_max:
-        raise UserError(
-            f"steps_T: {config.steps_T}, but the denoiser {denoiser.name} was trained for levels "
-            f"below {denoiser.t_max}"
-        )
+        told = f"steps_T: {config.steps_T}, but the denoiser {denoiser.name} was trained for levels"
+        raise UserError(f"{told} below {denoiser.t_max}")
     steps_of(config)
     return denoiser
 
@@ -95,10 +90,7 @@ def worth_compiling(denoiser: Network, passes: int, device: torch.device) -> boo
 class KeyedNoise:
     """Standard normal noise, keyed by (seed, data set index): the same for a sample in any batch.
 
-    Args:
-        index: int64 (B,) data set indices.
-        seed: the run's seed.
-        device: where the noise is drawn (CPU and GPU streams differ).
+    It is drawn on `device`, as CPU and GPU streams differ, for data set indices int64 (B,).
     """
 
     def __init__(self, index: Tensor, seed: int, device: torch.device):
@@ -128,12 +120,7 @@ class Purifier:
     """
 
     def __init__(
-        self,
-        denoiser: Network,
-        config: PurifyConfig,
-        seed: int,
-        device: torch.device,
-        amp: bool = False,
+        self, denoiser: Network, config: PurifyConfig, seed: int, device: torch.device, amp=False
     ):
         self.config, self.seed, self.device, self.amp = config, seed, device, amp
         self.denoiser, self.steps = denoiser, steps_of(config)
@@ -147,12 +134,8 @@ class Purifier:
     def one_round(self, x: Tensor, noise: KeyedNoise) -> tuple[Tensor, Tensor]:
         """Up to level T and back.
 
-        Args:
-            x: (B, 3, H, W) in [-1, 1], where the round starts.
-            noise: of the same samples.
-
-        Returns:
-            The last m states, uint8 (B, m, 3, H, W), and where the next round starts.
+        From x (B, 3, H, W) in [-1, 1], where the round starts, to the last m states, uint8
+        (B, m, 3, H, W), and where the next round starts.
         """
         level = self.steps[0] + self.config.rules.extra_noise
         x_T = self.sampler.q_sample(x, level, noise(x))
@@ -163,9 +146,9 @@ class Purifier:
 
     def start(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> where the first round starts, [-1, 1] on the device."""
-        cuda = self.device.type == "cuda"
         x = images.to(self.device).float() / 255 * 2 - 1
-        order = torch.channels_last if cuda else torch.contiguous_format
+        on_gpu = self.device.type == "cuda"
+        order = torch.channels_last if on_gpu else torch.contiguous_format
         return x.contiguous(memory_format=order)
 
     @property

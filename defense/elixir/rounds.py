@@ -1,7 +1,5 @@
 """A block of samples through all rounds: purified, and read by the victim."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,8 +57,6 @@ class PurificationPlan:
 
     def prepared(self) -> Rounds:
         """Networks on this process's device, compiled where that pays."""
-        config, device = self.config, self.victim.device
-        purifier = purifier_for(
-            self.denoiser, config, self.expected, config.random_seed, device, config.amp
-        )
+        config, seed, device = self.config, self.config.random_seed, self.victim.device
+        purifier = purifier_for(self.denoiser, config, self.expected, seed, device, config.amp)
         return Rounds(self.data, self.victim, purifier, config.threshold_tau)

@@ -1,8 +1,7 @@
 """Targets first (ours): how many samples must be purified to know the target labels.
 
-Only samples whose given label is a target label are ever changed, so most of a set need not be
-purified at all. A sample of every class is, in a random order that the seed fixes; it grows, in the
-classes that are undecided, until the decision is settled. A class is undecided while the verdict on
+A sample of every class is purified, in a random order that the seed fixes; it grows, in the classes
+that are undecided, until the decision is settled. A class is undecided while the verdict on
 it comes out differently in more than `error` of the bootstrap resamples (Efron, "Bootstrap Methods:
 Another Look at the Jackknife", 1979). Each sample is counted Poisson(1) times, drawn towards once
 as the sample comes to be the class: by (1 - f)^1/2 where it is the share f of it (Rao and Wu,
@@ -10,12 +9,9 @@ as the sample comes to be the class: by (1 - f)^1/2 where it is the share f of i
 is left to chance. Where the verdict on such a class is undecided, it is the others, with which it
 is compared, that must grow.
 
-The bootstrap does not see what a sample has none of. A class of which the share p was poisoned
-shows no poison in `first` samples with probability (1 - p)^first: at 64 samples .037 for p = .05,
-.001 for p = .1.
+It does not see what a sample has none of: a class of which the share p was poisoned shows no poison
+in 64 samples with probability (1 - p)^64, that is .037 for p = .05 and .001 for p = .1.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -40,12 +36,8 @@ def smallest(labels: Tensor, config: PurifyConfig) -> int:
 def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
     """Sorted indices of the first `sizes[c]` samples of every class c, in a random order.
 
-    A larger sample holds the smaller.
-
-    Args:
-        labels: int64 (N,), 0..K-1.
-        sizes: int64 (K,); where a class has fewer samples, all are taken.
-        seed: key of the order.
+    A larger sample holds the smaller. Where a class of `labels` int64 (N,) has fewer than `sizes`
+    int64 (K,) says, all are taken; `seed` is the key of the order.
     """
     order = torch.randperm(len(labels), generator=keyed_generator(seed, "sample"))
     by_class = order[labels[order].argsort(stable=True)]
@@ -64,22 +56,15 @@ def undecided(
     error: float,
     seed: int,
 ) -> Tensor:
-    """Classes of which more samples are needed, since resamples turn a verdict over too often.
+    """bool (K,): the classes of which more samples are needed, none of them whole.
 
-    Their own verdict, or that of a class that is whole.
+    Resamples turn over too often their own verdict, or that of a class that is whole.
 
     Args:
-        votes: int64 (S, 1+nm) of the samples purified so far.
-        candidates: of the same samples.
-        labels: int64 (S,), their given labels.
-        sizes: int64 (K,), samples of each class in the whole set.
-        found: the verdicts on all S samples.
-        rule: how verdicts are made.
+        votes, candidates, labels, sizes, rule: as in `target_labels`.
+        found: the verdicts on these samples.
         error: share of resamples in which a verdict may differ.
         seed: key of the resamples.
-
-    Returns:
-        bool (K,), none of them whole.
     """
     generator, classes = keyed_generator(seed, "resample", len(labels)), len(sizes)
     share = labels.bincount(minlength=classes) / sizes.clamp(min=1)
@@ -90,17 +75,12 @@ def undecided(
         shape = min(TOGETHER, RESAMPLES - first), len(labels)
         times = torch.poisson(torch.ones(shape, dtype=torch.float64), generator=generator)
         counts = 1 + (times - 1) * spread
-        size, kept, cast = (
-            _by_class(part, labels, classes) for part in (counts, counts * own, counts * total)
-        )
+        zeros = torch.zeros(shape[0], classes, dtype=torch.float64)
+        parts = (counts, counts * own, counts * total)
+        size, kept, cast = (zeros.index_add(1, labels, part) for part in parts)
         metrics = discrepancy(class_share(kept, cast, size, votes.shape[1], rule.evidence_prior))
-        for metric, drawn, count in zip(metrics, size, counts):
-            judged = judge(metric, leaving.inflow(sizes, count), drawn > 0, rule)
+        for metric, count in zip(metrics, counts):
+            judged = judge(metric, leaving.inflow(sizes, count), rule)
             flips += judged.outlies != found.is_target
     open_, whole = flips > error * RESAMPLES, share == 1
     return (open_ | (open_ & whole).any()) & ~whole
-
-
-def _by_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """float64 (R, K): values float64 (R, S) summed over the samples of each class."""
-    return torch.zeros(len(values), num_classes, dtype=torch.float64).index_add_(1, labels, values)

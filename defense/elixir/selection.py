@@ -6,8 +6,6 @@ https://doi.org/10.1109/TIP.2003.819861) and half between the victim's features;
 is farther away than four in five of the others is taken.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 
@@ -30,12 +28,15 @@ class PairDistances:
     Attributes:
         pixel: 1 - (SSIM + 1) / 2.
         feature: 1 - (cosine + 1) / 2.
-        total: the mean of the two.
     """
 
     pixel: Tensor
     feature: Tensor
-    total: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The mean of the two."""
+        return 0.5 * self.pixel + 0.5 * self.feature
 
 
 def ssim3(x: Tensor, y: Tensor, volume: bool) -> Tensor:
@@ -44,9 +45,8 @@ def ssim3(x: Tensor, y: Tensor, volume: bool) -> Tensor:
     Args:
         x: uint8 (..., 3,H,W), H and W >= 3.
         y: uint8 (..., 3,H,W); the leading dimensions are broadcast against those of `x`.
-        volume: treat an image as a volume with windows 3x3x3 over row, column and channel, as the
-            published code does under scikit-image 0.24; otherwise average the three channels' 2-D
-            values.
+        volume: take windows 3x3x3 over row, column and channel, as the published code does under
+            scikit-image 0.24; otherwise average the three channels' 2-D values.
 
     Returns:
         float64 (...) in [-1, 1], the mean over the windows that lie wholly inside the image.
@@ -58,17 +58,12 @@ def ssim3(x: Tensor, y: Tensor, volume: bool) -> Tensor:
     _check_images(y)
     axes = (-3, -2, -1) if volume else (-2, -1)
     n = WINDOW ** len(axes)
-    x, y = (
-        x.float(),
-        y.float(),
-    )  # sums of up to 27 products of bytes stay below 2^24: exact in float32
+    # Sums of up to 27 products of bytes stay below 2^24: exact in float32.
+    x, y = x.float(), y.float()
     sx, sy, sxx, syy, sxy = (_window_sum(v, axes).double() for v in (x, y, x * x, y * y, x * y))
     sample = n * (n - 1)  # covariances divide by n - 1
-    vx, vy, vxy = (
-        (n * sxx - sx * sx) / sample,
-        (n * syy - sy * sy) / sample,
-        (n * sxy - sx * sy) / sample,
-    )
+    vx, vy = (n * sxx - sx * sx) / sample, (n * syy - sy * sy) / sample
+    vxy = (n * sxy - sx * sy) / sample
     mx, my = sx / n, sy / n
     similarity = (2 * mx * my + C1) * (2 * vxy + C2) / ((mx * mx + my * my + C1) * (vx + vy + C2))
     return similarity.mean(dim=(-3, -2, -1))
@@ -78,16 +73,6 @@ def to_distance(similarity: Tensor) -> Tensor:
     """Similarities (B,M) in [-1, 1] to distances float64 in [0, 1]; column 0 is exactly 0."""
     distance = 1 - (similarity.double() + 1) / 2
     return torch.cat([torch.zeros_like(distance[:, :1]), distance[:, 1:]], dim=1)
-
-
-def distances(pixel_ssim: Tensor, cosine: Tensor) -> Tensor:
-    """The mean of pixel and feature distance, float64 (B,M) (DataElixir, selection).
-
-    Args:
-        pixel_ssim: (B,M), SSIM of each candidate with the original; column 0 is not read.
-        cosine: (B,M), cosine similarity of their features; column 0 is not read.
-    """
-    return 0.5 * to_distance(pixel_ssim) + 0.5 * to_distance(cosine)
 
 
 def image_distances(images: Tensor, features: Tensor, volume: bool) -> PairDistances:
@@ -102,13 +87,11 @@ def image_distances(images: Tensor, features: Tensor, volume: bool) -> PairDista
         ValueError: the images do not suit `ssim3`, or images and features differ in B or M.
     """
     if images.ndim != 5 or features.ndim != 3 or images.shape[:2] != features.shape[:2]:
-        raise ValueError(
-            f"images must be (B,M,3,H,W) and features (B,M,D), not {tuple(images.shape)} "
-            f"and {tuple(features.shape)}"
-        )
+        shapes = f"{tuple(images.shape)} and {tuple(features.shape)}"
+        raise ValueError(f"images must be (B,M,3,H,W) and features (B,M,D), not {shapes}")
     ssim = torch.cat([ssim3(part[:, :1], part, volume) for part in images.split(SAMPLES_AT_ONCE)])
     cosine = F.cosine_similarity(features[:, :1], features, dim=-1, eps=1e-8)
-    return PairDistances(to_distance(ssim), to_distance(cosine), distances(ssim, cosine))
+    return PairDistances(to_distance(ssim), to_distance(cosine))
 
 
 def choose(distance: Tensor, kept: Tensor, rank: float = 0.8, *, original_eligible: bool) -> Tensor:
@@ -118,9 +101,8 @@ def choose(distance: Tensor, kept: Tensor, rank: float = 0.8, *, original_eligib
         distance: (B,M) from the original, finite.
         kept: bool (B,M), the candidates; column 0 is not read.
         rank: in [0, 1]; 1 takes the farthest.
-        original_eligible: the original takes part, as published, and is chosen where nothing else
-            is kept. Otherwise it never is; where nothing else is kept, all intermediaries are
-            eligible.
+        original_eligible: the original takes part, as published. Otherwise it is never chosen, and
+            where nothing else is kept, all intermediaries are eligible.
 
     Returns:
         int64 (B,), 0..M-1. Of equal distances the lower column comes first.
@@ -135,9 +117,8 @@ def choose(distance: Tensor, kept: Tensor, rank: float = 0.8, *, original_eligib
     eligible[:, 1:] |= ~eligible.any(dim=1, keepdim=True)
     order = distance.masked_fill(~eligible, torch.inf).argsort(dim=1, stable=True)
     count = eligible.sum(dim=1, keepdim=True)
-    position = (
-        (rank * count.double() + 1e-9).floor().long().minimum(count - 1)
-    )  # 1e-9: 0.29 * 100 is 29
+    # 1e-9: 0.29 * 100 is 29.
+    position = (rank * count.double() + 1e-9).floor().long().minimum(count - 1)
     return order.gather(1, position).squeeze(1)
 
 
@@ -153,18 +134,14 @@ def _window_sum(values: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _check_images(images: Tensor) -> None:
     fits = images.ndim >= 3 and images.shape[-3] == 3 and min(images.shape[-2:]) >= WINDOW
     if images.dtype != torch.uint8 or not fits:
-        raise ValueError(
-            "images must be uint8 (..., 3,H,W), 3x3 or larger, not "
-            f"{images.dtype} {tuple(images.shape)}"
-        )
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be uint8 (..., 3,H,W), 3x3 or larger, not {found}")
 
 
 def _check_choice(distance: Tensor, kept: Tensor, rank: float, original_eligible: bool) -> None:
     if distance.ndim != 2 or distance.shape != kept.shape or kept.dtype != torch.bool:
-        raise ValueError(
-            "distance (B,M) and bool kept (B,M) do not fit: "
-            f"{tuple(distance.shape)}, {tuple(kept.shape)}"
-        )
+        shapes = f"{tuple(distance.shape)}, {tuple(kept.shape)}"
+        raise ValueError(f"distance (B,M) and bool kept (B,M) do not fit: {shapes}")
     if distance.shape[1] < 2 - original_eligible:
         raise ValueError("there is no intermediary to choose")
     if not 0 <= rank <= 1:

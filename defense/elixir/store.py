@@ -1,12 +1,8 @@
 """Where intermediaries wait between the passes of a purification.
 
-Target labels are known only when enough samples have been voted on, and only samples that carry one
-need their images again. So each block of samples leaves one file: the votes of all, the images of
-those that are not unanimous. Memory holds one block, and an interrupted purification goes on with
-the first block that is missing.
+Each block of samples leaves one file: the votes of all, the images of those that are not unanimous.
+Memory holds one block, and an interrupted purification goes on with the first one that is missing.
 """
-
-from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
@@ -51,14 +47,8 @@ class IntermediaryStore:
 
     def write(self, block: Block) -> None:
         """Keep one block; its name is that of its first sample."""
-        save_arrays(
-            self.folder / f"block-{int(block.index[0]):08d}.npz",
-            index=block.index,
-            votes=block.votes.to(torch.int16),
-            anomalous=block.anomalous,
-            images=block.images,
-            passes=block.passes,
-        )
+        file = self.folder / f"block-{int(block.index[0]):08d}.npz"
+        save_arrays(file, **vars(block) | {"votes": block.votes.to(torch.int16)})
 
     def missing(self, wanted: Tensor) -> Tensor:
         """Those of the data set indices `wanted` (B,), in their order, that are in no block yet."""

@@ -3,10 +3,8 @@
 Samples that were poisoned into class c carry the label c and leave it when they are purified;
 benign samples mostly keep theirs. So among the votes of the class's samples that moved, the share
 q_c of votes for c is small for a target class. The discrepancy KL(onehot_c || q) = -ln q_c is
-compared with the other classes' by the median absolute deviation (1.4826 MAD estimates a standard
-deviation under normality). So is, beyond what was published, the share of the other classes that a
-class has taken in (inflow.py): where purification harms clean images too, the discrepancies of all
-classes are alike, while poison comes from everywhere and drift goes to a few.
+compared with the other classes' by the median absolute deviation; so is, beyond what was published,
+the share of the other classes that a class has taken in (inflow.py).
 """
 
 from __future__ import annotations
@@ -38,44 +36,44 @@ class LabelShares:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What both measures say of K classes; a class that outlies by either is a target label."""
+
+    discrepancy: Scores
+    inflow: Scores
+
+    @property
+    def outlies(self) -> Tensor:
+        """bool (K,)."""
+        return self.discrepancy.outlies | self.inflow.outlies
+
+
+@dataclass(frozen=True)
 class Discrepancy:
-    """The result of target-label detection; all tensors lie on the CPU.
+    """The result of target-label detection.
 
     Attributes:
-        metric: float64 (K,), -ln q_c in nats, 0 or more; inf where q_c is 0, 0 for a class without
-            evidence.
-        score: float64 (K,), robust standard deviations from the median class (absolute values if
-            two-sided); 0 for a class without samples, all nan where the median itself is infinite.
-        targets: the detected target labels, ascending.
-        evidence: int64 (K,), samples of the class that are not unanimous.
-        share: float64 (K,), q_c in [0, 1].
-        threshold: the metric above which a class is flagged, in nats; inf or nan where the median
-            is.
-        inflow: the share of the other classes' samples that each class is estimated to have taken
-            in.
-        inflow_score: float64 (K,), as `score`.
-        inflow_limit: the inflow that a class must exceed to be flagged for it (`inflow_scores` says
-            what else); inf where none is.
-        by_inflow: bool (K,), whether it is flagged for it.
+        metric: float64 (K,), -ln q_c in nats, 0 or more; inf where q_c is 0.
+        share, evidence: as in `LabelShares`.
+        inflow: what each class has taken in.
+        judged: scores and thresholds of metric and inflow; without a limit, the inflow's is inf.
     """
 
     metric: Tensor
-    score: Tensor
-    targets: tuple[int, ...]
-    evidence: Tensor
     share: Tensor
-    threshold: float
+    evidence: Tensor
     inflow: Inflow
-    inflow_score: Tensor
-    inflow_limit: float
-    by_inflow: Tensor
+    judged: Judged
 
     @property
     def is_target(self) -> Tensor:
         """bool (K,): whether a class is a detected target label."""
-        flags = torch.zeros(len(self.metric), dtype=torch.bool)
-        flags[list(self.targets)] = True
-        return flags
+        return self.judged.outlies
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The detected target labels, ascending."""
+        return tuple(self.is_target.nonzero().flatten().tolist())
 
 
 def label_shares(
@@ -83,24 +81,14 @@ def label_shares(
 ) -> LabelShares:
     """The share q_c of label c among the kept votes of class c's non-unanimous samples.
 
-    The original's own vote counts. Votes outside 0..K-1 are left out: there is no class that they
-    could support.
-
-    Args:
-        votes: int64 (N, 1+nm), predicted labels.
-        candidates: the same N samples' candidates.
-        labels: int64 (N,), the given labels, 0..K-1.
-        num_classes: K.
-        evidence_prior: see `TargetRule`.
-
-    Raises:
-        ValueError: shapes do not fit, or a label lies outside 0..K-1.
+    The original's own vote counts, votes outside 0..K-1 do not. Arguments and errors as in
+    `target_labels`; for `evidence_prior` see `TargetRule`.
     """
     own, total = support(votes, candidates, labels, num_classes)
     moved = candidates.kind != Kind.UNANIMOUS
-    own, total, evidence, size = (
-        _per_class(v, labels, num_classes) for v in (own, total, moved, moved | True)
-    )
+    zeros = torch.zeros(num_classes, dtype=torch.int64)
+    own, total, evidence = (zeros.index_add(0, labels, v.long()) for v in (own, total, moved))
+    size = labels.bincount(minlength=num_classes)
     share = class_share(own, total, size, votes.shape[1], evidence_prior)
     return LabelShares(share, evidence, size)
 
@@ -110,7 +98,7 @@ def support(
 ) -> tuple[Tensor, Tensor]:
     """How many of each sample's kept votes are for its given label, and for any class.
 
-    int64 (N,) each, 0 for unanimous samples.
+    int64 (N,) each, 0 for unanimous samples. Arguments and errors as in `target_labels`.
     """
     _check(votes, candidates, labels, num_classes)
     moved = candidates.kind != Kind.UNANIMOUS
@@ -131,11 +119,6 @@ def class_share(
     """
     prior = evidence_prior * size.double() * width
     return torch.where(total > 0, (own + prior) / (total + prior), 1.0)
-
-
-def class_scores(metric: Tensor, present: Tensor, rule: TargetRule) -> Scores:
-    """Robust scores of the discrepancies float64 (K,); `present`: see `robust_scores`."""
-    return robust_scores(metric, present, rule.threshold, rule.mad_floor, rule.two_sided)
 
 
 def target_labels(
@@ -168,40 +151,13 @@ def target_labels(
     shares = label_shares(votes, candidates, labels, num_classes, rule.evidence_prior)
     metric = discrepancy(shares.share)
     taken = LabelFlow.of(votes, labels, num_classes).inflow(shares.size if sizes is None else sizes)
-    judged = judge(metric, taken, shares.size > 0, rule)
-    targets = tuple(judged.outlies.nonzero().flatten().tolist())
-    return Discrepancy(
-        metric,
-        judged.discrepancy.score,
-        targets,
-        shares.evidence,
-        shares.share,
-        judged.discrepancy.threshold,
-        taken,
-        judged.inflow.score,
-        judged.inflow.threshold,
-        judged.inflow.outlies,
-    )
+    return Discrepancy(metric, shares.share, shares.evidence, taken, judge(metric, taken, rule))
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What both measures say of K classes; a class that outlies by either is a target label."""
-
-    discrepancy: Scores
-    inflow: Scores
-
-    @property
-    def outlies(self) -> Tensor:
-        """bool (K,)."""
-        return self.discrepancy.outlies | self.inflow.outlies
-
-
-def judge(metric: Tensor, taken: Inflow, present: Tensor, rule: TargetRule) -> Judged:
-    """Scores of discrepancies float64 (K,) and inflows; `present`: see `robust_scores`."""
-    return Judged(
-        class_scores(metric, present, rule), inflow_scores(taken, present, rule.inflow_threshold)
-    )
+def judge(metric: Tensor, taken: Inflow, rule: TargetRule) -> Judged:
+    """Scores of discrepancies float64 (K,) and inflows, among the classes that have samples."""
+    by_metric = robust_scores(metric, taken.seen, rule.threshold, rule.mad_floor, rule.two_sided)
+    return Judged(by_metric, inflow_scores(taken, rule.inflow_threshold))
 
 
 def discrepancy(share: Tensor) -> Tensor:
@@ -211,22 +167,11 @@ def discrepancy(share: Tensor) -> Tensor:
 
 
 def _check(votes: Tensor, candidates: Candidates, labels: Tensor, num_classes: int) -> None:
-    if (
-        votes.shape != candidates.kept.shape
-        or labels.shape != candidates.kind.shape
-        or len(votes) != len(labels)
-    ):
+    seen, kept, given = tuple(votes.shape), tuple(candidates.kept.shape), tuple(labels.shape)
+    if seen != kept or given != candidates.kind.shape or len(votes) != len(labels):
         raise ValueError(
-            f"votes {tuple(votes.shape)}, candidates {tuple(candidates.kept.shape)} and labels "
-            f"{tuple(labels.shape)} must describe the same samples"
+            f"votes {seen}, candidates {kept} and labels {given} must describe the same samples"
         )
     if ((labels < 0) | (labels >= num_classes)).any():
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, found {labels.min()}..{labels.max()}"
-        )
-
-
-def _per_class(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """int64 (K,) on the CPU: `values` (N,) summed over the samples of each class."""
-    sums = torch.zeros(num_classes, dtype=torch.int64, device=labels.device)
-    return sums.index_add_(0, labels, values.long()).cpu()
+        found = f"{labels.min()}..{labels.max()}"
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}, found {found}")

@@ -2,9 +2,8 @@
 
 A sample and its nm intermediaries each get the victim's predicted label: 1+nm votes, column 0 being
 the original's. Labels that only a few intermediaries hold are purification noise and are dropped.
-What stays is one of three kinds: nothing moved, everything moved to one other label, or the
-intermediaries disagree. A sample whose given label is no target label is benign whatever its kind;
-the victim's mistakes look like label transitions too.
+What stays is one of three kinds. A sample whose given label is no target label is benign whatever
+its kind; the victim's mistakes look like label transitions too.
 """
 
 from __future__ import annotations
@@ -21,23 +20,17 @@ UNKNOWN = -1  # the vote of an intermediary that was never made
 class Verdict(IntEnum):
     """What the defence decides about one sample."""
 
-    # No label transition, or the given label is no target label: image and label stay.
-    BENIGN = 0
-    # The intermediaries agree on another label: take it, and the selected intermediary.
-    POISONED = 1
-    # The intermediaries disagree: the benign model decides.
-    SUSPICIOUS = 2
+    BENIGN = 0  # no label transition, or no target label: image and label stay
+    POISONED = 1  # the intermediaries agree on another label: take it, and one of them
+    SUSPICIOUS = 2  # the intermediaries disagree: the benign model decides
 
 
 class Kind(IntEnum):
     """How the kept votes of one sample relate to each other; its given label plays no part."""
 
-    # All kept votes are one label, the original's included.
-    UNANIMOUS = 0
-    # The kept intermediaries agree on a label that is not the original's.
-    TRANSITION = 1
-    # At least two labels have tau votes or more among the intermediaries: all votes are kept.
-    MIXED = 2
+    UNANIMOUS = 0  # all are one label, the original's included
+    TRANSITION = 1  # the intermediaries agree on a label that is not the original's
+    MIXED = 2  # two labels or more have tau votes or more among the intermediaries
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,8 @@ def filter_candidates(votes: Tensor, tau: int) -> Candidates:
     """Drop the intermediaries whose label too few others share (DataElixir, threshold tau).
 
     Where the second most common label among the intermediaries has `tau` votes or more, all are
-    kept; so are they where all agree. Otherwise the original and the intermediaries with the most
-    common label are kept. A sample without any intermediaries is unanimous.
+    kept. Otherwise the original and the intermediaries with the most common label are. A sample
+    without any intermediaries is unanimous.
 
     Args:
         votes: int64 (N, 1+nm), nm >= 1, predicted labels; column 0 is the original's; UNKNOWN
@@ -101,8 +94,7 @@ def first_verdicts(kind: Tensor, labels: Tensor, is_target_class: Tensor) -> Ten
 
     Returns:
         int64 (N,), values of `Verdict`. A transition may lead to the given label itself (the victim
-        misread the original); it is POISONED all the same, as published: its image is replaced, its
-        label stays.
+        misread the original); as published, that is POISONED too: its image is replaced.
     """
     if kind.shape != labels.shape or is_target_class.dtype != torch.bool:
         raise ValueError("kind and labels must both be (N,) and is_target_class bool (K,)")
@@ -123,19 +115,11 @@ def _support(labels: Tensor) -> Tensor:
 
 
 def round_ends(votes: Tensor, last_steps_m: int) -> Tensor:
-    """int64 (S, 1+n): the victim's labels of the original and of the image after each round.
-
-    Args:
-        votes: int64 (S, 1+nm).
-        last_steps_m: m, the intermediaries of one round.
-    """
+    """int64 (S, 1+n): of votes (S, 1+nm), those on the original and the image after each round."""
     return torch.cat([votes[:, :1], votes[:, last_steps_m::last_steps_m]], dim=1)
 
 
 def reads_as_before(votes: Tensor, last_steps_m: int) -> Tensor:
-    """bool (S, n): whether the victim reads the image after each round as it read the original.
-
-    Arguments as in `round_ends`.
-    """
+    """bool (S, n): whether the victim reads the image after each round as it read the original."""
     ends = round_ends(votes, last_steps_m)
     return ends[:, 1:] == ends[:, :1]

@@ -4,8 +4,6 @@ Blocks are cut before they are dealt out and noise is keyed by sample, so the re
 for any number of processes, and for blocks that are halved because memory does not hold them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,10 +27,9 @@ class WorkPlan(Protocol):
 
 
 def split_into_blocks(index: Tensor, most: int) -> Sequence[Tensor]:
-    """An index (B,) cut into parts of at most `most`.
+    """An index (B,) cut into parts of at most `most`, as equal as whole passes of ROWS can be.
 
-    The parts are as equal as whole passes of ROWS can be, and as many that no process waits for
-    the others' last one.
+    There are as many that no process waits for the others' last one.
     """
     if not len(index):
         return ()

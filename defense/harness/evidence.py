@@ -43,9 +43,10 @@ def write_figures(result: Result, case: Case, last_steps_m: int, record: Record)
     """discrepancy.png, suspicion.png, purified.png, curves.png, of these what the defence has."""
     found, classes = result.discrepancy, case.dataset.classes
     if found:
+        judged = found.judged
         measures = {
-            "discrepancy (nats)": (found.metric.numpy(), found.threshold),
-            "share of others taken in": (found.inflow.share.numpy(), found.inflow_limit),
+            "discrepancy (nats)": (found.metric.numpy(), judged.discrepancy.threshold),
+            "share of others taken in": (found.inflow.share.numpy(), judged.inflow.threshold),
         }
         figures.target_label_chart(record / "discrepancy.png", measures, found.targets, classes)
     elif result.score is not None and result.flagged is not None:
@@ -107,14 +108,15 @@ def write_evidence(
 def _seen(found: Discrepancy | None) -> dict[str, Any]:
     if found is None:
         return {}
+    judged = found.judged
     return {
         "discrepancy": found.metric.tolist(),
-        "score": found.score.tolist(),
+        "score": judged.discrepancy.score.tolist(),
         "evidence": found.evidence.tolist(),
         "share": found.share.tolist(),
-        "threshold": found.threshold,
+        "threshold": judged.discrepancy.threshold,
         "inflow": found.inflow.share.tolist(),
-        "inflow_score": found.inflow_score.tolist(),
-        "inflow_limit": found.inflow_limit,
-        "by_inflow": found.by_inflow.tolist(),
+        "inflow_score": judged.inflow.score.tolist(),
+        "inflow_limit": judged.inflow.threshold,
+        "by_inflow": judged.inflow.outlies.tolist(),
     }
