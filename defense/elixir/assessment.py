@@ -1,10 +1,9 @@
 """What the verdict on a set is worth, as far as it can be told without the truth (ours).
 
-A denoiser that does not know such images, or too high a noise level, moves so many clean
-predictions that poison does not stand out, or that clean classes do. The first is what `power`
-tells (power.py), the share of predictions that survive a round tells of either, and of a class
-that is accused the two measures tell whether it lost its samples to all classes, as a backdoor's
-target does, or to a few, as images do that look alike to the classifier once they are purified.
+An unfit denoiser or too high a noise level moves so many clean predictions that poison does not
+stand out (power.py), or that clean classes do. The share of predictions that survive a round tells
+of either. A backdoor's target loses its samples to all classes, a class of images that look alike
+once they are purified to a few.
 """
 
 import logging

@@ -1,7 +1,5 @@
 """What was decided about each sample, with a confidence and a reason in words."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,11 +75,7 @@ def confidence(votes_new: Tensor, intermediaries: Tensor) -> Tensor:
     """float64 (N,) in [0, 1]: the share of intermediaries that are read as the new label.
 
     It says how far the purified images agree with the decision; it is no calibrated probability.
-    nan where a sample was not purified.
-
-    Args:
-        votes_new: int64 (N,), intermediaries read as the new label; -1 where there are none.
-        intermediaries: int64 (N,), those that were made of each sample.
+    nan where a sample was not purified. Arguments as in `Decisions`.
     """
     share = votes_new.double() / intermediaries.clamp(min=1)
     return torch.where(votes_new >= 0, share, torch.nan)
@@ -91,11 +85,9 @@ def reason(verdict: int, is_target: bool, relabelled: bool, old: int, new: int, 
     """One sample's decision in words.
 
     Args:
-        verdict: of Verdict.
-        is_target: the given label is a detected target label.
+        verdict, is_target: as in `Decisions`.
         relabelled: the label was changed.
-        old, new, total: intermediaries read as the given label, as the new one, and all; old is -1
-            where the sample was not purified.
+        old, new, total: its `votes_old`, `votes_new` and `intermediaries`.
     """
     images, accused = f"of {total} purified images", "the given label is a target label"
     if old < 0:

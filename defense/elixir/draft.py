@@ -52,8 +52,7 @@ class Draft:
     def updated(self, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Draft:
         """A copy with new values in some rows; a column is copied once for all parts.
 
-        Args:
-            parts: (rows int64 (B,), {attribute: its new values (B, ...)}), one after the other.
+        A part is (rows int64 (B,), {attribute: its new values (B, ...)}).
         """
         own: dict[str, Tensor] = {}
         for index, columns in parts:
@@ -73,12 +72,7 @@ class Draft:
         return self.verdict == Verdict.SUSPICIOUS
 
     def decisions(self, votes: Tensor, is_target_class: Tensor) -> Decisions:
-        """The table of what was decided.
-
-        Args:
-            votes: int64 (N, 1+nm); all UNKNOWN where a sample was not purified.
-            is_target_class: bool (K,), the detected target labels.
-        """
+        """The table of what was decided, of votes int64 (N, 1+nm) and target labels bool (K,)."""
         unseen = votes[:, 0] == UNKNOWN
         count = lambda labels: torch.where(unseen, -1, (votes[:, 1:] == labels[:, None]).sum(1))
         return Decisions(
@@ -96,14 +90,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Selector:
-    """Chooses purified images by their distance from the original, in pixels and in features.
-
-    Attributes:
-        store: the intermediaries.
-        victim: its features measure distance.
-        rules: how SSIM is taken, whether the original may be chosen, and whose label a doubtful
-            sample gets.
-    """
+    """Chooses purified images by their distance from the original, in pixels and the victim's
+    features."""
 
     store: IntermediaryStore
     victim: Classifier
@@ -112,9 +100,7 @@ class Selector:
     def select(self, images: Tensor, kept: Tensor) -> dict[str, Tensor]:
         """Columns of a draft for samples whose image is chosen.
 
-        Args:
-            images: uint8 (B, 1+nm, 3, H, W), originals and intermediaries.
-            kept: bool (B, 1+nm), which of them may be taken.
+        Of `images` uint8 (B, 1+nm, 3, H, W), those that `kept` bool (B, 1+nm) names may be taken.
         """
         b, m = images.shape[:2]
         features = extract_features(self.victim, images.flatten(0, 1)).view(b, m, -1)
@@ -138,14 +124,8 @@ class Selector:
     def settle_suspicious(
         self, draft: Draft, model: Classifier, candidates: Candidates
     ) -> tuple[Draft, Tensor]:
-        """SUSPICIOUS samples get the label that `model` reads, and an image that it reads so.
-
-        Where it reads none so, one of all their images.
-
-        Args:
-            draft: what was decided before.
-            model: a model trained without them.
-            candidates: of all samples.
+        """SUSPICIOUS samples get the label that `model`, trained without them, reads, and an image
+        that it reads so; where there is none, one of all their images.
 
         Returns:
             The draft, and bool (N,): samples whose label is also the one that the victim saw most

@@ -1,7 +1,5 @@
 """What a run will cost, from a little of it measured on the spot: passes, minutes and memory."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 from typing import Any

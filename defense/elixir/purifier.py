@@ -114,8 +114,7 @@ class Purifier:
     Args:
         denoiser: predicts the noise in x (B, 3, H, W) in [-1, 1] at the levels t (B,).
         config: T, n, m and the rules; steps_T a number.
-        seed: the run's seed; noise is keyed by (seed, sample).
-        device: where to work.
+        seed: noise is keyed by (seed, sample).
         amp: run the network in mixed precision.
     """
 

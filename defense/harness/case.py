@@ -1,7 +1,5 @@
 """A poisoned set with its truth and its victim, and how a record keeps them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

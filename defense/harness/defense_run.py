@@ -1,7 +1,5 @@
 """What a defence works with in one run: record, device, and the victim's training recipe."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, replace
 from typing import Any

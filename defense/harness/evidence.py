@@ -1,7 +1,5 @@
 """The files that a defence leaves: the product, the decisions, charts, and what the page shows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +22,7 @@ def write_product(result: Result, labels: Tensor, last_steps_m: int, record: Rec
     """purified.npz, decisions.csv and votes.npz, of these what the defence has.
 
     Where samples were dropped, purified.npz holds the others, with their places in the training
-    set as `index`.
-
-    Args:
-        labels: int64 (N,), as given.
+    set as `index`. `labels` int64 (N,) are the given ones.
     """
     if result.product:
         purified, out = result.product
@@ -86,12 +81,9 @@ def _curves(record: Record) -> list[dict[str, str]]:
 def write_evidence(
     result: Result, labels: Tensor, classes: Sequence[str], last_steps_m: int, record: Record
 ) -> None:
-    """classes.json (their names, what target-label detection saw) and examples.npz (rounds).
+    """classes.json (names, what target-label detection saw) and examples.npz (ends of rounds).
 
-    Args:
-        labels: int64 (N,), as given.
-        classes: their names.
-        last_steps_m: intermediaries of a round; the last of each round is kept.
+    `labels` int64 (N,) are the given ones.
     """
     write_json(record / "classes.json", {"names": list(classes), **_seen(result.discrepancy)})
     if result.decisions is None:

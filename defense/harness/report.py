@@ -1,7 +1,5 @@
 """report.json, which alone looks at the truth, and what is said at the end of a run."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a defence gives back, whatever its method."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Running a defence on a poisoned set: what every defence needs around it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
