@@ -103,7 +103,7 @@ def denoiser_row(name: str, keys: dict, device: torch.device, steps: int = 8) ->
             0, 256, (1000, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
         )
         whole, compiled, eager, plain = (
-            Training(config, images, True, {}, device, amp) for amp in (True, True, True, False)
+            Training(config, images, True, device, amp) for amp in (True, True, True, False)
         )
     whole.network, compiled.network = Compiled(whole.denoiser), Compiled(compiled.denoiser)
     x, t, noise = (part.contiguous() for part in plain.batch())

@@ -1,7 +1,5 @@
 """The keys of a denoiser that is to be trained; without torch, so that `--help` is quick."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
 
     Args:
         unet: diffusers.UNet2DModel, 3 * patch^2 channels in and out, for images of side / patch.
-        patch: 1, or 2 to fold 2x2 pixels into channels first, which makes a pass far cheaper.
+        patch: 1, or 2 to fold 2x2 pixels into channels first.
         t_max: Largest t that it was trained for, plus 1.
         name: What the user called it.
         sha256: Of the weights file that it was loaded from, or the empty string.
@@ -48,9 +48,7 @@ class Denoiser(nn.Module):
 
     unet: Any
 
-    def __init__(
-        self, unet: Any, patch: int = 1, t_max: int = 1000, name="", sha256="", metadata=None
-    ):
+    def __init__(self, unet, patch=1, t_max=1000, name="", sha256="", metadata=None):
         super().__init__()
         size = unet.config.sample_size
         channels = unet.config.in_channels, unet.config.out_channels
@@ -95,13 +93,8 @@ class Denoiser(nn.Module):
         (Path(folder) / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
-def load_denoiser(
-    name: str,
-    resolution: int | None = None,
-    dataset: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Denoiser:
-    """A denoiser ready to predict: float32, eval mode, without gradients.
+def load_denoiser(name: str, resolution: int | None = None, dataset: str | None = None) -> Denoiser:
+    """A denoiser ready to predict on the CPU: float32, eval mode, without gradients.
 
     Args:
         name: 'auto' (the card for `dataset`), a card, a diffusers folder, a checkpoint file in Ho
@@ -109,7 +102,6 @@ def load_denoiser(
         resolution: Side in pixels of the images that it is wanted for; None accepts any. Checkpoint
             files do not tell theirs: they are taken to be for this one, or for 32 if it is None.
         dataset: Name of the data set, for 'auto'.
-        device: Where the weights go.
 
     Raises:
         DenoiserError: Nothing there or nothing that loads, another resolution or hash, no card.
@@ -118,24 +110,20 @@ def load_denoiser(
     if card:
         _check_resolution(card.name, card.resolution, resolution)
         places = [CARD_FOLDER / card.source, Path(card.source).absolute()]
-        source = locate(card.source, places, CARDS)
+        source = locate(card.source, places)
         denoiser = _from_folder(source, card.name, card.sha256)
+    elif (source := locate(name, [Path(os.path.expanduser(name)).absolute()])).is_dir():
+        denoiser = _from_folder(source, name)
     else:
-        source = locate(name, [Path(os.path.expanduser(name)).absolute()], CARDS)
-        if source.is_dir():
-            denoiser = _from_folder(source, name)
-        else:
-            denoiser = _from_checkpoint(source, name, resolution or 32)
+        denoiser = _from_checkpoint(source, name, resolution or 32)
     _check_resolution(denoiser.name, denoiser.resolution, resolution)
     log.info("denoiser %s: %s, sha256 %s", denoiser.name, source, denoiser.sha256)
-    return denoiser.float().to(device).eval().requires_grad_(False)
+    return denoiser.float().eval().requires_grad_(False)
 
 
 def _card_for(dataset: str | None) -> Card:
-    """The card that lists the data set."""
-    for card in CARDS.values():
-        if dataset in card.datasets:
-            return card
+    if card := next((card for card in CARDS.values() if dataset in card.datasets), None):
+        return card
     known = ", ".join(f"{card.name} (for {card.purpose})" for card in CARDS.values())
     raise DenoiserError(
         f"denoiser 'auto': no card for data set '{dataset}'; the cards are {known}.\nTrain one: "
@@ -144,7 +132,6 @@ def _card_for(dataset: str | None) -> Card:
 
 
 def _check_resolution(name: str, found: int, wanted: int | None) -> None:
-    """Refuse images of another side than the denoiser's."""
     if wanted is not None and found != wanted:
         raise DenoiserError(
             f"denoiser '{name}' works on {found}x{found} images, the data are {wanted}x{wanted}: "
@@ -153,13 +140,13 @@ def _check_resolution(name: str, found: int, wanted: int | None) -> None:
 
 
 def _from_folder(folder: Path, name: str, sha256: str | None = None) -> Denoiser:
-    """A diffusers folder, or the unet/ folder in it, with or without our denoiser.json."""
+    """The denoiser in a diffusers folder or its unet/, with or without our denoiser.json."""
     base = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
     config, notes_file = base / "config.json", base / NOTES
     weights = next((base / file for file in FOLDER_WEIGHTS if (base / file).exists()), None)
     if weights is None or not config.exists():
-        expected = f"config.json and {FOLDER_WEIGHTS[0]}"
-        raise DenoiserError(f"{folder}: no denoiser in this folder; expected {expected}")
+        expected = f"expected config.json and {FOLDER_WEIGHTS[0]}"
+        raise DenoiserError(f"{folder}: no denoiser in this folder; {expected}")
     if (kind := read_json(config).get("_class_name")) != "UNet2DModel":
         raise DenoiserError(f"{config}: describes a {kind}; an unconditional UNet2DModel is needed")
     notes = read_json(notes_file) if notes_file.exists() else {}
@@ -175,10 +162,10 @@ def _unet_of(weights: Path) -> Any:
     """The UNet2DModel of the weights and the config.json beside them; each tensor has its place."""
     from diffusers import UNet2DModel
 
-    options = {"low_cpu_mem_usage": False, "output_loading_info": True}
-    options["use_safetensors"] = weights.suffix == ".safetensors"
+    options = {"low_cpu_mem_usage": False, "use_safetensors": weights.suffix == ".safetensors"}
+    folder = str(weights.parent)
     try:
-        unet, info = UNet2DModel.from_pretrained(str(weights.parent), **options)
+        unet, info = UNet2DModel.from_pretrained(folder, output_loading_info=True, **options)
     except READ_ERRORS as error:
         reason = first_line(error)
         raise DenoiserError(f"{weights}: cannot be loaded ({reason}); save it again") from None
@@ -194,8 +181,8 @@ def _from_checkpoint(path: Path, name: str, resolution: int) -> Denoiser:
 
     content = read_tensors(path)
     if any(key.startswith("down_blocks.") for key in content):
-        folder = path.parent
-        raise DenoiserError(f"{path}: holds a diffusers model's weights; give its folder, {folder}")
+        words = f"holds a diffusers model's weights; give its folder, {path.parent}"
+        raise DenoiserError(f"{path}: {words}")
     try:
         tensors = ho_layout.network_tensors(content)
         unet: Any = UNet2DModel(**ho_layout.unet_config(tensors, resolution))

@@ -32,11 +32,7 @@ FIXED: dict[str, Any] = {
 
 
 def network_tensors(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the network alone, without a common prefix such as `model.` or `module.`.
-
-    Raises:
-        KeyError: There is no tensor `conv_in.weight` under any prefix.
-    """
+    """The network's tensors without a common prefix such as `model.`; KeyError if it has none."""
     anchors = [name for name in content if re.fullmatch(r"(.+\.)?conv_in\.weight", name)]
     if not anchors:
         raise KeyError("conv_in.weight")
@@ -46,11 +42,7 @@ def network_tensors(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unet_config(tensors: Mapping[str, Tensor], resolution: int) -> dict[str, Any]:
-    """Arguments of the UNet2DModel whose tensors these are, read off their names and shapes.
-
-    Args:
-        tensors: Network tensors by their names in Ho's layout.
-        resolution: Side of the images in pixels; the tensors do not tell it.
+    """Arguments of the UNet2DModel whose tensors these are, for images of side `resolution`.
 
     Raises:
         KeyError: A tensor that the architecture is read from is missing; carries its name.
@@ -119,7 +111,6 @@ def to_diffusers(
             found = tuple(tensor.shape)
             raise ValueError(f"tensor '{name}' has shape {found} where {tuple(wanted)} belongs")
         state[target] = tensor.reshape(wanted).to(expected[target].dtype)
-    missing = [name for name in expected if name not in state]
-    if missing:
+    if missing := [name for name in expected if name not in state]:
         raise ValueError(f"no tensor for '{missing[0]}'")
     return state

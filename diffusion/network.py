@@ -14,8 +14,7 @@ from diffusion.weights import DenoiserError
 def build_unet(config: DenoiserConfig, resolution: int) -> Any:
     """The UNet2DModel of `config` for images of that side; random weights from the global stream.
 
-    Raises:
-        DenoiserError: The images cannot be halved so often, or the widths do not do.
+    Raises DenoiserError where the images cannot be halved so often, or the widths do not do.
     """
     from diffusers import UNet2DModel
 
@@ -24,10 +23,9 @@ def build_unet(config: DenoiserConfig, resolution: int) -> Any:
     widths = [int(width) for width in config.channels.split(",")]
     groups, unit = math.gcd(32, *widths), config.patch * 2 ** (len(widths) - 1)
     if groups < 4 or resolution % unit:
-        raise DenoiserError(
-            f"channels: {config.channels} needs image sides divisible by {unit} "
-            f"(here {resolution}) and widths divisible by 4, better 32"
-        )
+        words = f"needs image sides divisible by {unit} (here {resolution})"
+        words += " and widths divisible by 4, better 32"
+        raise DenoiserError(f"channels: {config.channels} {words}")
     kinds = [""] * (len(widths) - 1) + ["Attn" if config.attention else ""]
     options = FIXED | {"norm_num_groups": groups, "sample_size": resolution // config.patch}
     return UNet2DModel(

@@ -35,17 +35,12 @@ def evaluate(denoiser: Denoiser, images: Tensor, folder: Path) -> dict[str, Any]
     return {"images": count, "errors": errors}
 
 
-def denoising_error(denoiser: Denoiser, images: Tensor, seed: int = 0) -> list[dict[str, float]]:
-    """Mean squared error of the predicted noise, at several levels below the denoiser's t_max.
+def denoising_error(denoiser: Denoiser, images: Tensor) -> list[dict[str, float]]:
+    """Per level below the denoiser's t_max {"t", "mse", "trivial"}, on uint8 (N,3,H,W).
 
-    Args:
-        denoiser: Predicts noise N(0,I), so predicting zero has an error of 1.
-        images: uint8 (N,3,H,W), held out from training.
-        seed: Of the noise, which is the same for every denoiser.
-
-    Returns:
-        Per level {"t", "mse", "trivial"}. "trivial" is the error of the best linear guess from each
-        pixel alone, ab v / (ab v + 1 - ab) with v the pixel's variance: a network must stay below.
+    "mse" is the mean squared error of the predicted noise; predicting zero has an error of 1.
+    "trivial" is the error of the best linear guess from each pixel alone, ab v / (ab v + 1 - ab)
+    with v the pixel's variance: a network must stay below.
     """
     variance = (images.double() / 127.5 - 1).var(dim=0, correction=0)
     rows = []
@@ -53,17 +48,15 @@ def denoising_error(denoiser: Denoiser, images: Tensor, seed: int = 0) -> list[d
         ab = Schedule().alpha_bar(t)
         trivial = (ab * variance / (ab * variance + 1 - ab)).mean().item()
         total = torch.zeros(())
-        for x, noise in _noised(denoiser, images, t, seed):
+        for x, noise in _noised(denoiser, images, t):
             total = total + ((denoiser(x, t) - noise) ** 2).mean(dim=(1, 2, 3)).sum()
         rows.append({"t": t, "mse": total.item() / len(images), "trivial": trivial})
     return rows
 
 
-def _noised(
-    denoiser: Denoiser, images: Tensor, t: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (x_t, noise) on the denoiser's device, without gradients; drawn on the CPU."""
-    device, draw = next(denoiser.parameters()).device, _noise_source(seed)
+def _noised(denoiser: Denoiser, images: Tensor, t: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (x_t, noise) on the denoiser's device, without gradients; the same for each."""
+    device, draw = next(denoiser.parameters()).device, _noise_source(0)
     with torch.no_grad():
         for batch in images.split(BATCH):
             x0 = batch.to(device).float() / 127.5 - 1
@@ -77,27 +70,20 @@ def _noise_source(seed: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.randn(x.shape, generator=generator).to(x.device)
 
 
-def sample_sheet(denoiser: Denoiser, images: Tensor, path: str | Path, seed: int = 0) -> list[str]:
-    """Save a PNG with a column per image: clean; noised and the clean guess, per level; reversed.
+def sample_sheet(denoiser: Denoiser, images: Tensor, path: Path) -> list[str]:
+    """Save a PNG with a column per image of uint8 (N,3,H,W); returns what its rows show.
 
-    Args:
-        denoiser: Works on images of this size.
-        images: uint8 (N,3,H,W), about ten.
-        path: Of the PNG.
-        seed: Of the noise.
-
-    Returns:
-        What the rows show, from the top.
+    From the top: clean; noised and the clean guess, per level; the end of a reverse run.
     """
     sampler, top = Sampler(denoiser), denoiser.t_max - 1
     rows, names = [images.float() / 127.5 - 1], ["clean"]
     for t in sorted({min(t, top) for t in (*SHEET_LEVELS, top)}):
-        x, _ = next(_noised(denoiser, images[:BATCH], t, seed))
+        x, _ = next(_noised(denoiser, images[:BATCH], t))
         step = sampler.plan([t])[0]
         with torch.no_grad():
             rows += [x, step.x_scale * x - step.e_scale * denoiser(x, t)]
         names += [f"noised to t = {t}", f"its clean guess at t = {t}"]
-    *_, final = sampler.reverse(x, subset_steps(top + 1), _noise_source(seed + 1))
+    *_, final = sampler.reverse(x, subset_steps(top + 1), _noise_source(1))
     sheet = torch.cat([row.cpu() for row in [*rows, final]])
     save_image(((sheet + 1) / 2).clamp(0, 1), str(path), nrow=len(images))
     return [*names, f"reverse run from t = {top}"]

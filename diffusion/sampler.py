@@ -23,10 +23,7 @@ class Schedule:
     (6)              c1 = b sqrt(ab_s) / (1 - ab_t), c2 = (1 - ab_s) sqrt(a) / (1 - ab_t),
                      v = b (1 - ab_s) / (1 - ab_t)
 
-    Args:
-        steps: Number of noise levels; t runs from 0 (nearly clean) to steps - 1 (nearly noise).
-        beta_start: Variance added by the first step.
-        beta_end: Variance added by the last step.
+    The level t runs from 0 (nearly clean) to steps - 1 (nearly noise).
     """
 
     steps: int = 1000
@@ -49,18 +46,10 @@ class Schedule:
 
 
 def subset_steps(T: int, count: int | None = None, last_m: int = 1) -> list[int]:
-    """Noise levels to visit on the way down from T - 1 to 0.
+    """`count` (None = all T) noise levels to visit on the way down from T - 1 to 0.
 
-    Args:
-        T: Number of noise levels in the full run.
-        count: How many of them to visit; None visits all T.
-        last_m: The lowest levels last_m - 1 ... 0 are all visited, the others evenly spaced.
-
-    Returns:
-        A falling list of count levels, the first T - 1, the last 0.
-
-    Raises:
-        ValueError: No such list exists.
+    The lowest levels last_m - 1 ... 0 are all visited, the others evenly spaced. Raises ValueError
+    where there is no such list.
     """
     count = T if count is None else count
     if not 1 <= last_m <= T:
@@ -70,10 +59,8 @@ def subset_steps(T: int, count: int | None = None, last_m: int = 1) -> list[int]
     if count == T:
         return list(range(T - 1, -1, -1))
     if count < last_m + 1:
-        raise ValueError(
-            f"{count} steps are too few to keep the last {last_m} and start at {T - 1}: "
-            f"choose at least {last_m + 1}"
-        )
+        words = f"too few to keep the last {last_m} and start at {T - 1}"
+        raise ValueError(f"{count} steps are {words}: choose at least {last_m + 1}")
     above, span = count - last_m, T - last_m
     return [T - 1 - j * span // above for j in range(above)] + list(range(last_m - 1, -1, -1))
 
@@ -95,8 +82,8 @@ class Sampler:
     """Runs a noise predictor forwards and backwards.
 
     The reverse process is DDPM's ancestral one, equations (5) and (6). Between neighbouring levels
-    its variance is the step's beta, as published ("fixedlarge"). Where levels are skipped it is the
-    posterior variance v, as the beta of a merged step is far too large there.
+    its variance is the step's beta, as published ("fixedlarge"), and v where levels are skipped: the
+    beta of a merged step is far too large.
 
     Args:
         denoiser: (x (B,C,H,W) in [-1,1] plus noise, t int64 (B,)) -> predicted noise like x.
@@ -121,7 +108,7 @@ class Sampler:
     def reverse(
         self, x: Tensor, steps: list[int], noise: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """Denoise x step by step; the caller decides which states to keep.
+        """Denoise x step by step.
 
         Args:
             x: The start (B,C,H,W), at the noise level of steps[0].
@@ -161,10 +148,6 @@ class Sampler:
             e_scale=sqrt(1 / ab_t - 1),
             c1=beta * sqrt(ab_s) / (1 - ab_t),
             c2=shrink * sqrt(alpha),
-            sigma=_sigma(variance) if ab_s < 1 else 0.0,
+            # rounded like the published code, which keeps log variances in float32
+            sigma=torch.tensor(log(variance)).mul(0.5).exp().item() if ab_s < 1 else 0.0,
         )
-
-
-def _sigma(variance: float) -> float:
-    """Standard deviation, rounded like the published code, which keeps log variances in float32."""
-    return torch.tensor(log(variance)).mul(0.5).exp().item()

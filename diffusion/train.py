@@ -1,8 +1,6 @@
 # Ho et al., DDPM, 2020: https://arxiv.org/abs/2006.11239
 """Train a denoiser for a data set that has no card: diffusion/train.py --dataset NAME --out DIR"""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -56,7 +54,7 @@ def lead(argv: Sequence[str] | None) -> None:
 
 
 def refuse(config: DenoiserConfig) -> None:
-    """Raise UserError for what can be told to be wrong before anything is read."""
+    """Raise UserError for what is wrong before anything is read."""
     from diffusion.sampler import Schedule
 
     if config.data and config.result_file:
@@ -67,10 +65,8 @@ def refuse(config: DenoiserConfig) -> None:
     if config.random_seed >= 2**63:
         raise UserError(f"random_seed: {config.random_seed} is too large; give one below 2^63")
     if config.batch_size < world_size():
-        images = f"{config.batch_size} images"
-        raise UserError(
-            f"batch_size: {images} for {world_size()} processes are too few; start fewer"
-        )
+        words = f"{config.batch_size} images for {world_size()} processes are too few"
+        raise UserError(f"batch_size: {words}; start fewer")
     out = Path(config.out)
     if (out / "denoiser.json").exists() and not (out / "checkpoint.pt").exists():
         raise UserError(f"out: {out} already holds a finished denoiser; give another, or delete it")
@@ -94,8 +90,9 @@ class DenoiserJob:
 
         device = local_device(self.device)
         amp = self.config.amp and trains_in_bfloat16(device)
-        what = self.config, self.images, self.flip, self.identity
-        return Training(*what, device, amp, rank(), world_size())
+        training = Training(self.config, self.images, self.flip, device, amp)
+        training.identity, training.rank, training.processes = self.identity, rank(), world_size()
+        return training
 
     def run_in_worker(self) -> None:
         """In another process: the same steps, each with its share of every batch."""
@@ -141,10 +138,8 @@ def train(data: DataConfig, config: DenoiserConfig) -> None:
         log.info("stopped after step %d; go on with: %s", training.steps, command(data, config))
         raise
     save(training, data, config)
-    out = Path(config.out)
-    write_json(
-        out / "denoising_error.json", evaluate(load_denoiser(config.out, device=device), test, out)
-    )
+    out, denoiser = Path(config.out), load_denoiser(config.out).to(device)
+    write_json(out / "denoising_error.json", evaluate(denoiser, test, out))
     training.checkpoint.unlink()
 
 
@@ -157,18 +152,16 @@ def forecast(training) -> str:
     seconds = config.steps * training.seconds_per_step()
     is_cut = config.minutes and config.minutes * 60 < seconds
     limit = f", ended after {config.minutes:g} minutes" if is_cut else ""
-    return (
-        f"{config.steps:,} steps of {config.batch_size} images, {gflops:.0f} GFLOP each: about "
-        f"{format_duration(seconds)} on {training.device}{limit}; "
-        f"memory about {peak_rss_bytes() / 1e9:.1f} GB"
-    )
+    work = f"{config.steps:,} steps of {config.batch_size} images, {gflops:.0f} GFLOP each"
+    time, memory = format_duration(seconds), f"{peak_rss_bytes() / 1e9:.1f} GB"
+    return f"{work}: about {time} on {training.device}{limit}; memory about {memory}"
 
 
 def load_images(data: DataConfig, config: DenoiserConfig):
     """(images to train on, test images), uint8 (N,3,H,W), and the set's DatasetInfo."""
     import torch
 
-    from utils.images.data import DATASETS, LabeledImages, load_dataset
+    from utils.images.data import DATASETS, load_dataset
     from utils.images.layouts import open_layout
     from utils.images.loaders import stratified_split
     from utils.storage.record import Record, load_arrays
@@ -181,8 +174,8 @@ def load_images(data: DataConfig, config: DenoiserConfig):
     dataset = load_dataset(data)
     images = dataset.train.images
     if config.result_file:
-        arrays = load_arrays(Record(config.result_file, must_exist=True) / "poisoned.npz")
-        images = LabeledImages(arrays["images"], arrays["labels"]).images
+        file = Record(config.result_file, must_exist=True) / "poisoned.npz"
+        images = load_arrays(file, "images")["images"]
     return images, dataset.test.images, dataset.info
 
 
@@ -223,12 +216,11 @@ def save(training, data: DataConfig, config: DenoiserConfig) -> None:
 
     denoiser, device = training.averaged(), training.device
     is_gpu, minutes, loss = device.type == "cuda", training.seconds / 60, training.finite_loss()
-    elsewhere = (
-        replace(data, dataset_path=DataConfig.dataset_path),
-        replace(config, out="DIR", data=config.data and "DATA", device=DenoiserConfig.device),
-    )
+    data_there = replace(data, dataset_path=DataConfig.dataset_path)
+    given, device_there = config.data and "DATA", DenoiserConfig.device
+    there = replace(config, out="DIR", data=given, device=device_there)
     denoiser.metadata = {
-        "command": command(*elsewhere),
+        "command": command(data_there, there),
         "dataset": OWN if config.data else data.dataset,
         "images": len(training.images),
         "steps": training.steps,

@@ -62,36 +62,27 @@ def interrupt_between_steps() -> Iterator[threading.Event]:
 class Training:
     """One training run: network, averaged weights, optimizer and progress, and their checkpoint.
 
-    `network` is what is called: the denoiser itself, unless one that is compiled or that averages
-    gradients over processes is put in its place. Several processes make the same draws, and each
-    takes its rows of the batch.
-
     Args:
         config: What to train; `out` exists.
         images: uint8 (N,3,H,W), the training set.
         flip: Whether images may be mirrored.
-        identity: Keys and values that must be the same for a checkpoint to be continued.
         device: Where to train.
         amp: Train in bfloat16.
-        rank: The number of this process.
-        processes: How many train together.
+
+    Attributes:
+        network: What is called: the denoiser itself, unless it is compiled or in several processes.
+        identity: Keys and values that must be the same for a checkpoint to be continued.
+        rank, processes: Of `processes`, which make the same draws, each takes its rows of a batch.
     """
 
     def __init__(
-        self,
-        config: DenoiserConfig,
-        images: Tensor,
-        flip: bool,
-        identity: dict[str, Any],
-        device: torch.device,
-        amp: bool,
-        rank: int = 0,
-        processes: int = 1,
+        self, config: DenoiserConfig, images: Tensor, flip: bool, device: torch.device, amp: bool
     ):
         from diffusers.training_utils import EMAModel
 
-        self.config, self.flip, self.identity = config, flip, identity
-        self.device, self.amp, self.rank, self.processes = device, amp, rank, processes
+        self.config, self.flip, self.device, self.amp = config, flip, device, amp
+        self.identity: dict[str, Any] = {}
+        self.rank, self.processes = 0, 1
         self.checkpoint, self.images = Path(config.out) / "checkpoint.pt", images.to(device)
         self.ab = Schedule().alphas_cumprod.float().to(device)
         torch.manual_seed(config.random_seed)
@@ -120,8 +111,8 @@ class Training:
         """As the config says, or whether the two minutes that it takes on a CPU are won back."""
         if self.config.compile != "auto":
             return self.config.compile == "on"
-        is_long = (self.config.minutes or math.inf) > 10
-        return is_long and self.gflops * self.config.steps > COMPILING_PAYS
+        long = (self.config.minutes or math.inf) > 10
+        return long and self.gflops * self.config.steps > COMPILING_PAYS
 
     def seconds_per_step(self) -> float:
         """Measured on a few steps; the training is to be thrown away afterwards."""
@@ -133,10 +124,7 @@ class Training:
         return (time.monotonic() - started) / MEASURED
 
     def run(self, tell: Callable[[float], Any] = lambda progress: None) -> None:
-        """Train to the end, after `resume`.
-
-        Args:
-            tell: Called with the progress before every step; other processes then step as well.
+        """Train to the end; before every step `tell` lets other processes step as well.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; the checkpoint is written.
@@ -233,13 +221,14 @@ class Training:
             raise DenoiserError(f"{self.checkpoint}: {told}") from None
 
     def _refuse_other(self, there: dict[str, Any]) -> None:
-        other = [key for key, value in self.identity.items() if there.get(key) != value]
-        if other:
-            told = [f"{key}: {there.get(key)!r} there, {self.identity[key]!r} now" for key in other]
-            raise DenoiserError(
-                f"out: {self.checkpoint} belongs to another config ({'; '.join(told[:4])});\n"
-                "give another --out, or delete that file"
-            )
+        told = [
+            f"{key}: {there.get(key)!r} there, {value!r} now"
+            for key, value in self.identity.items()
+            if there.get(key) != value
+        ]
+        if told:
+            words = f"belongs to another config ({'; '.join(told[:4])});\ngive another --out"
+            raise DenoiserError(f"out: {self.checkpoint} {words}, or delete that file")
 
     def averaged(self) -> Denoiser:
         """The denoiser with the averaged weights, in eval mode; ends the training."""

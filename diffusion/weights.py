@@ -1,18 +1,19 @@
-# Weights lie in local files or on https://huggingface.co
-"""Files of weights: where they are, whether they are the right ones, what is in them."""
+"""Files of weights: where they are, whether they are the right ones, what is in them.
 
-# nothing here runs code that a file holds
+Nothing here runs code that a file holds.
+"""
 
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from diffusion.card import CARDS
 
 FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -39,10 +40,8 @@ def checked_hash(path: Path, expected: str | None) -> str:
     """The file's sha256, which must be `expected` unless that is None."""
     found = sha256_file(path)
     if expected and found != expected:
-        message = (
-            f"{path}: sha256 is {found}, expected {expected};\nthe file is damaged: restore it"
-        )
-        raise DenoiserError(message)
+        words = f"sha256 is {found}, expected {expected};\nthe file is damaged: restore it"
+        raise DenoiserError(f"{path}: {words}")
     return found
 
 
@@ -51,20 +50,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def locate(name: str, places: list[Path], cards: Iterable[str] = ()) -> Path:
+def locate(name: str, places: list[Path]) -> Path:
     """The first of `places` that exists; else the hub's files, if `name` is like owner/name.
 
     Raises:
         DenoiserError: Nothing is there; the message lists every place tried.
     """
-    for place in places:
-        if place.exists():
-            return place
+    if found := next((place for place in places if place.exists()), None):
+        return found
     tried = " or ".join(map(str, dict.fromkeys(places)))
     is_path = name.startswith((".", "/", "~")) or name.endswith(CHECKPOINTS)
     if name.count("/") == 1 and not is_path:
         return _download(name, tried)
-    known = ", ".join(cards)
+    known = ", ".join(CARDS)
     raise DenoiserError(f"denoiser '{name}': nothing at {tried}, nor a card; the cards are {known}")
 
 
@@ -79,11 +77,9 @@ def _download(hub_id: str, tried: str) -> Path:
             if any(folder.rglob(weights)):
                 break
     except (OSError, ValueError) as error:
-        raise DenoiserError(
-            f"denoiser '{hub_id}': nothing at {tried}, and no Hugging Face hub "
-            f"({first_line(error)});\nconnect to it once, or download the model's folder elsewhere "
-            "and give its path"
-        ) from None
+        words = f"nothing at {tried}, and no Hugging Face hub ({first_line(error)});\n"
+        words += "connect to it once, or download the model's folder elsewhere and give its path"
+        raise DenoiserError(f"denoiser '{hub_id}': {words}") from None
     return folder
 
 
@@ -109,10 +105,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise DenoiserError(
-            f"{path}: refused: it holds more than tensors, and reading the rest could run code;\n"
-            "save the model's state_dict() alone, as .safetensors if you can"
-        ) from None
+        words = "refused: it holds more than tensors, and reading the rest could run code;\n"
+        words += "save the model's state_dict() alone, as .safetensors if you can"
+        raise DenoiserError(f"{path}: {words}") from None
     except READ_ERRORS as error:
         reason = first_line(error)
         raise DenoiserError(f"{path}: not a checkpoint ({reason}); save it again") from None

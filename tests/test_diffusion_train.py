@@ -71,14 +71,13 @@ def tiny_training(tmp_path):
         out=str(tmp_path), channels="8", layers_per_block=1, batch_size=4, steps=4, save_every=2
     )
     images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
-    return lambda **changes: Training(
-        replace(config, **changes),
-        images,
-        True,
-        {"lr": changes.get("lr", 4e-4)},
-        torch.device("cpu"),
-        False,
-    )
+
+    def make(**changes):
+        training = Training(replace(config, **changes), images, True, torch.device("cpu"), False)
+        training.identity = {"lr": changes.get("lr", 4e-4)}
+        return training
+
+    return make
 
 
 def test_it_learns_more_than_the_pixels_tell(tmp_path, capsys):

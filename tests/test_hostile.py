@@ -253,7 +253,7 @@ def test_weights_from_the_hub_must_have_the_cards_hash(made, tmp_path, monkeypat
     shutil.copytree(denoisers.CARD_FOLDER / "digits", tmp_path / "hub")
     card = denoisers.CARDS["digits"]
     monkeypatch.setitem(
-        denoisers.CARDS, "remote", denoisers.Card("remote", "someone/else", card.sha256, (), 32, "")
+        denoisers.CARDS, "remote", denoisers.Card("remote", "someone/else", card.sha256, ())
     )
     monkeypatch.setattr("diffusion.weights._download", lambda *_: tmp_path / "hub")
     assert load_denoiser("remote").sha256 == card.sha256
