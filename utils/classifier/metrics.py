@@ -72,14 +72,10 @@ def detection(flagged: Tensor, truth: Truth) -> dict[str, float | None]:
 
 
 def suspicion(score: Tensor | None, truth: Truth) -> dict[str, float | None]:
-    """{auroc, auprc, tpr_at_fpr1} of a score at any threshold; all None where it ranks nothing.
+    """{auroc, auprc, tpr_at_fpr1} of a score float (N,), higher = more suspicious.
 
-    Args:
-        score: float (N,), higher = more suspicious; None, or a constant, ranks nothing.
-
-    Returns:
-        Areas under the ROC and the precision-recall curve (average precision), and the largest TPR
-        that a threshold reaches at an FPR of 1 % or less. Cover samples count in nothing.
+    Areas under the ROC and the precision-recall curve (average precision), and the largest TPR
+    that a threshold reaches at an FPR of 1 % or less; all None for no score or a constant one.
     """
     counted = ~truth.cover
     poison = truth.poison[counted]
@@ -148,15 +144,9 @@ def epoch_rows(file: Path) -> list[dict[str, str]]:
 
 
 class EpochLog:
-    """An observer of trainings: evaluates each epoch and keeps metrics.csv.
+    """An observer of trainings: keeps metrics.csv, and gives the progress bar C-Acc and ASR.
 
-    It gives the progress bar C-Acc and ASR. Rows of a stage that is trained again from an earlier
-    epoch are replaced.
-
-    Args:
-        file: metrics.csv.
-        clean: test set.
-        triggered: the ASR test set.
+    Rows of a stage that is trained again from an earlier epoch are replaced.
     """
 
     FIELDS = ("stage", "epoch", "lr", "train_loss", "c_acc", "asr", "r_acc")
@@ -170,17 +160,11 @@ class EpochLog:
         numbers = {"lr": epoch.lr, "train_loss": epoch.loss, **measured}
         for key in self.FIELDS[2:]:
             row[key] = "" if numbers[key] is None else f"{numbers[key]:.6g}"
-        earlier = (
-            r
-            for r in epoch_rows(self.file)
-            if r["stage"] != epoch.stage or int(r["epoch"]) < epoch.number
-        )
-        self._write([*earlier, row])
-        shown = {"C-Acc": measured["c_acc"], "ASR": measured["asr"]}
-        return {key: value for key, value in shown.items() if value is not None}
-
-    def _write(self, rows: list[dict[str, str]]) -> None:
+        replaced = lambda r: r["stage"] == epoch.stage and int(r["epoch"]) >= epoch.number
+        rows = [r for r in epoch_rows(self.file) if not replaced(r)]
         with replacing(self.file) as part, open(part, "w", newline="", encoding="utf-8") as out:
             writer = csv.DictWriter(out, self.FIELDS)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows([*rows, row])
+        shown = {"C-Acc": measured["c_acc"], "ASR": measured["asr"]}
+        return {key: value for key, value in shown.items() if value is not None}

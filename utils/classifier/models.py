@@ -27,8 +27,7 @@ def build_classifier(
     All have their weights in channels_last, the fastest order to train in: in another one sums may
     have other last bits, and a model read from its file must be as the one that was just trained.
 
-    Raises:
-        UserError: neither one of MODELS nor a timm model.
+    Raises UserError where it is neither one of MODELS nor a timm model.
     """
     with global_stream(*seed):
         body, width = MODELS[name]() if name in MODELS else _timm_body(name)
@@ -73,11 +72,7 @@ def save_classifier(model: Classifier, path: Path) -> None:
 
 
 def load_weights(model: Classifier, path: Path) -> Classifier:
-    """Read weights into `model`.
-
-    Raises:
-        UserError: not a safetensors file, or one of another architecture or number of classes.
-    """
+    """Read weights into `model`; UserError where the file is damaged or of another model."""
     checksums.verify(path)
     try:
         model.load_state_dict(load_file(str(path)))
@@ -105,8 +100,7 @@ def trained(
         start: what is trained further, on a copy; None = from scratch.
         together: by all processes. What must not depend on their number is trained in one.
 
-    Raises:
-        UserError: see `Trainer.fit`; or the file is damaged.
+    Raises UserError as `Trainer.fit` does, or where the file is damaged.
     """
     key, info = (config.random_seed, name), dataset.info
     model = copy.deepcopy(start) or build_classifier(config.model, dataset.num_classes, info, key)

@@ -65,7 +65,6 @@ class TrainingJob:
     state: dict[str, Any]
 
     def run_in_worker(self) -> None:
-        """Train epoch by epoch until there is none left."""
         trainer, device = Trainer(self.model, self.config, self.stage, self.flip), self.model.device
         trainer.load(self.state)
         data, trainer.network = self.data.to(device), data_parallel(self.model, device)
