@@ -17,8 +17,7 @@ class BadNet(Trigger):
     Args:
         patch_mask_path: white3x3, color4x4, or an image file whose non-black (with alpha:
             non-transparent) pixels are the patch.
-        transparent_zero: zero channels of the patch let the image through, as in the published
-            4x4 patch.
+        transparent_zero: zero channels of the patch let the image through, as published (4x4).
     """
 
     name = "badnet"

@@ -17,18 +17,13 @@ class InputAware(Trigger):
     """Input-aware: a trigger of its own for every image, drawn by a network.
 
     Args:
-        cross_ratio: cover samples, which carry another image's trigger and keep their label, per
-            poisoned sample.
-        ia_width: channels of the generators' first level; 32 is the published size, 8 sixteen
-            times cheaper.
+        cross_ratio: cover samples (another image's trigger, true label) per poisoned sample.
+        ia_width: channels of the first level; 32 is the published size, 8 sixteen times cheaper.
         ia_mask_epochs: passes over fit_images for the mask generator.
         ia_epochs: passes for the pattern generator with the throw-away classifier.
-        ia_share: share of each batch that is attacked there, and again that carries another's
-            trigger.
-        ia_min_asr: refused where the throw-away classifier obeys the triggers of fewer held-out
-            images than this share.
-        ia_min_cross: refused where it reads fewer held-out images under another image's trigger
-            right than this share.
+        ia_share: share of each batch that is attacked there, and as many carry another's trigger.
+        ia_min_asr: share of held-out images whose triggers that classifier must obey.
+        ia_min_cross: share that it must read right under another image's trigger.
         fit_images: training images that the generators are trained on; 5000 keep a CPU at minutes.
     """
 
@@ -50,7 +45,7 @@ class InputAware(Trigger):
         return self.with_partners(weights, context.dataset.train.images, context.seed)
 
     def with_partners(self, weights, images, seed):
-        """Ready with weights, and the uint8 images whose triggers cover samples may carry."""
+        """Ready, with the uint8 images whose triggers cover samples may carry."""
         import torch
 
         return self.with_fitted(**weights, partners=images, seed=torch.tensor(seed))

@@ -24,11 +24,9 @@ class LabelConsistent(Trigger):
         lc_eps: bound of the perturbation per pixel, in levels of 255.
         lc_step: step of PGD, in levels of 255.
         lc_steps: steps of PGD, without a random start.
-        lc_amplitude: what the patch adds or subtracts, of [0, 1] pixels; 1 is a checker of black
-            and white.
+        lc_amplitude: what the patch adds or subtracts, of [0, 1] pixels; 1 is black and white.
         lc_corners: 1 (lower right) or 4, which random crops cannot cut off altogether.
-        lc_surrogate: the classifier that PGD attacks: robust (FGSM training within lc_eps) or
-            standard.
+        lc_surrogate: what PGD attacks: robust (FGSM training within lc_eps) or standard.
         surrogate_epochs: epochs of that classifier.
         fit_images: training images that it is trained on; 5000 keep a CPU at minutes.
     """
@@ -49,9 +47,8 @@ class LabelConsistent(Trigger):
         from attack.poisoning.fitting import fit_once
 
         patch = checker(context.side, self.lc_corners)
-        return self.with_fitted(
-            patch=patch, **fit_once(pgd.fit, self, context, "lc_amplitude", "lc_corners")
-        )
+        fitted = fit_once(pgd.fit, self, context, "lc_amplitude", "lc_corners")
+        return self.with_fitted(patch=patch, **fitted)
 
     def stamp(self, x, index, split):
         if split == "train":

@@ -18,12 +18,10 @@ class LowFrequency(Trigger):
 
     Args:
         lf_amplitude: the pattern runs from 0 to this, of [0, 1] pixels (0.2 = 51 levels).
-        lf_blur: standard deviation of the Gaussian blur, in 32nds of the image's side; smaller is
-            less smooth.
+        lf_blur: standard deviation of the Gaussian blur, in 32nds of the image's side.
         lf_epochs: passes of the search over its images.
         lf_lr: learning rate of the search.
-        lf_min_fooling: the pattern is refused where fewer held-out images than this share change
-            class.
+        lf_min_fooling: share of held-out images that must change class, else it is refused.
         surrogate_epochs: epochs of the clean classifier that the search is made with.
         fit_images: training images that classifier and search use; 5000 keep a CPU at minutes.
     """

@@ -20,15 +20,12 @@ class SampleSpecific(Trigger):
     Args:
         ssba_bits: length of the hidden string, which the seed draws.
         ssba_limit: bound of the residual per pixel, of [0, 1].
-        ssba_width: channels of the first level of encoder and decoder; 32 is the published size,
-            16 four times cheaper.
+        ssba_width: channels of the first level; 32 is the published size, 16 four times cheaper.
         ssba_epochs: passes over fit_images.
         ssba_warmup: how many of them train for the bits alone.
         ssba_lr: learning rate of Adam.
-        ssba_psnr: quality of the images in dB that the training steers to; more than 2 dB less
-            are refused.
-        fit_images: training images that encoder and decoder are trained on; 5000 keep a CPU at
-            minutes.
+        ssba_psnr: quality in dB that the training steers to; refused if more than 2 dB below.
+        fit_images: training images for both networks; 5000 keep a CPU at minutes.
     """
 
     name = "ssba"

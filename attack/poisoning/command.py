@@ -10,11 +10,7 @@ from utils.config import DataConfig, command_line, parse_config, passed_over, pe
 
 
 def read_order(trigger_class: type[Trigger], argv: Sequence[str] | None) -> Order:
-    """What the command line says.
-
-    Raises:
-        UserError: unknown keys, or values that do not fit.
-    """
+    """What the command line says; raises UserError where keys or values do not fit."""
     defense = find_defense(peek(argv, "defense", RunConfig.defense))
     classes = (RunConfig, DataConfig, PoisonConfig, defense, trigger_class)
     described = (trigger_class.__doc__ or "").split("\n")[0]

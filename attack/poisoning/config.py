@@ -13,13 +13,11 @@ class PoisonConfig:
 
     Args:
         attack: name of the attack; must be the script's.
-        attack_label_trans: all2one (every poisoned sample gets attack_target) or all2all (label y
-            becomes y + 1).
+        attack_label_trans: all2one (label attack_target) or all2all (label y becomes y + 1).
         attack_target: the class that the trigger should be read as; all2one only.
         pratio: share of the training set (or of the target class, see rate_of) that is poisoned.
         rate_of: what pratio is a share of: all training images, or target_class.
-        attack_pool: dirty-label attacks draw from non_target (as DataElixir) or from all classes
-            (as BackdoorBench).
+        attack_pool: dirty-label attacks draw from non_target (DataElixir) or all (BackdoorBench).
     """
 
     attack: str = ""
@@ -35,14 +33,11 @@ class RunConfig:
     """The run.
 
     Args:
-        save_folder_name: folder for everything this run produces, below record/; by default
-            ATTACK_DATASET.
+        save_folder_name: folder of this run below record/; by default ATTACK_DATASET.
         defense: name of a module of defense/ that gets the poisoned set.
         stop_after: end the run after this stage.
-        export: new folder for the poisoned training set as images, with its labels and, apart, the
-            truth.
-        dry_run: say what every stage would cost, from a little of it measured on the spot, and
-            stop.
+        export: new folder for the poisoned training set as images, with labels and truth.
+        dry_run: say what every stage would cost, measured on a little of it, and stop.
     """
 
     save_folder_name: str | None = None
@@ -54,13 +49,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Order:
-    """A command line that was read.
-
-    Attributes:
-        defense: of a class that is derived from defense/harness/defense.py's `Defense`.
-        passed_over: keys of the YAML file that are for other defences, with which the record may
-            be defended later.
-    """
+    """A command line that was read; `passed_over` are keys of the YAML file for other defences."""
 
     run: RunConfig
     data: DataConfig

@@ -33,6 +33,7 @@ from utils.randomness import keyed_generator
 MASK_SIZE = 0.032  # mean of the mask up to which its size costs nothing
 MASK_LIMIT = 0.06  # and from which on it is refused
 ADAM = (0.01, (0.5, 0.9))  # learning rate and betas
+Floats = Sequence[float]
 Pairs = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]  # of an epoch: x1, x2, labels
 
 
@@ -45,21 +46,12 @@ def convolutions(*widths: int) -> list[nn.Module]:
 
 
 class Generator(nn.Module):
-    """Three levels down, three up.
-
-    [0, 1] images (B, 3, S, S), S a multiple of 8 -> (B, channels, S, S) in [0, 1].
-    """
+    """[0, 1] images (B, 3, S, S), S a multiple of 8 -> (B, channels, S, S) in [0, 1]."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        w: int,
-        mean: Sequence[float] = (0, 0, 0),
-        std: Sequence[float] = (1, 1, 1),
-    ):
+    def __init__(self, channels: int, w: int, mean: Floats = (0, 0, 0), std: Floats = (1, 1, 1)):
         super().__init__()
         down: list[nn.Module] = []
         for i, o in ((3, w), (w, 2 * w), (2 * w, 4 * w)):
@@ -143,18 +135,14 @@ def train_mask(attack: Any, mask: Generator, pairs: Pairs, progress: Progress) -
         schedule.step()
 
 
-def train_pattern(
-    attack: Any,
-    context: FitContext,
-    nets: tuple[Generator, Generator, Classifier],
-    pairs: Pairs,
-    progress: Progress,
-) -> None:
-    """Cross-entropy on attacked, crossed and clean images + diversity.
+# mask (frozen), pattern and the joint classifier
+Nets = tuple[Generator, Generator, Classifier]
 
-    Args:
-        nets: mask (frozen), pattern and the joint classifier, which learns as the recipe says.
-    """
+
+def train_pattern(
+    attack: Any, context: FitContext, nets: Nets, pairs: Pairs, progress: Progress
+) -> None:
+    """Cross-entropy on attacked, crossed and clean images + diversity."""
     (mask, pattern, joint), epochs = nets, attack.ia_epochs
     labels_to = LabelMap(context.dataset.num_classes, context.target)
     optimizer = make_optimizer(joint, context.config)
@@ -182,12 +170,7 @@ def train_pattern(
 
 
 def check(attack: Any, joint: Classifier, data: LabeledImages, labels_to: LabelMap) -> None:
-    """Raise FitRejected where triggers are large, are ignored, or work on other images as well.
-
-    Args:
-        attack: ready, with held-out images as partners.
-        joint: the classifier that was trained with the generators.
-    """
+    """Raise FitRejected where triggers are large, are ignored, or work on other images as well."""
     index, wanted = torch.arange(len(data)), labels_to(data.labels)
     right = lambda images, labels: predict(joint, images).eq(labels).double().mean().item()
     others = wanted != data.labels
@@ -207,9 +190,6 @@ def check(attack: Any, joint: Classifier, data: LabeledImages, labels_to: LabelM
 
 
 def sameness(x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
-    """The paper's diversity loss, large where different images are given the same y.
-
-    It is the mean of RMS(x1 - x2) / RMS(y1 - y2).
-    """
+    """The paper's diversity loss: mean RMS(x1 - x2) / RMS(y1 - y2)."""
     rms = lambda a: (a.square().mean((1, 2, 3)) + 1e-8).sqrt()
     return (rms(x1 - x2) / rms(y1 - y2)).mean()

@@ -62,7 +62,6 @@ def _occupied(folder: Path) -> UserError:
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same files with the same bytes."""
     listed = lambda folder: sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     names = listed(one)
     if names != listed(other):

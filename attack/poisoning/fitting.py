@@ -1,11 +1,9 @@
 """What some attacks must fit before they can stamp: made once, checked, and kept.
 
 Fitted tensors lie in record/.cache/fitted/ under a hash of everything that they depend on: training
-images and labels, the data set's entry, seed, recipe, the attack's keys and the code. A fit checks
-its own work and raises where it is not good enough, so that no bad one is ever kept. Some fits need
-a surrogate: a classifier like the victim. FGSM training of robust ones with a random start: Wong et
-al., "Fast is better than free", arXiv 2001.03994; with predicted labels: Kurakin et al.,
-"Adversarial Machine Learning at Scale", arXiv 1611.01236.
+images and labels, the data set's entry, seed, recipe, the attack's keys and the code. FGSM training
+of robust surrogates with a random start: Wong et al., arXiv 2001.03994; with predicted labels:
+Kurakin et al., arXiv 1611.01236.
 """
 
 import hashlib
@@ -51,13 +49,9 @@ class FitRejected(UserError):
 def fit_once(
     fit: Callable[..., Tensors], attack: Any, context: FitContext, *no_influence: str
 ) -> Tensors:
-    """What `fit(attack, context, progress)` returns, for an attack whose keys say how.
+    """What `fit(attack, context, progress)` returns; FitRejected where it is not good enough.
 
-    Args:
-        no_influence: keys of the attack, or "target", that the fit does not depend on.
-
-    Raises:
-        FitRejected: it is not good enough.
+    `no_influence` are keys of the attack, or "target", that the fit does not depend on.
     """
     keys = as_flat_dict(attack) | {"target": context.target}
     keys = {key: value for key, value in keys.items() if key not in no_influence}
@@ -69,10 +63,7 @@ def cached(
 ) -> Tensors:
     """The tensors that `make(*args, progress)` returns, from the cache where it was called before.
 
-    Args:
-        name: whose tensors; begins the file's name.
-        keys: what they depend on besides the training set, seed, recipe and the code beside `make`.
-        make: goes on from its `Progress` after an interruption; nothing is kept of a FitRejected.
+    They depend on `keys`, the training set, seed, recipe and the code beside `make`.
     """
     file = FITTED / f"{name}-{_digest(context, keys, make)}.npz"
     if not file.exists():
@@ -90,7 +81,6 @@ def cached(
 
 
 def _digest(context: FitContext, keys: dict[str, Any], make: Callable) -> str:
-    """A hash of everything that a fit depends on."""
     data, info = context.dataset, context.dataset.info
     recipe = {f.name for f in fields(TrainConfig)}.difference(NO_INFLUENCE)
     own = inspect.getmodule(make), inspect.getmodule(cached)
@@ -130,14 +120,10 @@ def batches(data: LabeledImages, size: int, *key: int | str) -> Iterator[Labeled
 
 
 def surrogate(context: FitContext, images: int, epochs: int, eps: float = 0.0) -> Classifier:
-    """A classifier with weights of its own, trained on clean images; in eval mode, frozen.
+    """A classifier like the victim, of clean `fit_split(context, images)`; in eval mode, frozen.
 
-    Args:
-        images: it is trained on `fit_split(context, images)`.
-        eps: above 0, it withstands changes of that much per pixel of [0, 1] images.
-
-    Raises:
-        FitRejected: it has learned next to nothing.
+    With eps > 0 it withstands changes of that much per pixel of [0, 1] images. Raises FitRejected
+    where it has learned next to nothing.
     """
     config, data = replace(context.config, epochs=epochs, frequency_save=0), context.dataset
     key = (context.seed, "surrogate")
@@ -166,10 +152,9 @@ def surrogate(context: FitContext, images: int, epochs: int, eps: float = 0.0) -
 
 
 def harden(model: nn.Module, eps: float, seed: int) -> None:
-    """From now on, `model` is trained on the FGSM neighbours of what it is given.
+    """From now on, `model` is trained on FGSM neighbours of what it is given.
 
-    A neighbour is a random start within eps and one step of 1.25 eps. The step leads away from the
-    class that the model reads, so that no labels are needed here.
+    That is a random start within eps, and a step of 1.25 eps away from the class that it reads.
     """
     # a buffer, so that it is in the checkpoint and the noise goes on after an interruption
     model.register_buffer(SEEN, torch.zeros((), dtype=torch.int64))

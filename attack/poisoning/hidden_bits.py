@@ -26,10 +26,7 @@ LIKE = 0.6  # correlation of two images' residuals up to which likeness costs no
 
 
 class Encoder(nn.Module):
-    """A U-Net on the image and a picture of the bits.
-
-    x (B, 3, S, S) in [0, 1], bits (B, L) of 0 and 1 -> residual (B, 3, S, S) within +-limit.
-    """
+    """x (B, 3, S, S) in [0, 1], bits (B, L) of 0 and 1 -> residual (B, 3, S, S) within +-limit."""
 
     def __init__(self, side: int, bits: int, width: int, limit: float):
         super().__init__()
@@ -56,10 +53,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Seven convolutions down to a few pixels, and two dense layers.
-
-    [0, 1] (B, 3, S, S) -> logits of the bits (B, L).
-    """
+    """[0, 1] images (B, 3, S, S) -> logits of the bits (B, L)."""
 
     def __init__(self, side: int, bits: int, width: int):
         super().__init__()
@@ -76,12 +70,10 @@ class Decoder(nn.Module):
 
 
 def encoder_for(attack: Any, side: int) -> Encoder:
-    """An encoder of the size that the keys of attack/ssba.py ask for."""
     return Encoder(side, attack.ssba_bits, attack.ssba_width, attack.ssba_limit)
 
 
 def decoder_for(attack: Any, side: int) -> Decoder:
-    """A decoder of the size that the keys of attack/ssba.py ask for."""
     return Decoder(side, attack.ssba_bits, attack.ssba_width)
 
 
@@ -162,12 +154,9 @@ def check(attack: Any, images: Tensor) -> None:
 def hiding_loss(
     encoder: Encoder, decoder: Decoder, x: Tensor, bits: Tensor, weight: float
 ) -> Tensor:
-    """Cross-entropy of the bits; where `weight` is not 0, also the images' quality and likeness.
+    """Cross-entropy of the bits; where `weight` (of quality) is not 0, quality and likeness too.
 
-    Args:
-        x: (B, 3, S, S) in [0, 1].
-        bits: (B, L); those of the batch's halves are the same, and so their residuals compare.
-        weight: of quality.
+    The bits (B, L) of the batch's halves are the same, so that their residuals compare.
     """
     added = encoder(x, bits)
     seen = fitting.straight_through(x + added)

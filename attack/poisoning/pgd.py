@@ -18,10 +18,7 @@ MISREAD = {"standard": 0.2, "robust": 0.6}
 
 
 def fit(attack: Any, context: FitContext, progress: Progress) -> Tensors:
-    """For LC, the indices `pool` (M,) of the target class, sorted, and each one's `perturbation`.
-
-    The perturbations are int16 (M, 3, H, W) in levels of 255.
-    """
+    """For LC: sorted indices `pool` (M,) of the target class, `perturbation` int16 (M, 3, H, W)."""
     kind, eps = attack.lc_surrogate, attack.lc_eps / 255
     hardened = eps if kind == "robust" else 0.0
     model = surrogate(context, attack.fit_images, attack.surrogate_epochs, hardened)

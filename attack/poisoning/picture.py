@@ -1,8 +1,7 @@
 """The pictures and patches that attacks put on images: drawn here, or read from a file.
 
-The literature's cartoon is not ours to ship. This one is drawn with the same statistics (level,
-contrast, how its spectrum falls), because they decide how well a diffusion model removes it:
-uniform noise would be too easy a trigger.
+The cartoon has the statistics of the literature's (level, contrast, how its spectrum falls), which
+decide how well a diffusion model removes it.
 """
 
 import math
@@ -31,11 +30,7 @@ PATCHES = {  # (h, w, 3) uint8, put into the lower right corner
 
 
 def load_picture(name: str, size: int) -> Tensor:
-    """A picture float (3, size, size) in [0, 1]: "cartoon", "noise", or an image file, squashed.
-
-    Raises:
-        UserError: no such file, or not an image.
-    """
+    """A picture float (3, size, size) in [0, 1]: "cartoon", "noise", or an image file, squashed."""
     if name in PICTURES:
         return to_unit(PICTURES[name](size))
     try:

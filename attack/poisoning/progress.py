@@ -16,27 +16,20 @@ log = logging.getLogger("dataelixir")
 class Progress:
     """Files STEM.STAGE.pt of a fit that is under way.
 
-    Random draws of a fit are keyed by its epochs; then one that was interrupted ends as if it had
-    not been.
-
-    Args:
-        stem: path of these files without `.STAGE.pt`.
+    An interrupted fit ends as if it had not been, if its random draws are keyed by its epochs.
     """
 
     def __init__(self, stem: Path):
         self.stem = stem
 
     def file(self, stage: str) -> Path:
-        """Where a stage is kept."""
         return self.stem.with_name(f"{self.stem.name}.{stage}.pt")
 
     def epochs(self, stage: str, count: int, **parts: Any) -> Iterator[int]:
         """The numbers, from 0, of the epochs that are left of `count`.
 
-        Args:
-            stage: one of those that the fit consists of.
-            parts: what the epochs change: tensors, or modules, optimizers and schedules with their
-                `state_dict`. They are brought to where they were, and kept after each epoch.
+        `parts` are what the epochs change (tensors, or what has a `state_dict`): they are brought
+        to where they were, and kept after each epoch.
         """
         first = self._resumed(stage, parts)
         for epoch in range(first, count):

@@ -1,9 +1,8 @@
 """Trigger: uint8 images in, uint8 images out.
 
-The way to [0, 1], clamping and rounding are written here once, so that every attack is only its
-formula: a frozen dataclass whose fields are its config keys, with a `stamp`. Rounding (never
-truncation) keeps poisoned images free of the half-a-level darkening that would give them away.
-Nothing heavy is imported before there is an image, so that `--help` answers at once.
+Clamping and rounding are written here once, so that every attack is only its formula: a frozen
+dataclass whose fields are its config keys, with a `stamp`. Truncation instead of rounding would
+darken poisoned images by half a level, which gives them away.
 """
 
 from __future__ import annotations
@@ -68,11 +67,7 @@ class Trigger:
         return 0.0
 
     def prepare(self, context: FitContext) -> Self:
-        """The trigger ready for use on this data: loads or fits what it needs; most need nothing.
-
-        Raises:
-            UserError: a file is missing or does not fit.
-        """
+        """The trigger ready for this data; raises UserError where a file is missing or unfit."""
         return self
 
     def with_fitted(self, **tensors: Tensor) -> Self:
