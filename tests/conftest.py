@@ -1,10 +1,11 @@
-"""What all tests share: records and fits apart from the real ones, as many threads as asked for, and what is made once a session.
+"""What all tests share: their own records and fits, a number of threads, what is made once.
 
 `OMP_NUM_THREADS=2 pytest` runs the tests, and the programs that they start, with two threads; one is the default, because the
 networks are so small that several threads only wait for each other.
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -86,6 +87,16 @@ def shared_object(shared):
 def fits_of_this_session(shared):
     """What attacks fit is kept for all processes of this session, and never from an earlier one."""
     fitting.FITTED = shared("fitted", lambda folder: None)
+
+
+@pytest.fixture(autouse=True)
+def the_log_is_as_it_was():
+    """What a run that a test starts in its own process does to the program's log ends with the test."""
+    log = logging.getLogger("dataelixir")
+    level, passed_on, handlers = log.level, log.propagate, list(log.handlers)
+    yield
+    log.setLevel(level)
+    log.propagate, log.handlers = passed_on, handlers
 
 
 @pytest.fixture(autouse=True)
