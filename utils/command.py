@@ -1,8 +1,4 @@
-"""How a command ends: in one line where the user can mend it, or with the command that goes on.
-
-Ctrl-C and SIGTERM end a run cleanly, a second one ends it at once. Either is safe, since files are
-complete or absent.
-"""
+"""How a command ends: in one line where the user can mend it, or with the command that goes on."""
 
 from __future__ import annotations
 
@@ -20,18 +16,12 @@ from typing import Any
 STOPS = (signal.SIGINT, signal.SIGTERM)
 GOES_ON = "what is finished is kept, the same command goes on from there"
 # of torch and oneDNN, CUDA, cuBLAS and cuDNN
-ALLOCATOR_WORDS = (
-    "can't allocate memory",
-    "bad_alloc",
-    "could not create a memory",
-    "out of memory",
-    "ALLOC_FAILED",
-    "unable to find an engine",
-)
+ALLOCATOR_WORDS = ["can't allocate memory", "bad_alloc", "could not create a memory"]
+ALLOCATOR_WORDS += ["out of memory", "ALLOC_FAILED", "unable to find an engine"]
 
 
 class UserError(Exception):
-    """Something the user can mend: one or two lines with the key or file, and what to do."""
+    """Something the user can mend: the key or file, and what to do."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -1,11 +1,8 @@
 """How networks are called: compiled where that works, on a CPU always with as many rows.
 
-The bits of a row depend on how many rows there are: below some number, libraries take other ways.
-What must not depend on how samples are divided into batches (a smaller batch where memory ends,
-more processes) is therefore computed in batches of one size.
+The bits of a row depend on how many rows there are. What must not depend on how samples are divided
+into batches is therefore computed in batches of one size.
 """
-
-from __future__ import annotations
 
 import logging
 import warnings
@@ -20,6 +17,8 @@ from utils.command import out_of_memory
 log = logging.getLogger("dataelixir")
 ROWS = 64  # of every batch on a CPU; as fast as larger ones
 MULTIPLE = 32  # batches are filled up to a multiple of this: one compilation serves them all
+# x float (B, ...), t (B,) -> float (B, ...), each row for itself
+Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def filled(x: Tensor, rows: int) -> Tensor:
@@ -29,37 +28,28 @@ def filled(x: Tensor, rows: int) -> Tensor:
 
 
 class FixedRows:
-    """Calls like `network(x, t)`, which is always given ROWS rows at once.
+    """Calls like `network(x, t)`, which is always given ROWS rows at once."""
 
-    Args:
-        network: x float (B, ...), t (B,) -> float (B, ...), each row for itself.
-    """
-
-    def __init__(self, network: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, network: Network):
         self.network = network
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         parts = zip(x.split(ROWS), t.split(ROWS))
-        return torch.cat(
-            [self.network(filled(a, ROWS), filled(b, ROWS))[: len(a)] for a, b in parts]
-        )
+        results = [self.network(filled(a, ROWS), filled(b, ROWS))[: len(a)] for a, b in parts]
+        return torch.cat(results)
 
 
 class Compiled:
     """Calls like `network(x, t)`, compiled on the first call.
 
-    A row's result does not depend on how a batch was filled up. Where no compiler is found, or it
-    fails, one warning says so and the network is called as it is.
-
-    Args:
-        network: x float (B, ...), t (B,) -> float (B, ...), each row for itself.
+    Where no compiler is found, or it fails, one warning says so and the network is called as it is.
     """
 
     def __init__(self, network: nn.Module):
         self.network, self.proven = network, False
         # that a CPU has no CUDA runtime is no news
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        self.call: Callable[[Tensor, Tensor], Tensor] = torch.compile(network, dynamic=True)
+        self.call: Network = torch.compile(network, dynamic=True)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         rows = len(x) + -len(x) % MULTIPLE

@@ -1,8 +1,6 @@
 """Configuration: frozen dataclasses, read in the order defaults < YAML file < command line.
 
-A stage declares its keys as a frozen dataclass; `parse_config` turns several of them into one
-command line whose flags are the field names. jsonargparse checks types and ranges; here are the
-rules of this project: where paths are looked for, and how an error is told.
+`parse_config` turns several of them into one command line whose flags are the field names.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from utils.words import last_value, switched, yaml_first
 from utils.yaml_files import mapping, nearest, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-# where results and caches lie: record/, or what the environment names (another disk, a test)
+# where results and caches lie
 RECORDS = Path(os.environ.get("DATAELIXIR_RECORD") or ROOT / "record").absolute()
 SCRIPTS = ROOT / "attack"
 # what a tensor can hold
@@ -131,9 +129,8 @@ def choose_by_name(name: str, known: dict[str, Any], key: str) -> Any:
     """`known[name]`; raises UserError that names the key, the nearest name and all of them."""
     if name in known:
         return known[name]
-    raise UserError(
-        f"{key}: '{name}' is unknown.{nearest(name, list(known))} Known: {', '.join(known)}"
-    )
+    guess = nearest(name, list(known))
+    raise UserError(f"{key}: '{name}' is unknown.{guess} Known: {', '.join(known)}")
 
 
 class _YamlPath(ActionConfigFile):
@@ -145,9 +142,8 @@ class _YamlPath(ActionConfigFile):
         content = read_yaml(path, [*known, *parser.passed_over, *old.aliases, *old.removed])
         today = old.in_file(content)
         if kept := {key: today[key] for key in today if key in known}:
-            super().__call__(
-                parser, cfg, str(path) if kept == content else yaml.safe_dump(kept), option_string
-            )
+            source = str(path) if kept == content else yaml.safe_dump(kept)
+            super().__call__(parser, cfg, source, option_string)
 
 
 class _Parser(ArgumentParser):
@@ -203,8 +199,8 @@ def parse_config(
     if kept:
         parser.parse_object(kept)  # a value that a key has no more is refused
         parser.set_defaults(kept)
-    words = parser.old_keys.in_words(switched(yaml_first(argv), switches))
-    values = parser.parse_args(words).as_dict()
+    given = parser.old_keys.in_words(switched(yaml_first(argv), switches))
+    values = parser.parse_args(given).as_dict()
     return [
         cls(**{f.name: _plain(cls, f.name, values[f.name]) for f in fields(cls) if f.init})
         for cls in classes
@@ -214,9 +210,8 @@ def parse_config(
 def _plain(cls: type, key: str, value: Any) -> Any:
     """A value of a restricted type (PositiveInt, ...) as the plain number or string."""
     if value is None and type(None) not in get_args(get_type_hints(cls)[key]):
-        raise UserError(
-            f"{key}: null is no value for this key; leave the key out to have its default"
-        )
+        words = "null is no value for this key; leave the key out to have its default"
+        raise UserError(f"{key}: {words}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}: {value} is no number to compute with; give a finite one")
     plain = next((kind for kind in (bool, int, float, str) if isinstance(value, kind)), None)

@@ -1,7 +1,5 @@
 """One training in several processes: each has its rows of a batch, gradients are averaged."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed
 from torch import Tensor, nn

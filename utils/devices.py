@@ -1,7 +1,5 @@
 """Where the networks run, and in which precision."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -15,7 +13,7 @@ log = logging.getLogger("dataelixir")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `name` means, of several processes on one machine to each its own.
+    """The device that `name` means for this process.
 
     Falls back to the CPU with a warning where a GPU is named and there is none.
 
@@ -31,21 +29,17 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(
-            f"device: '{name}' cannot be used ({reason}); try auto, cpu or cuda"
-        ) from None
+        reason = f"cannot be used ({str(error).splitlines()[0][:100]})"
+        raise UserError(f"device: '{name}' {reason}; try auto, cpu or cuda") from None
     processes, gpus = local_world_size(), torch.cuda.device_count()
     if device.type == "cuda" and processes > gpus:
-        raise UserError(
-            f"torchrun: {processes} processes on this machine, which has {gpus} GPUs; "
-            f"give --nproc_per_node {gpus}, or --device cpu"
-        )
+        found = f"{processes} processes on this machine, which has {gpus} GPUs"
+        raise UserError(f"torchrun: {found}; give --nproc_per_node {gpus}, or --device cpu")
     return local_device(device)
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The device of this process: on a machine with several GPUs each process takes its own."""
+    """The device of this process: of several GPUs each process takes its own."""
     if device.type != "cuda" or world_size() == 1:
         return device
     return torch.device("cuda", local_rank())

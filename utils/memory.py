@@ -1,6 +1,4 @@
-"""Work on many samples when the device's memory does not hold as many at once as was thought."""
-
-from __future__ import annotations
+"""Work on many samples where the device's memory does not hold as many at once as was thought."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -18,10 +16,8 @@ T = TypeVar("T")
 class Halving:
     """Calls a function on parts of an index, half as large from where the memory did not suffice.
 
-    A sample's result must not depend on the samples beside it; then the parts change nothing.
-
-    Args:
-        key: the key that sets the size of a part, for the messages.
+    A sample's result must not depend on the samples beside it. `key` sets the size of a part, and
+    is named in messages.
     """
 
     def __init__(self, key: str):
@@ -29,11 +25,7 @@ class Halving:
         self.size: int | None = None  # the most samples at once, once the memory has ended
 
     def __call__(self, work: Callable[[Tensor], T], index: Tensor) -> Iterator[T]:
-        """Results of `work` on consecutive parts of `index` (B,).
-
-        Raises:
-            UserError: a single sample is too many.
-        """
+        """Results of `work` on parts of `index` (B,); UserError where one sample is too many."""
         while len(index):
             part = index[: self.size]
             result = self._tried(work, part)
@@ -52,10 +44,8 @@ class Halving:
             if not out_of_memory(error):
                 raise
             if len(part) == 1:
-                words = "there is not enough memory for a single sample"
-                raise UserError(
-                    f"{self.key}: {words}; free some, or give another --device"
-                ) from None
+                words = f"{self.key}: there is not enough memory for a single sample"
+                raise UserError(f"{words}; free some, or give another --device") from None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # only here the failed attempt's tensors are gone
         return None

@@ -16,30 +16,21 @@ from utils.words import last_value
 
 
 class Alias(NamedTuple):
-    """Another word for a key: the key of today, and {value of the alias: value of that key}."""
+    """The key of today, and {value of the alias: value of that key}."""
 
     key: str
     meanings: dict[Any, Any]
 
 
 class RemovedKey(NamedTuple):
-    """A key that is gone.
-
-    Attributes:
-        advice: what to use instead, as the end of a sentence.
-        harmless: values that a record may have, since they say what is done anyway; None = any.
-    """
+    """What to use instead, and what a record may have, since it is done anyway; None = any."""
 
     advice: str
     harmless: Collection[Any] | None = None
 
 
 class OldKeys:
-    """The earlier keys of config classes and of their bases.
-
-    Args:
-        classes: some of them with ALIASES and REMOVED_KEYS.
-    """
+    """The earlier keys of config classes and of their bases."""
 
     def __init__(self, *classes: type):
         self.aliases: dict[str, Alias] = {}
@@ -49,11 +40,7 @@ class OldKeys:
             self.removed |= vars(base).get("REMOVED_KEYS", {})
 
     def in_file(self, values: dict[str, Any], of_record: bool = False) -> dict[str, Any]:
-        """What a YAML file says, in the keys of today.
-
-        Args:
-            values: {key: value}.
-            of_record: leave removed keys with a harmless value out, instead of refusing them.
+        """What a YAML file says, in the keys of today; `of_record` drops harmless removed keys.
 
         Raises:
             UserError: a removed key, or an alias that contradicts the key that it stands for.
@@ -70,11 +57,7 @@ class OldKeys:
         return found
 
     def in_words(self, words: Sequence[str]) -> list[str]:
-        """A command line, in which every alias has a value, in the keys of today.
-
-        Raises:
-            UserError: as for `in_file`.
-        """
+        """A command line in the keys of today, of one in which every alias has a value."""
         found: list[str] = []
         given: dict[str, Any] = {}
         rest = iter(words)
@@ -100,10 +83,9 @@ class OldKeys:
         if not isinstance(value, (bool, str)) or value not in meanings:
             raise UserError(f"{alias}: {_word(value)} is none of {', '.join(map(_word, meanings))}")
         if found.setdefault(name, meanings[value]) != meanings[value]:
-            raise UserError(
-                f"{alias}, {name}: {alias} {_word(value)} stands for {name} {meanings[value]}, "
-                f"but {name} is {_word(found[name])}; give one of the two"
-            )
+            said = f"{alias} {_word(value)} stands for {name} {meanings[value]}"
+            other = f"{name} is {_word(found[name])}; give one of the two"
+            raise UserError(f"{alias}, {name}: {said}, but {other}")
 
     def _refusal(self, key: str) -> UserError:
         return UserError(f"{key}: this key is gone; {self.removed[key].advice}")

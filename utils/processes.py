@@ -1,8 +1,7 @@
 """Several processes of one program (torchrun --nproc_per_node K attack/badnet.py ...).
 
-Process 0 (the rank of torch.distributed) runs the program and is the only one that reads, decides
-and writes. The others, its workers, wait for a job, do their part of it, and wait for the next.
-Gloo carries messages and what is on a CPU, nccl what is on GPUs.
+Process 0 (the rank of torch.distributed) runs the program and alone reads, decides and writes. The
+others, its workers, wait for a job, do their part of it, and wait for the next.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Job(Protocol):
 
 
 def world_size() -> int:
-    """Processes that torchrun has started; 1 without it."""
+    """Processes of torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -42,7 +41,7 @@ def rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes that torchrun has started on this machine; 1 without it."""
+    """Processes of torchrun on this machine; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
@@ -67,10 +66,7 @@ def init_process_group() -> None:
 
 
 def destroy_process_group() -> None:
-    """Leave the other processes and end every thread of the group.
-
-    A thread of gloo that outlives the interpreter aborts the process (SIGABRT, exit code -6).
-    """
+    """Leave the others; a thread of gloo that outlives the interpreter ends it with SIGABRT."""
     import torch.distributed
 
     gc.collect()  # DistributedDataParallel holds the group, and is in cycles
@@ -81,8 +77,7 @@ def destroy_process_group() -> None:
 def abort(error: BaseException) -> None:
     """Leave the workers because of an error in process 0.
 
-    In the middle of a step they cannot receive a message; they find the connection closed, and
-    the reason in the store.
+    In the middle of a step they cannot receive a message: they find the reason in the store.
     """
     with contextlib.suppress(RuntimeError):  # the store is gone where torchrun is
         _stores[0].set(ABORTED, "")
@@ -104,20 +99,15 @@ def broadcast(message: Any = None) -> Any:
         return message
     import torch.distributed
 
-    box = [_packed(message) if rank() == 0 else b""]
+    file = io.BytesIO()
+    if rank() == 0:
+        torch.save(message, file)
+    box = [file.getvalue()]
     torch.distributed.broadcast_object_list(box, src=0)
     if rank() == 0:
         return message
     # pickled by process 0 of this run
     return torch.load(io.BytesIO(box[0]), map_location=_to_local_device, weights_only=False)
-
-
-def _packed(message: Any) -> bytes:
-    import torch
-
-    file = io.BytesIO()
-    torch.save(message, file)
-    return file.getvalue()
 
 
 def _to_local_device(storage: Any, location: str) -> Any:
@@ -145,19 +135,13 @@ def lost_connection_told() -> Iterator[None]:
         known = isinstance(error, torch.distributed.DistError)
         if not known and not any(word in str(error) for word in words):
             raise
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            f"torchrun: another process of this run has died ({reason}); {GOES_ON}"
-        ) from None
+        reason = f"another process of this run has died ({' '.join(str(error).split())[:100]})"
+        raise UserError(f"torchrun: {reason}; {GOES_ON}") from None
 
 
 @contextlib.contextmanager
 def run_in_workers(job: Job) -> Iterator[None]:
-    """Within the block the workers run `job`; process 0 tells them by `broadcast` what comes next.
-
-    Raises:
-        UserError: one of them has died.
-    """
+    """Within the block the workers run `job`; raises UserError where one of them has died."""
     if world_size() == 1:
         yield
         return

@@ -1,9 +1,4 @@
-"""Random numbers keyed by what they are for: (seed, stage, index), never global state.
-
-So batch size, order, resuming and the number of processes change nothing.
-"""
-
-from __future__ import annotations
+"""Random numbers keyed by what they are for: (seed, stage, index), never global state."""
 
 import contextlib
 import zlib
@@ -13,10 +8,9 @@ import torch
 
 
 def key_seed(*key: int | str) -> int:
-    """A 63-bit seed from numbers and words: (seed, stage, index) names an independent stream.
+    """A 63-bit seed from numbers and words, by splitmix64.
 
-    It is splitmix64 over the key. torch's CPU generator takes the lower 32 bits of it: of 200,000
-    streams some five pairs are expected to be the same.
+    torch's CPU generator takes the lower 32 bits: of 200,000 streams some five pairs are the same.
     """
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     state = 0
@@ -41,7 +35,7 @@ def global_stream(
 
     Args:
         key: names the stream.
-        device: where the network is; its stream and the CPU's stand afterwards where they stood.
+        device: where the network is; its stream and the CPU's are put back afterwards.
         process: rank, where several processes are to draw differently.
     """
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):

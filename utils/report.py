@@ -14,7 +14,7 @@ from utils.config import UserError, command_line
 
 
 def find_folder(text: str) -> Path:
-    """The folder that a person means: as given, or below record/."""
+    """A folder as given, or below record/."""
     from utils.storage.record import RECORDS
 
     for path in (Path(os.path.expanduser(text)), RECORDS / text):
@@ -33,9 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", nargs="+", metavar="FOLDER", help=words)
     folders = parser.parse_args(argv).folder
     if len(folders) > 1:
-        raise UserError(
-            "report: a page shows one record; benchmarks/compare.py compares several in one table"
-        )
+        other = "benchmarks/compare.py compares several in one table"
+        raise UserError(f"report: a page shows one record; {other}")
     from utils.page.record_page import write_page
 
     print(write_page(find_folder(folders[0])))

@@ -17,7 +17,7 @@ def last_value(words: Sequence[str], key: str) -> str | None:
 
 
 def yaml_first(argv: Sequence[str] | None) -> list[str]:
-    """The words with every --yaml_path in front: the later one wins, and that must be the flag."""
+    """The words with every --yaml_path in front, so that the flags win."""
     words = list(sys.argv[1:] if argv is None else argv)
     first: list[str] = []
     rest: list[str] = []

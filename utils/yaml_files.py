@@ -36,11 +36,7 @@ def mapping(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    """The mapping in a YAML file, read with the safe loader.
-
-    Raises:
-        UserError: the file is not a YAML mapping, or holds a key that is not in `known`.
-    """
+    """The mapping in a YAML file; UserError where it has none, or a key that is not in `known`."""
     content = mapping(path)
     for key in content:
         if key not in known:

@@ -1,13 +1,10 @@
 """checksums.txt: what a record's files must hash to; a damaged or foreign one is no result.
 
-An append-only list. A file's line is written and synced before the file takes its place, so a run
-that is killed at any moment leaves no file without a line. A file is whole if its hash is any that
-was noted for its name: of two lines the older one is right when the run was killed between the
-second line and the file. "# stage NAME" says which stage made the files below it, "# done NAME"
-that the stage was finished with what is listed above.
+An append-only list. A file's line is synced before the file takes its place, so a run that is
+killed leaves no file without a line. Any hash noted for a name is right: the older one where the
+run was killed between the newer line and its file. "# stage NAME" says which stage made the files
+below it, "# done NAME" that the stage was finished with what is listed above.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -32,9 +29,9 @@ class Checksums:
 
     Attributes:
         hashes: for each name, in the order noted.
-        stage: for each name, the stage that wrote it last.
+        stage: for each name, the one that wrote it last.
         stages: in the order in which they first began.
-        done: for each stage, what its files were each time that it was finished, {name: hash}.
+        done: for each stage, its files each time that it was finished, {name: hash}.
     """
 
     hashes: dict[str, list[str]] = field(default_factory=dict)
@@ -52,10 +49,7 @@ class Checksums:
 
     def changed(self, stage: str) -> bool:
         """Whether arrays or weights came out different the last time that the stage was run."""
-        times = self.done.get(stage, [])
-        if len(times) < 2:
-            return False
-        before, now = times[-2:]
+        before, now = [{}, {}, *self.done.get(stage, [])][-2:]
         results = [name for name in before.keys() & now.keys() if name.endswith(RESULTS)]
         return any(before[name] != now[name] for name in results)
 
@@ -87,14 +81,6 @@ def read(folder: Path) -> Checksums | None:
     return found
 
 
-def _listed(folder: Path) -> Checksums | None:
-    """The same, not to be changed: read once until the file changes."""
-    try:
-        return _read_once(folder, *_state(folder / FILE))
-    except FileNotFoundError:
-        return None
-
-
 @functools.lru_cache(16)
 def _read_once(folder: Path, *_: int) -> Checksums | None:
     return read(folder)
@@ -119,8 +105,7 @@ def note(folder: Path, *lines: str) -> None:
 
 def note_written(path: Path, temporary: Path) -> None:
     """Note what `path` is about to hold, where its folder, or the one above, keeps a list."""
-    home = _home(path)
-    if home:
+    if home := _home(path):
         note(home, f"{sha256_of(temporary)}  {path.relative_to(home).as_posix()}")
 
 
@@ -133,7 +118,8 @@ def verify(path: Path, advice: str = ADVICE) -> None:
     home = _home(path)
     if home is None or not path.exists():
         return
-    if not (_listed(home) or Checksums()).is_whole(path.relative_to(home).as_posix(), path):
+    listed = _read_once(home, *_state(home / FILE))  # not to be changed
+    if listed is None or not listed.is_whole(path.relative_to(home).as_posix(), path):
         reason = f"its sha256 is none that {home / FILE} lists"
         raise UserError(f"{path}: damaged or foreign ({reason}); {advice}")
 
@@ -144,7 +130,7 @@ def _home(path: Path) -> Path | None:
 
 
 def of_tensors(*tensors: Tensor) -> str:
-    """The first 16 digits of the sha256 of tensors' bytes, by which a run knows its data again."""
+    """The first 16 digits of the sha256 of tensors' bytes."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.contiguous().numpy().data)
@@ -152,7 +138,7 @@ def of_tensors(*tensors: Tensor) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal, computed once until the file changes."""
+    """The sha256 of a file, in hexadecimal, computed once until the file changes."""
     return _sha256(path, *_state(path))
 
 

@@ -1,7 +1,5 @@
 """What a run was made with: versions, machine, memory, to lie beside its results."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import resource
@@ -17,15 +15,11 @@ PACKAGES = ("torch", "torchvision", "diffusers", "timm", "numpy", "scikit-learn"
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and git commit, to lie beside results."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "git_commit": git_commit(),
-    }
+    """Versions, machine and git commit."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    found |= {"platform": platform.platform(), "threads": torch.get_num_threads()}
+    return found | {"git_commit": git_commit()}
 
 
 def git_commit() -> str | None:

@@ -1,7 +1,5 @@
 """Files that are complete or absent: written under another name, synced, noted, renamed."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io
@@ -23,9 +21,8 @@ from utils.storage import checksums
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, else goes.
 
-    Args:
-        sync: file, checksum and the folder's entry reach the disk in this order, so that a power
-            cut leaves the old file or the new one.
+    With `sync`, file, checksum and the folder's entry reach the disk in this order: a power cut
+    leaves the old file or the new one.
 
     Raises:
         UserError: the file could not be written (disk full, no permission).
@@ -40,7 +37,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         checksums.note_written(path, temporary)
         os.replace(temporary, path)
         if sync:
-            sync_folder(path.parent)
+            _sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch wraps the system's error
         raise UserError(f"{path}: could not be written ({shortened(error)}); {GOES_ON}") from None
     finally:
@@ -48,9 +45,8 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make sure that a rename in `folder` outlasts a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems cannot
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -72,7 +68,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_table(path: Path, columns: dict[str, Any]) -> None:
     """Write a .csv with named columns of equal length, complete or not at all.
 
-    Floats of an array have six digits, nan is an empty cell, and text is made `printable`.
+    Floats have six digits, nan is an empty cell, text is made `printable`.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -105,23 +101,16 @@ def _finite(value: Any) -> Any:
 
 def save_arrays(path: Path, **arrays: Any) -> None:
     """Write tensors or arrays as .npz, complete or not at all; equal arrays give equal bytes."""
-    content: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
     with replacing(path) as temporary:
-        np.savez(temporary, **content)
+        np.savez(temporary, **arrays)
 
 
 def load_arrays(path: Path, *keys: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .npz file, or those named `keys`, read without unpickling.
-
-    Raises:
-        UserError: missing or damaged.
-    """
+    """The tensors of a .npz file, or those named `keys`; raises UserError: missing or damaged."""
     checksums.verify(path)
     try:
         with np.load(path, allow_pickle=False) as content:
             return {key: torch.from_numpy(content[key]) for key in keys or content.files}
     except Exception as error:  # noqa: BLE001  zipfile, numpy and the system each raise their own
-        reason = shortened(error)
-        raise UserError(
-            f"{path}: cannot be read ({reason}); delete it to have it made again"
-        ) from None
+        reason = f"cannot be read ({shortened(error)})"
+        raise UserError(f"{path}: {reason}; delete it to have it made again") from None

@@ -1,7 +1,5 @@
 """One run at a time in a folder: a file `.lock`, freed by the system when its process ends."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging
@@ -29,10 +27,7 @@ _HELD: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
 
 
 def acquire(folder: Path, key: str) -> Lock:
-    """The lock of a folder that is to be used by one run alone; within one process it is shared.
-
-    Args:
-        key: the key that names the folder, for the message.
+    """The lock of a folder, shared within this process; `key` names the folder in messages.
 
     Raises:
         UserError: another process holds it; the message says which.
@@ -53,18 +48,15 @@ def _locked(folder: Path, key: str) -> int:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(handle)
-            holder, advice = (
-                before or "another run",
-                f"wait for it, end it, or give another --{key}",
-            )
-            raise UserError(f"{key}: {folder} is in use by {holder}; {advice}") from None
+            used = f"{folder} is in use by {before or 'another run'}"
+            advice = f"wait for it, end it, or give another --{key}"
+            raise UserError(f"{key}: {used}; {advice}") from None
         words = "%s: this file system knows no locks (%s); see to it that one run at a time uses it"
         log.warning(words, folder, error.strerror)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
+    words = f"process {os.getpid()} on {socket.gethostname()}, since {started}"
     os.ftruncate(handle, 0)
-    os.pwrite(
-        handle, f"process {os.getpid()} on {socket.gethostname()}, since {started}".encode(), 0
-    )
+    os.pwrite(handle, words.encode(), 0)
     return handle
 
 

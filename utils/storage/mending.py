@@ -1,12 +1,10 @@
 """Damaged files in a record: each is named and set aside, and its stage is run again.
 
-A stage that is run again on the same machine writes what it wrote before, so the stages after it
-stand. Where what it writes is different (another machine, other data), what was made from the
-earlier files goes, and is made again as well. config.yaml cannot be made again; a record without
-its own is refused. metrics.csv is done without: the rows of finished trainings are then missing.
+A stage that writes again what it wrote before leaves the stages after it as they are. Where it
+writes something else (another machine, other data), their files go and are made again as well.
+config.yaml cannot be made again: a record without its own is refused. Rows of a damaged
+metrics.csv stay missing.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -33,15 +31,14 @@ TEMPORARY = re.compile(r"\..+\.\d+\.\w+")  # as utils.storage.files.replacing na
 
 
 def mend(folder: Path, key: str) -> None:
-    """Make a record that a run has to itself fit to go on.
-
-    Nothing damaged, foreign or half-written stays where it would be read.
+    """Leave nothing damaged, foreign or half-written where a run would read it.
 
     Args:
-        key: the key that names the folder, for the message.
+        folder: of a record that the run has to itself.
+        key: names the folder in messages.
 
     Raises:
-        UserError: config.yaml is damaged, or a file of a stage that is not known.
+        UserError: config.yaml is damaged or foreign.
     """
     for path in _files(folder, hidden=True):
         if TEMPORARY.fullmatch(path.name):
@@ -69,7 +66,7 @@ def _adopt(folder: Path) -> None:
 
 
 def _set_aside(folder: Path, name: str, state: str, listed: Checksums, key: str) -> None:
-    """Rename a damaged or foreign file, and strike its stage off the finished ones."""
+    """Rename a damaged or foreign file, and have its stage run again."""
     path, stage = folder / name, listed.stage.get(name, "")
     if name == "config.yaml":
         raise UserError(f"{path}: {state}; restore it, or give another --{key}")
@@ -86,7 +83,7 @@ def _set_aside(folder: Path, name: str, state: str, listed: Checksums, key: str)
 
 
 def _stage_again(folder: Path, stage: str, told: str, others: Collection[str] = ()) -> None:
-    """Strike a stage off the finished ones, with the report and `others`, whose files are gone."""
+    """Strike a stage off the finished ones, with the report and `others`."""
     log.warning("%s; stage '%s' is run again", told, stage)
     with contextlib.suppress(UserError):  # stages.json is damaged too: every stage is run again
         _keep_stages(folder, set(read_stages(folder)) - {stage, "report", *others})
@@ -100,11 +97,7 @@ def _keep_stages(folder: Path, kept: Collection[str]) -> None:
 
 
 def read_stages(folder: Path) -> dict[str, Any]:
-    """Finished stages: {stage: {"seconds": s, ...}}.
-
-    Raises:
-        UserError: damaged.
-    """
+    """Finished stages: {stage: {"seconds": s, ...}}; raises UserError where they are damaged."""
     file = folder / "stages.json"
     checksums.verify(file)
     try:
@@ -123,7 +116,7 @@ def begin(folder: Path, stage: str) -> None:
 
 
 def end(folder: Path, stage: str) -> None:
-    """After a stage: if it came out different from before, what later stages made of it goes."""
+    """After a stage: where it came out different from before, what later stages made goes."""
     if not (folder / checksums.FILE).exists():
         return
     checksums.note(folder, f"# done {stage}")
@@ -194,11 +187,7 @@ def inventory(folder: Path) -> str:
 
 
 def require_whole(folder: Path) -> None:
-    """Refuse a record in which a file is damaged, foreign or missing.
-
-    Raises:
-        UserError: names them.
-    """
+    """Raise UserError that names the damaged, foreign and missing files, if there are any."""
     listed = checksums.read(folder)
     if listed is None:
         reason = f"has no {checksums.FILE}, so nothing can be said about its files"

@@ -1,12 +1,9 @@
 """A record: everything that one run produces, in `record/<save_folder_name>/`.
 
-Files are complete or absent (files.py) and listed with their checksums (checksums.py).
-`stages.json` names the finished stages and how long they took; a run recomputes nothing of them,
-unless a file is damaged (mending.py). One run at a time uses a record (lock.py).
+Files are complete or absent (files.py) and listed with their checksums (checksums.py). A run
+recomputes nothing of the stages in `stages.json`, unless a file is damaged (mending.py).
 As a script: python utils/storage/record.py check NAME
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
@@ -30,17 +27,9 @@ from utils.yaml_files import is_short
 
 log = logging.getLogger("dataelixir")
 # keys that may differ when a run is continued: they say how fast or where, not what
-RUNTIME_KEYS = (
-    "device",
-    "frequency_save",
-    "purify_batch_size",
-    "dataset_path",
-    "keep_intermediaries",
-    "on_bad_image",
-    "dry_run",
-    "passed_over",
-)
-# what the data set was like, wherever it lay; records that are older than this key have none
+RUNTIME_KEYS = {"device", "frequency_save", "purify_batch_size", "dataset_path"}
+RUNTIME_KEYS |= {"keep_intermediaries", "on_bad_image", "dry_run", "passed_over"}
+# what the data set was like, wherever it lay; older records have no such key
 DATA_KEY = "data_sha256"
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
 
@@ -51,8 +40,8 @@ class Record:
     Args:
         name: save_folder_name, letters, digits, '.', '_', '-' and '/' between parts.
         must_exist: raise instead of creating.
-        key: the key that names the folder, for messages; by default save_folder_name, or
-            result_file where it must exist.
+        key: names the folder in messages; by default save_folder_name, or result_file where it
+            must exist.
 
     Raises:
         UserError: a name that would leave record/, or (must_exist) one that is not there.
@@ -76,10 +65,9 @@ class Record:
         return self.path / file
 
     def claim(self, config: dict[str, Any], *classes: type) -> None:
-        """Take the folder for this config: write config.yaml, or check that it says the same.
+        """Take the folder for this run alone and mend it; write config.yaml, or check that it fits.
 
-        It is this run's alone from then on. Damaged files are set aside, so that their stage is run
-        again. A folder that holds nothing but a config and a log can be taken by any config.
+        A folder that holds nothing but a config and a log can be taken by any config.
 
         Args:
             config: the keys of this run.
@@ -100,18 +88,14 @@ class Record:
 
     def _refuse_other(self, config: dict[str, Any], old_keys: OldKeys) -> None:
         old = old_keys.in_file(self.config(), of_record=True)
-        compared = [
-            key for key in config if key not in RUNTIME_KEYS and (key != DATA_KEY or key in old)
-        ]
-        differing = [key for key in compared if old.get(key) != config[key]]
+        passed = RUNTIME_KEYS | ({DATA_KEY} - old.keys())
+        differing = [k for k in config if k not in passed and old.get(k) != config[k]]
         if not differing:
             return
-        pairs = [f"{key}: {old.get(key)!r} there, {config[key]!r} now" for key in differing[:4]]
+        pairs = "; ".join(f"{k}: {old.get(k)!r} there, {config[k]!r} now" for k in differing[:4])
         images = ": these are other images or labels" if DATA_KEY in differing else ""
-        raise UserError(
-            f"{self.key}: {self.path} belongs to another config ({'; '.join(pairs)}{images}); "
-            f"give another --{self.key}, or delete that folder"
-        )
+        owner = f"{self.path} belongs to another config ({pairs}{images})"
+        raise UserError(f"{self.key}: {owner}; give another --{self.key}, or delete that folder")
 
     def _holds_results(self) -> bool:
         beside = ("config.yaml", "log.txt", checksums.FILE)
@@ -119,18 +103,12 @@ class Record:
         if all(name in beside or name.startswith(".") for name in names):
             return False
         if "config.yaml" not in names and checksums.FILE in names:
-            reason = "missing, so nobody knows what made the rest"
-            raise UserError(
-                f"{self / 'config.yaml'}: {reason}; restore it, or give another --{self.key}"
-            )
+            file, reason = self / "config.yaml", "missing, so nobody knows what made the rest"
+            raise UserError(f"{file}: {reason}; restore it, or give another --{self.key}")
         return "config.yaml" in names
 
     def config(self) -> dict[str, Any]:
-        """The resolved keys the record was made with.
-
-        Raises:
-            UserError: config.yaml is missing or damaged.
-        """
+        """The keys of config.yaml; raises UserError where it is missing or damaged."""
         file = self / "config.yaml"
         checksums.verify(file, "restore it, or give another record")
         try:
@@ -152,36 +130,32 @@ class Record:
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage and note it as finished, with what the block puts into the dict.
 
-        A stage that was finished before is neither timed nor announced; its block finds its files.
+        The block of a stage that was finished before finds its files.
         """
         if name in self.finished():
             yield {}
             return
         notes: dict[str, Any] = {}
-        before, started = self.partial_seconds(name), time.monotonic()
+        before, started = self._partial_seconds(name), time.monotonic()
         log.info("-- %s", name)
         mending.begin(self.path, name)
         try:
             yield notes
         except BaseException:
-            self._note_partial(name, before + time.monotonic() - started)
+            with contextlib.suppress(OSError):
+                (self / f".{name}.partial").write_text(f"{before + time.monotonic() - started:.2f}")
             raise
         seconds = round(before + time.monotonic() - started, 2)
         write_json(self / "stages.json", self.finished() | {name: {"seconds": seconds} | notes})
         mending.end(self.path, name)
         (self / f".{name}.partial").unlink(missing_ok=True)
 
-    def partial_seconds(self, name: str) -> float:
+    def _partial_seconds(self, name: str) -> float:
         """Seconds that interrupted tries at a stage took before."""
-        file = self / f".{name}.partial"
         try:
-            return float(file.read_text())
+            return float((self / f".{name}.partial").read_text())
         except (OSError, ValueError):  # none, or one that a full disk cut short
             return 0.0
-
-    def _note_partial(self, name: str, seconds: float) -> None:
-        with contextlib.suppress(OSError):
-            (self / f".{name}.partial").write_text(f"{seconds:.2f}")
 
 
 class _File(logging.FileHandler):
@@ -199,7 +173,7 @@ def start_logging(file: Path | None) -> None:
         handler.close()
     log.setLevel(logging.INFO)
     log.propagate = False
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name can hold what a terminal cannot
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name can hold what it cannot
         sys.stdout.reconfigure(errors="backslashreplace")
     log.addHandler(logging.StreamHandler(sys.stdout))
     if file:
