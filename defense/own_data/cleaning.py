@@ -1,7 +1,5 @@
 """Cleaning a set: a classifier is trained on it, DataElixir decides, the outcome is written."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import logging
@@ -26,14 +24,7 @@ from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
 from defense.own_data.in_memory import as_labeled, class_names
-from defense.own_data.output_folder import (
-    CLEANED,
-    SUMMARY,
-    OutputFolder,
-    carry_out,
-    differing,
-    refuse_overlap,
-)
+from defense.own_data.output_folder import CLEANED, SUMMARY, OutputFolder, carry_out, differing
 from defense.own_data.summary import findings, summarise
 from utils.classifier.models import build_classifier, load_weights, trained
 from utils.classifier.networks import Classifier
@@ -71,11 +62,9 @@ class Cleaned:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done in one run.
+    """One run: DataElixir cleans the training set of `dataset`.
 
     Attributes:
-        dataset: the set that is cleaned is its training set.
-        defense: DataElixir with its keys.
         victim: a classifier trained on the set; None to have one trained.
     """
 
@@ -89,7 +78,6 @@ class Cleaning:
 
     @property
     def config(self) -> DataElixirConfig:
-        """The keys."""
         assert isinstance(self.defense, DataElixirConfig)
         return self.defense
 
@@ -104,11 +92,7 @@ class Cleaning:
         folder.claim(as_flat_dict(self.defense) | told | known, type(self.defense))
 
     def analyse(self, folder: OutputFolder, paths: Sequence[str] = ()) -> Result:
-        """Run the defence, and write what it decided and what the page is made of.
-
-        Args:
-            paths: N names of the samples, for decisions.csv.
-        """
+        """Run the defence; write decisions.csv, with the samples' `paths`, and the page's data."""
         data, dataset, config = self.data, self.dataset, self.config
         save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
         victim, device = self.victim, pick_device(config.device)
@@ -170,22 +154,19 @@ def clean_in_memory(
 def clean_given(order: CleanConfig, defense: Defense) -> None:
     """Read the set that `order` names, find its denoiser, and clean it or say what that costs."""
     if not order.data or not (order.out or order.dry_run):
-        raise UserError(
-            "data, out: give --data DIR (what is to be cleaned) and --out DIR (a new folder)"
-        )
+        both = "--data DIR (what is to be cleaned) and --out DIR (a new folder)"
+        raise UserError(f"data, out: give {both}")
     start_logging(None)
     given = open_given(order.data)
     if order.out:
-        refuse_overlap(given.path, Path(os.path.expanduser(order.out)))
+        given.refuse_overlap(Path(os.path.expanduser(order.out)))
     assert isinstance(defense, DataElixirConfig)
     denoiser = fitting_denoiser(given, defense, order.resize)
     data, info = given.layout.read(denoiser.resolution), DATASETS.get(given.dataset, OWN)
     dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, info)
     cleaning = Cleaning(dataset, defense, read_victim(order.victim, dataset, defense))
-    log.info(
-        f"{given.path}: {given.layout.kind}, {len(data)} images of {dataset.num_classes} classes, "
-        f"{given.shown_sizes}"
-    )
+    counts = f"{len(data)} images of {dataset.num_classes} classes, {given.shown_sizes}"
+    log.info(f"{given.path}: {given.layout.kind}, {counts}")
     if order.dry_run:
         lines = [] if cleaning.victim else [training_line("victim", data, defense, dataset)]
         log.info("\n".join([*lines, *defense.costs(data, dataset)]))
@@ -216,11 +197,7 @@ def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
 
 
 def read_victim(text: str | None, dataset: Dataset, config: DataElixirConfig) -> Classifier | None:
-    """The classifier in the file that `--victim` means, checked against the set.
-
-    Raises:
-        UserError: no such file, or it does not fit.
-    """
+    """The classifier in the file that `--victim` means; UserError where it does not fit the set."""
     if not text:
         return None
     file, classes = resolve_path(text, "victim"), dataset.num_classes
@@ -229,7 +206,6 @@ def read_victim(text: str | None, dataset: Dataset, config: DataElixirConfig) ->
     try:
         return load_weights(victim, file).to(device).eval()
     except UserError:
-        raise UserError(
-            f"victim: {file} is no {config.model} for {classes} classes saved as .safetensors; "
-            "give the --model that it is, or leave --victim out to have one trained"
-        ) from None
+        wanted = f"{config.model} for {classes} classes saved as .safetensors"
+        advice = "give the --model that it is, or leave --victim out to have one trained"
+        raise UserError(f"victim: {file} is no {wanted}; {advice}") from None

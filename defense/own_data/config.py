@@ -1,7 +1,5 @@
 """The keys of defense/purify.py, beside those of training, purification and DataElixir."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The set that is to be cleaned, wherever it comes from, and the denoiser that fits it."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,8 @@ class Given:
     """A set as its owner keeps it.
 
     Attributes:
-        path: where it is; never written to.
-        layout: its samples.
-        dataset: name of the data set where that is known, for its denoiser and normalisation; else
-            empty.
+        path: never written to.
+        dataset: name of the data set, for its denoiser and normalisation; empty if unknown.
     """
 
     path: Path
@@ -37,15 +33,23 @@ class Given:
 
     @property
     def side(self) -> int | None:
-        """The side of all images; None where they differ in size, or are no squares."""
+        """The side of all images; None where they differ in size or are no squares."""
         height, width = self.layout.sizes[0]
         return height if len(self.layout.sizes) == 1 and height == width else None
 
     @property
     def shown_sizes(self) -> str:
-        """The sizes of the images, for messages."""
         shown = ", ".join(f"{height}x{width}" for height, width in self.layout.sizes[:3])
         return shown + (" and others" if len(self.layout.sizes) > 3 else "")
+
+    def refuse_overlap(self, out: Path) -> None:
+        """Raises UserError where `out` and the set lie in each other, or `out` is a file."""
+        a, b = self.path.resolve(), out.resolve()
+        if b.is_relative_to(a) or a.is_relative_to(b):
+            apart = "lie in each other; name a folder apart from the data"
+            raise UserError(f"out: {out} and the data at {self.path} {apart}")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out: {out} is a file; name a new or an empty folder")
 
 
 def open_given(text: str) -> Given:
@@ -72,34 +76,30 @@ def open_given(text: str) -> Given:
 
 
 def refuse_few(labels: Tensor, count: int) -> None:
-    """Raises UserError where fewer than three of `count` classes have samples.
-
-    An empty class says nothing of what is usual.
-    """
-    present, many = len(labels.unique()), count >= COMPARABLE
-    if present < COMPARABLE:
-        shown = (
-            f"only {present} of the {count} classes have samples" if many else f"{present} classes"
-        )
-        raise UserError(
-            f"data: {shown}; DataElixir tells a target label by how far it lies from the median "
-            f"class, which takes three or more{' that have some' if many else ''}"
-        )
+    """Raises UserError where fewer than three of `count` classes have samples."""
+    present = len(labels.unique())
+    if present >= COMPARABLE:
+        return
+    shown, some = f"{present} classes", ""
+    if count >= COMPARABLE:
+        shown, some = f"only {present} of the {count} classes have samples", " that have some"
+    raise UserError(
+        f"data: {shown}; DataElixir tells a target label by how far it lies from the median "
+        f"class, which takes three or more{some}"
+    )
 
 
 def fitting_denoiser(given: Given, config: PurifyConfig, resize: bool) -> Denoiser:
     """The denoiser that `config.ddpm` names, if it serves this size or `resize` allows others.
 
     Raises:
-        UserError: no denoiser named or known for the set, images of other sizes; says which cards
-            fit and how one is trained.
+        UserError: no denoiser named or known for the set, or images of other sizes.
     """
     side, card, known = given.side, CARDS.get(config.ddpm), CARDS.values()
     if config.ddpm == "auto" and not any(given.dataset in card.datasets for card in known):
-        raise UserError(
-            "ddpm: name the denoiser, since only its owner knows what a set shows. "
-            f"{_cards(side)}\n{_advice(given)}"
-        )
+        known_to = "only its owner knows what a set shows"
+        told = f"name the denoiser, since {known_to}. {_cards(side)}\n{_advice(given)}"
+        raise UserError(f"ddpm: {told}")
     if card and side and not resize and card.resolution != side:
         raise UserError(
             f"ddpm: the card {card.name} works on {card.resolution}x{card.resolution} images, "

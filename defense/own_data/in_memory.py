@@ -1,7 +1,5 @@
 """A set in memory, as tensors, arrays, pictures or a torch Dataset, as uint8 and int64 tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,52 +47,35 @@ def as_labeled(data: Any, labels: Any) -> LabeledImages:
 
 
 def class_names(labels: Tensor, classes: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the classes 0..K-1, by default their numbers.
-
-    Args:
-        labels: int64 (N,).
-        classes: K names or more, or None.
-
-    Raises:
-        UserError: fewer names than classes.
-    """
+    """Names of the classes 0..K-1, by default their numbers; UserError where they are too few."""
     count = int(labels.max()) + 1
     names = tuple(map(str, range(count) if classes is None else classes))
     if len(names) < count:
-        raise UserError(
-            f"classes: {len(names)} names, and labels up to {count - 1}; "
-            f"give {count} names or more, or none"
-        )
+        found = f"{len(names)} names, and labels up to {count - 1}"
+        raise UserError(f"classes: {found}; give {count} names or more, or none")
     return names
 
 
 def _columns(data: Any) -> tuple[list[Any], list[Any]]:
     """Images and labels of a Dataset; what its own code raises is left as it is."""
     if isinstance(data, (Tensor, np.ndarray)):
-        raise UserError(
-            "labels: give integers (N,) with these images; only a Dataset of (image, label) pairs "
-            "brings its own"
-        )
+        reason = "only a Dataset of (image, label) pairs brings its own"
+        raise UserError(f"labels: give integers (N,) with these images; {reason}")
     if not hasattr(data, "__len__"):
-        raise UserError(
-            f"data: {type(data).__name__} has no length; give a Dataset that has one, or images "
-            "and labels"
-        )
+        advice = "give a Dataset that has one, or images and labels"
+        raise UserError(f"data: {type(data).__name__} has no length; {advice}")
     images, labels = [], []
     for k in range(len(data)):
         pair = data[k]
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UserError(
-                f"data: sample {k} is no pair of image and label; give a Dataset of such pairs, "
-                "or images and labels"
-            )
+            advice = "give a Dataset of such pairs, or images and labels"
+            raise UserError(f"data: sample {k} is no pair of image and label; {advice}")
         images.append(_item(pair[0], f"image {k}"))
         labels.append(pair[1])
     return images, labels
 
 
 def _as_array(column: Any, what: str) -> np.ndarray:
-    """A column of N things as an array."""
     if not isinstance(column, (list, tuple)):
         return _item(column, what)
     arrays = [_item(item, what) for item in column]
@@ -103,9 +84,8 @@ def _as_array(column: Any, what: str) -> np.ndarray:
     kinds = {(array.shape, array.dtype.kind.replace("u", "i")): array.dtype for array in arrays}
     if len(kinds) > 1:
         shown = " and ".join(f"{dtype} {shape}" for (shape, _), dtype in list(kinds.items())[:2])
-        raise UserError(
-            f"data: {what} of different shapes or types, {shown}; bring them all to one"
-        )
+        found = f"{what} of different shapes or types, {shown}"
+        raise UserError(f"data: {found}; bring them all to one")
     return np.stack(arrays)
 
 
@@ -119,10 +99,8 @@ def _item(value: Any, what: str) -> np.ndarray:
             return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
         return np.asarray(value)
     except (TypeError, ValueError, RuntimeError, OSError) as error:  # BadImage is a ValueError
-        raise UserError(
-            f"data: {what} cannot be used ({shortened(error)}); give tensors, arrays or PIL "
-            "images, and integers for labels"
-        ) from None
+        advice = "give tensors, arrays or PIL images, and integers for labels"
+        raise UserError(f"data: {what} cannot be used ({shortened(error)}); {advice}") from None
 
 
 def _rounded(pixels: np.ndarray) -> Tensor:
@@ -131,8 +109,6 @@ def _rounded(pixels: np.ndarray) -> Tensor:
     known = torch.as_tensor(np.ascontiguousarray(pixels, dtype=kind))
     low, high = (bound.item() for bound in known.aminmax())
     if not (low > -0.5 / 255 and high < 255.5 / 255):
-        raise UserError(
-            f"data: floats from {low:.4g} to {high:.4g}, expected [0, 1]; "
-            "give uint8 where they are 0..255, or undo a normalisation first"
-        )
+        advice = "give uint8 where they are 0..255, or undo a normalisation first"
+        raise UserError(f"data: floats from {low:.4g} to {high:.4g}, expected [0, 1]; {advice}")
     return to_uint8(known)

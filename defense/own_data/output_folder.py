@@ -1,7 +1,5 @@
 """The output folder of defense/purify.py: a record where the user wants it, and the cleaned set."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging
@@ -27,11 +25,7 @@ COMPARED = 1024  # images at a time
 
 
 class OutputFolder(Record):
-    """A record outside record/.
-
-    Args:
-        path: made if it is not there.
-    """
+    """A record outside record/; its folder is made if it is not there."""
 
     def __init__(self, path: Path):
         self.name, self.path, self.key = path.name, path, "out"
@@ -46,10 +40,8 @@ class OutputFolder(Record):
         with contextlib.suppress(FileNotFoundError):
             others = [path.name for path in self.path.iterdir()]
             if others and DATA_KEY not in (self.config() if "config.yaml" in others else {}):
-                raise UserError(
-                    f"out: {self.path} is not empty and holds no run of this command; "
-                    "name a new or an empty folder"
-                )
+                found = "is not empty and holds no run of this command"
+                raise UserError(f"out: {self.path} {found}; name a new or an empty folder")
         self.lock = lock.acquire(self.path, self.key)
         for left in self.path.glob(f".{CLEANED}.*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -57,23 +49,19 @@ class OutputFolder(Record):
         super().claim(config, *classes)
 
     def note_cleaned(self) -> None:
-        """Note the checksums of what lies in cleaned/, and in what was put aside, as it is now.
+        """Note the checksums of what lies in cleaned/ and cleaned-1/... as it is now.
 
-        It is the user's, so `mend` neither judges it nor sets it aside. Files in deeper folders, as
-        those of an image folder, are never looked at there.
+        It is the user's, so `mend` must not set it aside; files in deeper folders it never reads.
         """
         listed = checksums.read(self.path)
         if listed is None:
             return
         files = (path for path in sorted(self.path.glob(f"{CLEANED}*/*")) if path.is_file())
         names = {path.relative_to(self.path).as_posix(): path for path in files}
-        new = [
-            f"{checksums.sha256_of(path)}  {name}"
-            for name, path in names.items()
-            if not listed.is_whole(name, path)
-        ]
+        new = {name: path for name, path in names.items() if not listed.is_whole(name, path)}
         if new:
-            checksums.note(self.path, *new)
+            lines = (f"{checksums.sha256_of(path)}  {name}" for name, path in new.items())
+            checksums.note(self.path, *lines)
 
     def holds(self) -> str | None:
         """The action whose set lies in cleaned/; None where none does, or nobody knows which."""
@@ -95,26 +83,8 @@ class OutputFolder(Record):
         log.info(told, self / CLEANED, aside)
 
 
-def refuse_overlap(given: Path, out: Path) -> None:
-    """Raises UserError where one folder lies in the other, or `out` is a file.
-
-    The input is never written to.
-    """
-    a, b = given.resolve(), out.resolve()
-    if b.is_relative_to(a) or a.is_relative_to(b):
-        raise UserError(
-            f"out: {out} and the data at {given} lie in each other; "
-            "name a folder apart from the data"
-        )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file; name a new or an empty folder")
-
-
 def differing(a: Tensor, b: Tensor) -> Tensor:
-    """bool (N,): whether images uint8 (N, 3, H, W) differ from those of another set.
-
-    The comparison takes as much memory as the images, so it goes in parts.
-    """
+    """bool (N,): whether images uint8 (N, 3, H, W) differ from others; in parts, to save memory."""
     parts = zip(a.split(COMPARED), b.split(COMPARED))
     return torch.cat([(x != y).flatten(1).any(1) for x, y in parts])
 
@@ -122,9 +92,8 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
 def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
     """What a finished analysis and an action ("relabel", "drop") make of each sample.
 
-    "relabel" gives what purified.npz holds, also of images that were not purified but requantised
-    (preset published). Where images were scaled for the analysis (`resize`), these stay as they
-    were given: scaling them down and up again would change them far more.
+    "relabel" gives what purified.npz holds, also of images that were merely requantised (preset
+    published); under `resize` these stay as given, as scaling back would change them far more.
 
     Args:
         given: int64 (N,), the labels as given.
@@ -141,10 +110,9 @@ def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
 
 
 def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor) -> str | None:
-    """Write cleaned/ as the action wants it, where it is not there.
+    """Write cleaned/ as the action (relabel, drop or report) wants it, where it is not there.
 
     Args:
-        action: relabel, drop or report.
         labels: int64 (N,), as given.
 
     Returns:
@@ -153,11 +121,8 @@ def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor)
     if action == "report":
         return folder.holds()
     if action == folder.holds():
-        log.info(
-            "the set is in %s since an earlier run; it is left as it is, with what was changed "
-            "there (delete it to have it anew)",
-            folder / CLEANED,
-        )
+        kept = "it is left as it is, with what was changed there (delete it to have it anew)"
+        log.info("the set is in %s since an earlier run; %s", folder / CLEANED, kept)
     else:
         log.info("the set is in %s", write_cleaned(folder, layout, outcome(folder, labels, action)))
     return action

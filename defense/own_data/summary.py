@@ -1,7 +1,5 @@
 """summary.json of defense/purify.py: what was found and done, in numbers and in sentences."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
@@ -41,13 +39,7 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
 def summarise(
     given: Given, labels: Tensor, folder: OutputFolder, action: str, resolution: int, seed: int
 ) -> dict[str, Any]:
-    """The content of summary.json.
-
-    Args:
-        labels: int64 (N,), as given.
-        action: relabel, drop or report.
-        resolution: side at which the images were analysed.
-    """
+    """The content of summary.json, for labels int64 (N,) as given, analysed at `resolution`."""
     stages = folder.finished()
     found, changed = stages["report"], outcome(folder, labels, "relabel")
     relabelled = changed.labels != labels
@@ -106,15 +98,13 @@ def notes(
     said += found.get("notes", [])  # not there where an older version analysed
     if any(size != (resolution, resolution) for size in layout.sizes):
         said.append(
-            f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled "
-            "back to the size of their originals and are coarser than these; all others are "
-            "untouched."
+            f"Images were analysed at {resolution}x{resolution}. The purified ones were scaled back "
+            "to the size of their originals and are coarser than these; all others are untouched."
         )
     if layout.remark and action != "report":
         said.append(layout.remark)
     if (left := layout.left_out) and action != "report":
         named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        said.append(
-            f"{len(left):,} files that are no images of a class were not taken over: {named}."
-        )
+        files = f"{len(left):,} files that are no images of a class"
+        said.append(f"{files} were not taken over: {named}.")
     return said
