@@ -2,6 +2,9 @@
 depend on no batch size."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from utils import compiled as module
 from utils.classifier.models import build_classifier
 from utils.classifier.training import extract_features
 from utils.compiled import MULTIPLE, ROWS, Compiled, FixedRows, filled
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Net(nn.Module):
@@ -82,6 +87,15 @@ def test_batches_are_filled_up_so_that_one_compilation_serves_all(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_compiled_and_plain_agree_and_rows_do_not_see_each_other():
+    """In a program of its own: torch's compiler starts threads of autograd, after which no fork can."""
+    code = "from tests.test_compiled import compiled_and_plain; compiled_and_plain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def compiled_and_plain():
     net = Net().eval()
     fast, (x, t) = Compiled(net), batch(40)
     with torch.inference_mode():
