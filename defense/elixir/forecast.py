@@ -26,7 +26,7 @@ MEASURED, VOTE_BYTES = 512, 50  # images that are timed; bytes of a vote with it
 def purifying(purifier: Purifier, victim: Classifier, data: LabeledImages, least: int):
     """Seconds of an image that is given all rounds, and a line for `least` to all images."""
     config, device, n = purifier.config, purifier.device, len(data)
-    batch, each = config.purify_batch_size, 1 + config.rounds_n * config.last_steps_m
+    batch, each = config.purify_batch_size, config.images_each
     rows = torch.arange(min(n, batch, ROWS if device.type == "cpu" else batch))
     one_pass = lambda x, t: seconds(lambda: purifier.predict_noise(x, t), device) / len(x)
     work = lambda i: one_pass(purifier.start(data.images[i]), torch.zeros_like(i, device=device))
