@@ -20,7 +20,8 @@ class AdaptiveBlend(Trigger):
     """Adaptive-Blend: half of the pieces of a picture, and cover samples.
 
     Args:
-        attack_trigger_img_path: cartoon (drawn by the program), noise, or an image file.
+        attack_trigger_img_path: cartoon, leaves, clouds, grain, hills, noise (all drawn by
+            the program), or an image file.
         alpha_train: share of the picture in poisoned and in cover training images.
         alpha_test: share of the picture in triggered test images.
         cross_ratio: cover samples per poisoned sample.

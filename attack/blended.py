@@ -16,7 +16,8 @@ class Blended(Trigger):
     """Blended: a picture over the whole image.
 
     Args:
-        attack_trigger_img_path: cartoon (drawn by the program), noise, or an image file.
+        attack_trigger_img_path: cartoon, leaves, clouds, grain, hills, noise (all drawn by
+            the program), or an image file.
         alpha_train: share of the picture in poisoned training images.
         alpha_test: share of the picture in triggered test images.
     """

@@ -41,7 +41,9 @@ def corner(side, size):
 
 
 @pytest.mark.parametrize("side", [8, 28, 32, 64])
-@pytest.mark.parametrize(("name", "size"), [("white3x3", 3), ("color4x4", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("white3x3", 3), ("black3x3", 3), ("random3x3", 3), ("color4x4", 4)]
+)
 def test_exactly_the_corner_changes_to_one_constant_patch(name, size, side):
     x = images(side=side)
     out = stamped(ready(side, patch_mask_path=name), x)
@@ -59,6 +61,38 @@ def test_the_colours_of_the_patches():
     for row in range(4):
         for column in range(4):
             assert tuple(colours[row, column].tolist()) == expected[row // 2][column // 2]
+
+
+def test_the_other_small_patches_are_black_and_of_fixed_random_colours():
+    black, random = (load_patch(name, 8)[0][:, 5:, 5:] for name in ("black3x3", "random3x3"))
+    assert (black == 0).all()
+    assert len(random.flatten(1).unique(dim=1).T) == 9
+    assert torch.equal(random, load_patch("random3x3", 32)[0][:, 29:, 29:])
+    with pytest.raises(UserError, match="transparent_zero: black3x3 is black all over"):
+        ready(patch_mask_path="black3x3", transparent_zero=True)
+
+
+@pytest.mark.parametrize("name", ["white3x3", "random3x3", "color4x4"])
+def test_anywhere_is_a_whole_patch_at_a_place_that_image_and_seed_decide(name):
+    x, patch = images(400, side=8), PATCHES[name]
+    trigger, size = ready(8, patch_mask_path=name, patch_place="anywhere"), len(patch)
+    out, seen = stamped(trigger, x), set()
+    for before, after in zip(x, out):
+        rows, columns = (before != after).any(0).nonzero().T
+        row, column = int(rows.min()), int(columns.min())
+        window = np.s_[:, row : row + size, column : column + size]
+        assert torch.equal(after[window], torch.from_numpy(patch).permute(2, 0, 1))
+        assert len(rows) == size**2
+        seen.add((row, column))
+    assert len(seen) == (8 - size + 1) ** 2  # every place there is
+    other = BadNet(patch_place="anywhere", patch_mask_path=name).prepare(fit_context(8, seed=9))
+    assert not torch.equal(stamped(other, x), out)
+
+
+def test_a_file_that_covers_the_image_can_only_stay_where_it_is(tmp_path):
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / "whole.png")
+    trigger = ready(8, patch_mask_path=str(tmp_path / "whole.png"), patch_place="anywhere")
+    assert (stamped(trigger, images(5, side=8)) == 200).all()
 
 
 def test_zero_channels_let_the_image_through_only_if_asked_for():
@@ -79,10 +113,11 @@ def test_zero_channels_let_the_image_through_only_if_asked_for():
     assert torch.equal(through[solid], opaque[solid])
 
 
+@pytest.mark.parametrize("place", ["corner", "anywhere"])
 @pytest.mark.parametrize("name", list(PATCHES))
-def test_bytes_do_not_depend_on_batch_order_or_state(monkeypatch, name):
+def test_bytes_do_not_depend_on_batch_order_or_state(monkeypatch, name, place):
     x, order = images(130), torch.randperm(130)
-    trigger = ready(patch_mask_path=name)
+    trigger = ready(patch_mask_path=name, patch_place=place)
     whole = stamped(trigger, x)
     for batch in (1, 64):
         monkeypatch.setattr("attack.poisoning.trigger.BATCH", batch)
@@ -177,5 +212,5 @@ def test_preparing_leaves_the_config_as_it_was():
     plain = BadNet(patch_mask_path="color4x4")
     prepared = plain.prepare(fit_context(32))
     assert plain.fitted == {}
-    assert set(prepared.fitted) == {"pattern", "mask"}
+    assert set(prepared.fitted) == {"pattern", "mask", "seed"}
     assert prepared == plain

@@ -3,6 +3,8 @@
 The classifier is planted: it reads one wave across the image, so that the search must succeed.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,12 @@ from torch import nn
 from attack.lf import LowFrequency
 from attack.poisoning import fitting
 from attack.poisoning.fitting import fit_split
-from attack.poisoning.smooth_pattern import blur_matrix, fooling_rate, minmax
+from attack.poisoning.smooth_pattern import blur_matrix, fooling_rate, minmax, start
 from attack.poisoning.trigger import FitContext
 from tests.toys import INFO, random_images
 from utils.config import TrainConfig, UserError
 from utils.images.data import Dataset, LabeledImages, to_uint8
+from utils.randomness import keyed_generator
 
 SIDE, FIT_IMAGES = 32, 240
 TARGETS = 0, 1
@@ -123,6 +126,27 @@ def test_a_pattern_that_fools_nobody_is_refused_with_the_figure_and_not_kept(vic
     with pytest.raises(UserError, match=words):
         search()
     assert not list(fitting.FITTED.iterdir())
+
+
+def test_without_a_search_the_pattern_is_drawn_and_nobody_is_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr(fitting, "FITTED", tmp_path / "fitted")
+    monkeypatch.delattr("attack.poisoning.smooth_pattern.surrogate")
+    first, again, third = (search(lf_epochs=0, lf_pattern=n) for n in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, third)
+    assert (first.min(), first.max()) == (0, 51)
+    assert low_energy(first) > 0.95
+    assert not fitting.FITTED.exists()
+    assert LowFrequency(lf_epochs=0).images_fitted_on == 0
+    assert LowFrequency(fit_images=7).images_fitted_on == 7
+
+
+def test_the_pattern_is_chosen_apart_from_the_seed_and_by_default_with_it():
+    drawn = lambda seed, **keys: start(LowFrequency(**keys), replace(wave_context(), seed=seed))
+    assert torch.equal(drawn(2, lf_pattern=5), drawn(3, lf_pattern=5))
+    assert torch.equal(drawn(2), drawn(3, lf_pattern=2))
+    of_old = torch.randn((3, SIDE, SIDE), generator=keyed_generator(2, "lf"))
+    assert torch.equal(drawn(2), of_old)
 
 
 def test_blurring_is_gaussian_and_fades_at_the_border():

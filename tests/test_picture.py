@@ -6,9 +6,12 @@ import torch
 from PIL import Image
 from scipy.fft import dctn
 
-from attack.poisoning.picture import cartoon, load_picture, noise
+from attack.poisoning.photographs import CANVAS, clouds, grain, hills, leaves
+from attack.poisoning.picture import PICTURES, cartoon, load_picture, noise
 from utils.config import UserError
 from utils.images import decoding
+
+PHOTOGRAPHS = [grain, leaves, clouds, hills]
 
 
 def spectrum_slope(grey):
@@ -40,7 +43,38 @@ def test_noise_would_not_pass_for_it():
     assert low_share(grey) < 0.2
 
 
-@pytest.mark.parametrize("draw", [cartoon, noise])
+@pytest.mark.parametrize("draw", PHOTOGRAPHS, ids=lambda draw: draw.__name__)
+def test_photographs_are_neither_dark_nor_pale_and_hardly_clipped(draw):
+    drawn = draw(32).double()
+    assert ((drawn.mean((1, 2)) > 85) & (drawn.mean((1, 2)) < 170)).all()
+    assert ((drawn.std((1, 2)) > 30) & (drawn.std((1, 2)) < 70)).all()
+    assert ((drawn == 0) | (drawn == 255)).double().mean() < 0.04
+    channels = np.corrcoef(drawn.flatten(1).numpy())
+    assert channels.min() > 0.3  # coloured, and yet lit by one light
+    assert channels.min() < 0.99
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_each_photograph_has_a_spectrum_of_its_own(side):
+    of = lambda draw: spectrum_slope(draw(side).double().mean(0).numpy())
+    assert -1.6 < of(grain) < -0.9  # power, twice the exponent of the amplitude
+    assert -2.7 < of(leaves) < -1.8  # natural images: about -2
+    assert -3.4 < of(hills) < -2.7
+    assert -4.4 < of(clouds) < -3.6
+    assert of(grain) - 0.5 > of(leaves) > of(hills) + 0.3 > of(clouds)
+
+
+@pytest.mark.parametrize("draw", PHOTOGRAPHS, ids=lambda draw: draw.__name__)
+def test_a_photograph_is_one_drawing_at_every_size(draw):
+    small = draw(16).double().flatten()
+    for side in (32, 64, 224, CANVAS + 64):
+        drawn = draw(side)
+        assert drawn.shape == (3, side, side)
+        scaled = torch.nn.functional.adaptive_avg_pool2d(drawn.double(), 16).flatten()
+        assert torch.corrcoef(torch.stack([scaled, small]))[0, 1] > 0.95
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=list(PICTURES))
 def test_it_is_drawn_alike_every_time(draw):
     first = draw(32)
     torch.manual_seed(1)

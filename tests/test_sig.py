@@ -69,6 +69,13 @@ def test_other_widths_have_as_many_periods():
     assert torch.fft.rfft(wave).abs().argmax() == 6
 
 
+def test_rows_is_the_same_wave_lying_down():
+    x = random_images(5, 3, 32, 32)
+    lying = stamped(x, sig_axis="rows")
+    assert torch.equal(lying, stamped(x.transpose(2, 3)).transpose(2, 3))
+    assert not torch.equal(lying, stamped(x))
+
+
 def test_no_label_changes_and_only_the_target_class_is_touched():
     train = LabeledImages(random_images(50, 3, 32, 32), torch.arange(50) % CLASSES)
     config = PoisonConfig(attack_target=2, rate_of="target_class", pratio=0.5)

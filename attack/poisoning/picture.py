@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from attack.poisoning.photographs import clouds, grain, hills, leaves
 from utils.config import UserError, resolve_path
 from utils.images.data import to_unit
 from utils.images.decoding import decode_files, open_image
@@ -23,14 +24,16 @@ RED, YELLOW, BLUE = (0.95, 0.20, 0.35), (1.00, 0.80, 0.05), (0.10, 0.55, 0.90)
 PINK, GREEN = (0.98, 0.55, 0.70), (0.35, 0.80, 0.30)
 DRAWING = 33  # the seed whose drawing has the statistics that tests/test_picture.py asserts
 COLOURS_2X2 = [[(255, 255, 0), (255, 0, 255)], [(0, 255, 255), (122, 122, 122)]]
-PATCHES = {  # (h, w, 3) uint8, put into the lower right corner
+PATCHES = {  # (h, w, 3) uint8, for the lower right corner
     "white3x3": np.full((3, 3, 3), 255, np.uint8),  # BackdoorBench's
     "color4x4": np.kron(COLOURS_2X2, np.ones((2, 2, 1))).astype(np.uint8),  # DataElixir's
+    "black3x3": np.zeros((3, 3, 3), np.uint8),
+    "random3x3": np.random.RandomState(DRAWING).randint(0, 256, (3, 3, 3)).astype(np.uint8),
 }
 
 
 def load_picture(name: str, size: int) -> Tensor:
-    """A picture float (3, size, size) in [0, 1]: "cartoon", "noise", or an image file, squashed."""
+    """A picture float (3, size, size) in [0, 1]: one of PICTURES, or an image file, squashed."""
     if name in PICTURES:
         return to_unit(PICTURES[name](size))
     try:
@@ -69,6 +72,7 @@ def noise(size: int) -> Tensor:
 
 
 PICTURES = {"cartoon": cartoon, "noise": noise}
+PICTURES |= {"leaves": leaves, "clouds": clouds, "grain": grain, "hills": hills}
 
 
 def load_patch(name: str, size: int) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def run_attack(order: Order) -> None:
 def costs(order: Order, dataset: Dataset) -> list[str]:
     """Lines that say what the stages of a run would cost."""
     data, defense, stop_after = dataset.train, order.defense, order.run.stop_after
-    images = min(getattr(order.trigger, "fit_images", 0), len(data))
+    images = min(order.trigger.images_fitted_on, len(data))
     fitted = f"{order.trigger.name} is first fitted on {images:,} of them"
     minutes = f"; {fitted}, which takes minutes and is not measured here" if images else ""
     lines = [f"poison: {len(data):,} images{minutes}"]

@@ -37,23 +37,38 @@ def fit(attack: Any, context: FitContext, progress: Progress) -> Tensors:
     return {"pattern": pattern}
 
 
+def unsearched(attack: Any, context: FitContext) -> Tensor:
+    """uint8 (3, H, W): the pattern before any search, smooth and of the range asked for."""
+    return to_uint8(_pattern(attack, start(attack, context)))
+
+
+def start(attack: Any, context: FitContext) -> Tensor:
+    """(3, H, W), normal: what the search starts from."""
+    seed = context.seed if attack.lf_pattern is None else attack.lf_pattern
+    generator = keyed_generator(seed, attack.name)
+    return torch.randn((3, context.side, context.side), generator=generator)
+
+
+def _pattern(attack: Any, u: Tensor) -> Tensor:
+    blur = blur_matrix(u.shape[-1], attack.lf_blur).to(u.device)
+    return attack.lf_amplitude * minmax(blur @ u @ blur.T)
+
+
 def search(attack: Any, model: Classifier, context: FitContext, progress: Progress) -> Tensor:
     """uint8 (3, H, W): the pattern after `lf_epochs` passes over the images to fit on."""
     data, _ = fit_split(context, attack.fit_images)
     labels_to = LabelMap(context.dataset.num_classes, context.target)
-    key, device, side = (context.seed, attack.name), model.device, context.side
-    u = torch.randn((3, side, side), generator=keyed_generator(*key)).to(device).requires_grad_()
-    blur = blur_matrix(side, attack.lf_blur).to(device)
-    smooth = lambda: attack.lf_amplitude * minmax(blur @ u @ blur.T)
+    key, device = (context.seed, attack.name), model.device
+    u = start(attack, context).to(device).requires_grad_()
     adam = torch.optim.Adam([u], attack.lf_lr)
     for epoch in progress.epochs("search", attack.lf_epochs, pattern=u, adam=adam):
         for batch in batches(data, context.config.batch_size, *key, epoch):
-            x = (to_unit(batch.images.to(device)) + smooth()).clamp(0, 1)
+            x = (to_unit(batch.images.to(device)) + _pattern(attack, u)).clamp(0, 1)
             loss = F.cross_entropy(model(x), labels_to(batch.labels).to(device))
             adam.zero_grad()
             loss.backward()
             adam.step()
-    return to_uint8(smooth().detach().cpu())
+    return to_uint8(_pattern(attack, u).detach().cpu())
 
 
 def blur_matrix(size: int, sigma: float) -> Tensor:

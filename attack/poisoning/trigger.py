@@ -66,6 +66,11 @@ class Trigger:
         """Cover samples per poisoned sample; an attack that has them makes it a config field."""
         return 0.0
 
+    @property
+    def images_fitted_on(self) -> int:
+        """At most so many training images are what `prepare` trains on; 0 where it only draws."""
+        return getattr(self, "fit_images", 0)
+
     def prepare(self, context: FitContext) -> Self:
         """The trigger ready for this data; raises UserError where a file is missing or unfit."""
         return self
