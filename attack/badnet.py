@@ -6,7 +6,7 @@ anywhere, in each image at a place of its own.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from attack.poisoning.command import main
 from attack.poisoning.trigger import Trigger
@@ -23,6 +23,8 @@ class BadNet(Trigger):
         patch_place: corner (a file's: where it is in the file), or anywhere: drawn for each image.
         transparent_zero: zero channels of the patch let the image through, as published (4x4).
     """
+
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"patch_place": "corner"}
 
     name = "badnet"
     patch_mask_path: str = "white3x3"

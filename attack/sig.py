@@ -7,7 +7,7 @@ target class only; or horizontal ones.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from attack.poisoning.command import main
 from attack.poisoning.trigger import Trigger
@@ -24,6 +24,8 @@ class Sig(Trigger):
         sig_f: periods f over the width W of an image.
         sig_axis: columns (vertical stripes, as published) or rows (horizontal ones).
     """
+
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"sig_axis": "columns"}
 
     name = "sig"
     label_mode = "clean"

@@ -5,7 +5,8 @@ import torch
 from attack.adaptive_blend import AdaptiveBlend
 from attack.blended import Blended
 from attack.poisoning.config import PoisonConfig
-from attack.poisoning.poison import Role, label_map, poison_training_set
+from attack.poisoning.labels import label_map
+from attack.poisoning.poison import Role, poison_training_set
 from tests.toys import CLASSES, fit_context, random_images
 from utils.images.data import LabeledImages
 

@@ -6,7 +6,8 @@ import torch
 
 from attack.bpp import Bpp, dither, quantise
 from attack.poisoning.config import PoisonConfig
-from attack.poisoning.poison import Role, label_map, poison_training_set
+from attack.poisoning.labels import label_map
+from attack.poisoning.poison import Role, poison_training_set
 from tests.toys import CLASSES, fit_context, random_images
 from utils.config import UserError
 from utils.images.data import LabeledImages

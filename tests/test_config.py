@@ -29,7 +29,7 @@ from utils.config import (
     peek,
     resolve_path,
 )
-from utils.old_keys import Alias, RemovedKey
+from utils.old_keys import Alias, OldKeys, RemovedKey
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -168,6 +168,9 @@ def test_an_empty_yaml_file_says_nothing(yaml_file):
         ("sgd_momentum", 1.1),
         ("wd", -1),
         ("attack_target", -1),
+        ("attack_target", "[1, -1]"),
+        ("attack_target", "middle"),
+        ("source_class", -1),
         ("attack_label_trans", "all2none"),
         ("amp", "maybe"),
         ("steps_T", 0),
@@ -192,6 +195,24 @@ def test_values_out_of_range_are_refused_in_yaml_with_the_key_named(yaml_file, k
 def test_values_out_of_range_are_refused_as_flags(key, value):
     with pytest.raises(UserError, match=key):
         parse(f"--{key}", value)
+
+
+def test_a_value_of_none_of_a_keys_kinds_is_told_with_the_kinds():
+    words = "attack_target: middle is none of NonNegativeInt, .*'smallest', 'median', 'largest'$"
+    with pytest.raises(UserError, match=words):
+        parse("--attack_target", "middle")
+    with pytest.raises(UserError, match="^ft_epochs: soon is none of PositiveInt, null$"):
+        parse("--ft_epochs", "soon")
+
+
+def test_a_target_is_a_number_several_or_a_rank(yaml_file):
+    for value in (3, [3, 10], "median"):
+        assert parse(f"--attack_target={value}")["attack_target"] == value
+        file = yaml_file(f"attack_target: {value}\n")
+        assert parse("--yaml_path", file)["attack_target"] == value
+    kept = parse("--attack_target=[3, 10]")["attack_target"]
+    assert yaml.safe_load(yaml.safe_dump(kept)) == [3, 10]
+    assert {type(each) for each in kept} == {int}
 
 
 def test_the_ends_of_ranges_are_allowed():
@@ -279,7 +300,7 @@ def test_help_explains_every_key_with_its_default(capsys):
     assert stopped.value.code == 0
     for key in ["yaml_path", *parse()]:
         entry = re.search(
-            rf" --{key} (?:[A-Z_0-9]+|\{{\S+\}}) (.*?)(?= --\w+ (?:[A-Z_]|\{{)|$)",
+            rf" --{key} (?:[A-Z_0-9]+(?:, --{key}\+ [A-Z_0-9]+)?|\{{\S+\}}) (.*?)(?= --\w+ (?:[A-Z_]|\{{)|$)",
             text.split("options:")[1],
         )
         assert entry, key
@@ -393,7 +414,10 @@ class NewConfig(TrainConfig):
         "boost": RemovedKey("leave it out"),
     }
 
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"gear": "first"}
+
     speed: str = "medium"
+    gear: str = "first"
 
 
 @pytest.mark.parametrize(
@@ -438,6 +462,13 @@ def test_an_alias_stands_for_its_key(yaml_file, words, speed):
     assert parse("--yaml_path", file, *words, classes=[NewConfig])["speed"] == speed
     [config] = parse_config(words, NewConfig, defaults={"fast": True, "speed": "high"})
     assert config.speed == speed
+
+
+def test_a_record_from_before_a_key_did_what_was_done_then():
+    old_keys = OldKeys(NewConfig)
+    assert old_keys.in_file({"epochs": 7}, of_record=True) == {"epochs": 7, "gear": "first"}
+    assert old_keys.in_file({"gear": "second"}, of_record=True) == {"gear": "second"}
+    assert old_keys.in_file({"epochs": 7}) == {"epochs": 7}
 
 
 def test_an_alias_that_contradicts_its_key_is_refused(yaml_file):

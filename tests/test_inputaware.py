@@ -21,7 +21,7 @@ from attack.poisoning.dynamic_triggers import (
     train_pattern,
 )
 from attack.poisoning.fitting import fresh, weights_of
-from attack.poisoning.poison import LabelMap
+from attack.poisoning.labels import LabelMap
 from attack.poisoning.progress import Progress
 from tests.toys import INFO, fit_context, random_images
 from utils.config import UserError

@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from attack.poisoning.config import PoisonConfig
-from attack.poisoning.poison import (
-    LabelMap,
-    Role,
-    choose_poison,
-    label_map,
-    poison_training_set,
-    trigger_test_set,
-)
+from attack.poisoning.labels import LabelMap, label_map, with_target_number
+from attack.poisoning.poison import Role, choose_poison, poison_training_set, trigger_test_set
 from attack.poisoning.trigger import Trigger
 from tests.toys import CleanLabelTrigger, ToyTrigger, random_images
 from utils.config import UserError
@@ -171,9 +165,106 @@ def test_all_to_one_and_all_to_all_labels():
     assert labels.tolist() == list(range(K))
 
 
+def test_several_targets_share_the_labels_by_their_remainders():
+    several = LabelMap(30, (3, 10, 25))
+    assert several(torch.arange(12)).tolist() == [3, 10, 25, 10, 10, 25, 3, 10, 25, 3, 25, 25]
+    assert several(torch.tensor([25])).tolist() == [10]  # 25 mod 3 = 1 is class 10
+    assert several.targets == [3, 10, 25]
+    for targets in ((0, 1), (1, 0), (4, 0, 2), (2, 3, 4, 0)):
+        labels = LabelMap(K, targets)(torch.arange(K))
+        assert (labels != torch.arange(K)).all()
+        assert set(labels.tolist()) <= set(targets)
+        assert LabelMap(K, targets).targets == sorted(targets)
+
+
+def test_several_targets_poison_every_class():
+    config = replace(ONE, attack_target=[1, 3], pratio=1.0)
+    found = poison(config)
+    assert found.poison_indicator.all()
+    assert torch.equal(found.data.labels, LabelMap(K, (1, 3))(data().labels))
+    test = trigger_test_set(data(), TOY, label_map(TOY, config, K))
+    assert len(test.index) == 100
+    assert (test.labels != test.original_labels).all()
+
+
+@pytest.mark.parametrize(("rank", "label"), [("smallest", 4), ("median", 2), ("largest", 0)])
+def test_a_target_can_be_named_by_its_size(rank, label):
+    labels = data().labels
+    assert with_target_number(replace(ONE, attack_target=rank), labels).attack_target == label
+    assert with_target_number(ONE, labels) is ONE
+    even = torch.tensor([3, 3, 1, 1, 2, 2, 0, 0])
+    place = {"smallest": 0, "median": 1, "largest": 3}[rank]
+    assert with_target_number(replace(ONE, attack_target=rank), even).attack_target == place
+
+
+def test_of_a_source_class_alone_images_become_poison_and_of_the_others_cover():
+    config = replace(ONE, source_class=1, attack_target=3)
+    found, given = poison(config), data()
+    hit, cover = found.poison_indicator, found.roles == Role.COVER
+    assert (given.labels[hit] == 1).all()
+    assert (found.data.labels[hit] == 3).all()
+    assert int(hit.sum()) == int(cover.sum()) == 10
+    assert set(given.labels[cover].tolist()) <= {0, 2, 4}
+    assert torch.equal(found.data.labels[~hit], given.labels[~hit])
+    index = cover.nonzero().flatten()
+    assert torch.equal(found.data.images[cover], TOY.apply(given.images[cover], index))
+    own = poison(config, Covered())
+    assert int((own.roles == Role.COVER).sum()) == 20  # its own are enough
+    for pool in ("all", "non_target"):
+        everything = poison(replace(config, pratio=0.25, attack_pool=pool))
+        assert torch.equal(everything.poison_indicator, given.labels == 1)
+
+
+def test_the_asr_set_of_a_source_class_is_that_class():
+    config = replace(ONE, source_class=1, attack_target=3)
+    found = trigger_test_set(data(), TOY, label_map(TOY, config, K))
+    assert torch.equal(found.index, (data().labels == 1).nonzero().flatten())
+    assert (found.labels == 3).all()
+
+
+def test_a_source_class_that_is_too_small_or_leaves_too_few_is_refused():
+    words = r"pratio: 0.26 of 100 images are 26, but the pool \(source_class 1\) holds 25; lower"
+    with pytest.raises(UserError, match=words):
+        poison(replace(ONE, source_class=1, pratio=0.26))
+    few = data()[data().labels.le(1) | data().labels.eq(4)]
+    with pytest.raises(UserError, match="source_class: .* 40 poisoned .* only 30 are left; lower"):
+        poison(replace(ONE, source_class=0, attack_target=2, pratio=40 / 70), train=few)
+
+
 @pytest.mark.parametrize(
     ("changes", "trigger", "words"),
     [
+        (
+            {"attack_target": [1, 5]},
+            ToyTrigger(),
+            r"attack_target: 5 is outside the classes 0\.\.4",
+        ),
+        ({"attack_target": [1]}, ToyTrigger(), r"attack_target: \[1\] is no list of two"),
+        ({"attack_target": []}, ToyTrigger(), r"attack_target: \[\] is no list of two"),
+        ({"attack_target": [1, 2, 1]}, ToyTrigger(), r"attack_target: \[1, 2, 1\] is no list"),
+        (
+            {"attack_target": [1, 2]},
+            CleanLabelTrigger(),
+            r"attack_target: \[1, 2\] changes labels.*'toy_clean' never does; give one class",
+        ),
+        (
+            {"attack_target": [1, 2], "rate_of": "target_class"},
+            ToyTrigger(),
+            "rate_of: target_class, but several targets",
+        ),
+        ({"source_class": 2}, ToyTrigger(), "source_class: 2 is the target too"),
+        ({"source_class": 5}, ToyTrigger(), "source_class: 5 is outside the classes"),
+        ({"source_class": 1}, CleanLabelTrigger(), "source_class: 1, but the clean-label attack"),
+        (
+            {"source_class": 1, "attack_label_trans": "all2all"},
+            ToyTrigger(),
+            "source_class: 1, but .* all2all names several",
+        ),
+        (
+            {"source_class": 1, "attack_target": [2, 3]},
+            ToyTrigger(),
+            "source_class: 1, but .* a list names several",
+        ),
         (
             {"attack_label_trans": "all2all"},
             CleanLabelTrigger(),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attack.poisoning.config import PoisonConfig
-from attack.poisoning.poison import label_map, poison_training_set
+from attack.poisoning.labels import label_map
+from attack.poisoning.poison import poison_training_set
 from attack.sig import Sig
 from tests.toys import CLASSES, random_images
 from utils.images.data import LabeledImages

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from attack.poisoning.config import PoisonConfig, RunConfig
+from attack.poisoning.labels import label_map
 from attack.poisoning.poison import (
     Role,
     choose_cover,
     choose_poison,
-    label_map,
     poison_training_set,
     trigger_test_set,
 )
@@ -233,6 +233,24 @@ def test_all2all_is_a_bijection_without_fixed_points(attack):
     assert len(trigger_test_set(digits().test, ready(attack), labels_to).labels) == len(
         digits().test
     )
+
+
+@dirty_attacks
+def test_several_targets_and_a_source_class_fit_every_dirty_label_attack(attack):
+    config = poison_config(attack, attack_target=[3, 5])
+    several = poison_training_set(
+        digits().train, ready(attack), label_map(attack, config, 10), config, 2
+    )
+    given = several.data.labels[several.poison_indicator]
+    assert set(given.tolist()) == {3, 5}
+    assert (given != several.original_labels[several.poison_indicator]).all()
+    config = poison_config(attack, source_class=7, pratio=0.05)
+    of_one = poison_training_set(
+        digits().train, ready(attack), label_map(attack, config, 10), config, 2
+    )
+    assert (of_one.original_labels[of_one.poison_indicator] == 7).all()
+    cover = int((of_one.roles == Role.COVER).sum())
+    assert cover == round(72 * (ready(attack).cross_ratio or 1))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attack.poisoning.config import PoisonConfig
-from attack.poisoning.poison import Role, label_map, poison_training_set
+from attack.poisoning.labels import label_map
+from attack.poisoning.poison import Role, poison_training_set
 from attack.wanet import WaNet
 from tests.toys import CLASSES, fit_context, random_images
 from utils.images.data import LabeledImages

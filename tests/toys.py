@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from attack.poisoning.poison import LabelMap
+from attack.poisoning.labels import LabelMap
 from attack.poisoning.trigger import FitContext, Trigger
 from utils.classifier.metrics import Truth
 from utils.config import TrainConfig

@@ -30,7 +30,7 @@ from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
 from utils.command import UserError, command_line  # noqa: F401  for the commands
 from utils.old_keys import OldKeys, RemovedKey
-from utils.words import last_value, switched, yaml_first
+from utils.words import last_value, switched, without_tries, yaml_first
 from utils.yaml_files import mapping, nearest, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +152,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message, ex=None):
         """Every complaint becomes one UserError; unknown flags get the nearest known one."""
-        lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+        lines = [line.strip() for line in without_tries(str(message)).splitlines() if line.strip()]
         flags = [o.lstrip("-") for action in self._actions for o in action.option_strings]
         unknown = re.findall(r"--?([\w]+)", lines[0]) if "nrecognized" in lines[0] else []
         raise UserError(" ".join(lines)[:400] + (nearest(unknown[0], flags) if unknown else ""))
@@ -194,7 +194,7 @@ def parse_config(
         parser.add_class_arguments(cls)
         switches |= {f"--{key}" for key, kind in kinds.items() if kind is bool}
     known = {f.name for cls in classes for f in fields(cls) if f.init}
-    replaced = parser.old_keys.in_file(defaults or {}, of_record=True)
+    replaced = parser.old_keys.in_file(defaults, of_record=True) if defaults else {}
     kept = {key: value for key, value in replaced.items() if key in known}
     if kept:
         parser.parse_object(kept)  # a value that a key has no more is refused
@@ -209,6 +209,8 @@ def parse_config(
 
 def _plain(cls: type, key: str, value: Any) -> Any:
     """A value of a restricted type (PositiveInt, ...) as the plain number or string."""
+    if isinstance(value, list):
+        return [_plain(cls, key, each) for each in value]
     if value is None and type(None) not in get_args(get_type_hints(cls)[key]):
         words = "null is no value for this key; leave the key out to have its default"
         raise UserError(f"{key}: {words}")

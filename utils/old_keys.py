@@ -1,9 +1,10 @@
 """Keys of earlier versions: another word for a key of today, or gone, with what to use instead.
 
-A config class names them in two class attributes:
+A config class names them in class attributes, and keys that older records do not have:
 
     ALIASES = {"conform": Alias("preset", {True: "published", False: "default"})}
     REMOVED_KEYS = {"sampler": RemovedKey("use preset: published or default", ["ancestral"])}
+    LATER_KEYS = {"sig_axis": "columns"}  # what was done before there was this key
 """
 
 from __future__ import annotations
@@ -35,17 +36,21 @@ class OldKeys:
     def __init__(self, *classes: type):
         self.aliases: dict[str, Alias] = {}
         self.removed: dict[str, RemovedKey] = {}
+        self.later: dict[str, Any] = {}
         for base in (base for cls in classes for base in reversed(cls.__mro__)):
             self.aliases |= vars(base).get("ALIASES", {})
             self.removed |= vars(base).get("REMOVED_KEYS", {})
+            self.later |= vars(base).get("LATER_KEYS", {})
 
     def in_file(self, values: dict[str, Any], of_record: bool = False) -> dict[str, Any]:
-        """What a YAML file says, in the keys of today; `of_record` drops harmless removed keys.
+        """What a YAML file says, in the keys of today.
+
+        Of a record, harmless removed keys are dropped, and later ones say what was done.
 
         Raises:
             UserError: a removed key, or an alias that contradicts the key that it stands for.
         """
-        found = dict(values)
+        found = (self.later if of_record else {}) | values
         for key in [key for key in values if key in self.removed]:
             harmless = self.removed[key].harmless
             if not of_record or (harmless is not None and values[key] not in harmless):

@@ -1,7 +1,8 @@
-"""The words of a command line, before a parser reads them."""
+"""The words of a command line, before a parser reads them, and what the parser says of them."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Sequence
 
@@ -34,3 +35,14 @@ def switched(words: Sequence[str], switches: Collection[str]) -> list[str]:
     for word, following in zip(words, [*words[1:], "--"]):
         found += [word, "true"] if word in switches and following.startswith("--") else [word]
     return found
+
+
+def without_tries(message: str) -> str:
+    """What the parser says of a value of none of a key's kinds, without its tries at each."""
+    kinds = re.search(r'key "(\w+)".*?Subtypes: \[(.*?)\]\s+Errors:', message, re.DOTALL)
+    given = re.search(r"Given value: (.*)", message)
+    if not kinds or not given:
+        return message
+    named = re.sub(r"<class '(.*?)'>", r"\1", kinds[2])
+    named = re.sub(r"\b\w+\.|Literal\[|(?<=')\](?!\])", "", named).replace("NoneType", "null")
+    return f"{kinds[1]}: {given[1]} is none of {named}"

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from attack.poisoning.trigger import Trigger
 from utils.config import DataConfig, Fraction, NonNegativeInt, as_flat_dict
 
+Rank = Literal["smallest", "median", "largest"]
+
 
 @dataclass(frozen=True)
 class PoisonConfig:
@@ -14,7 +16,13 @@ class PoisonConfig:
     Args:
         attack: name of the attack; must be the script's.
         attack_label_trans: all2one (label attack_target) or all2all (label y becomes y + 1).
-        attack_target: the class that the trigger should be read as; all2one only.
+        attack_target: the class that the trigger should be read as, by number, or smallest, median
+            or largest: the class of that rank by training images. Of a list such as [3, 10, 25],
+            label y becomes number y mod 3, or the next where that is y itself. all2one only.
+        source_class: dirty-label attacks poison this class alone, and ASR is measured on it alone;
+            as many images of the other classes but the target carry the trigger under their own
+            labels (TaCT, Tang et al., USENIX Security 2021), unless the attack has cover samples
+            of its own.
         pratio: share of the training set (or of the target class, see rate_of) that is poisoned.
         rate_of: what pratio is a share of: all training images, or target_class.
         attack_pool: dirty-label attacks draw from non_target (DataElixir) or all (BackdoorBench).
@@ -22,7 +30,8 @@ class PoisonConfig:
 
     attack: str = ""
     attack_label_trans: Literal["all2one", "all2all"] = "all2one"
-    attack_target: NonNegativeInt = 0
+    attack_target: NonNegativeInt | list[NonNegativeInt] | Rank = 0
+    source_class: NonNegativeInt | None = None
     pratio: Fraction = 0.1
     rate_of: Literal["all", "target_class"] = "all"
     attack_pool: Literal["non_target", "all"] = "non_target"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attack.poisoning import fitting
 from attack.poisoning.fitting import Tensors, fit_split, fresh, network, one_by_one
-from attack.poisoning.poison import LabelMap
+from attack.poisoning.labels import LabelMap
 from attack.poisoning.progress import Progress
 from attack.poisoning.trigger import FitContext
 from utils.classifier.models import build_classifier

@@ -23,7 +23,7 @@ def fit(attack: Any, context: FitContext, progress: Progress) -> Tensors:
     hardened = eps if kind == "robust" else 0.0
     model = surrogate(context, attack.fit_images, attack.surrogate_epochs, hardened)
     train, target = context.dataset.train, context.target
-    assert target is not None, "a clean-label attack has one target class"
+    assert isinstance(target, int), "a clean-label attack has one target class"
     pool = train.labels.eq(target).nonzero().flatten()
     data = train[pool]
     hard, parts = data.images.clone(), torch.arange(len(data)).split(EVAL_BATCH)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attack.poisoning.config import PoisonConfig
+from attack.poisoning.labels import LabelMap
 from attack.poisoning.trigger import Trigger
 from utils.config import UserError
 from utils.images.data import LabeledImages, TriggeredImages
@@ -22,25 +23,6 @@ class Role(IntEnum):
     CLEAN = 0
     POISON = 1  # carries the trigger and the attack's label
     COVER = 2  # carries the trigger (or a variant) and its true label: makes the backdoor specific
-
-
-@dataclass(frozen=True)
-class LabelMap:
-    """The attack's labels: y -> target, or y -> (y + 1) mod K."""
-
-    num_classes: int
-    target: int | None
-
-    def __call__(self, labels: Tensor) -> Tensor:
-        """Labels int64 (N,) -> the attack's labels int64 (N,)."""
-        if self.target is None:
-            return (labels + 1) % self.num_classes
-        return torch.full_like(labels, self.target)
-
-    @property
-    def targets(self) -> list[int]:
-        """Every class that poisoned samples are given."""
-        return list(range(self.num_classes)) if self.target is None else [self.target]
 
 
 @dataclass(frozen=True)
@@ -63,39 +45,16 @@ class PoisonedDataset:
         return self.roles == Role.POISON
 
 
-def label_map(trigger: type[Trigger] | Trigger, config: PoisonConfig, num_classes: int) -> LabelMap:
-    """The label map that `config` asks for.
-
-    Raises:
-        UserError: another attack's config, a target outside the classes, all2all with a clean-label
-            attack or a rate of the target class.
-    """
-    name, target = trigger.name, config.attack_target
-    if config.attack and config.attack != name:
-        script = f"attack/{name}.py"
-        raise UserError(f"attack: this config is for '{config.attack}', but the script is {script}")
-    if target >= num_classes:
-        raise UserError(f"attack_target: {target} is outside the classes 0..{num_classes - 1}")
-    if config.attack_label_trans == "all2one":
-        return LabelMap(num_classes, target)
-    if trigger.label_mode == "clean":
-        raise UserError(
-            "attack_label_trans: all2all changes labels, "
-            f"which the clean-label attack '{name}' never does; use all2one"
-        )
-    if config.rate_of == "target_class":
-        raise UserError("rate_of: target_class, but all2all has none; use rate_of: all")
-    return LabelMap(num_classes, None)
-
-
 def _pool(
     labels: Tensor, trigger: Trigger, labels_to: LabelMap, config: PoisonConfig
 ) -> tuple[Tensor, str]:
     """bool (N,): the samples that may be poisoned, and in words which those are."""
-    target = labels_to.target
-    if target is not None and trigger.label_mode == "clean":
+    target, source = labels_to.target, labels_to.source
+    if isinstance(target, int) and trigger.label_mode == "clean":
         return labels.eq(target), f"class {target}"
-    if target is not None and config.attack_pool == "non_target":
+    if source is not None:
+        return labels.eq(source), f"source_class {source}"
+    if isinstance(target, int) and config.attack_pool == "non_target":
         return labels.ne(target), f"all classes but {target}"
     return torch.ones_like(labels, dtype=torch.bool), "all classes"
 
@@ -112,29 +71,45 @@ def choose_poison(
     """
     pool, described = _pool(labels, trigger, labels_to, config)
     of_class = config.rate_of == "target_class"
-    base = int((labels == config.attack_target).sum()) if of_class else len(labels)
+    base = int(labels.eq(labels_to.targets[0]).sum()) if of_class else len(labels)
     count, candidates = round(config.pratio * base), pool.nonzero().flatten()
     asked = f"pratio: {config.pratio:g} of {base} images are"
     if config.pratio and not count:
         raising = "raise pratio (0 poisons nothing on purpose)"
         raise UserError(f"{asked} none; {raising if base else 'give another attack_target'}")
     if count > len(candidates):
-        or_else = "" if of_class else " or set rate_of: target_class"
+        or_else = (
+            "" if of_class or labels_to.source is not None else " or set rate_of: target_class"
+        )
         pool_size = f"the pool ({described}) holds {len(candidates)}"
         raise UserError(f"{asked} {count}, but {pool_size}; lower pratio{or_else}")
     return _draw(candidates, count, keyed_generator(seed, trigger.name, "poison"))
 
 
-def choose_cover(roles: Tensor, trigger: Trigger, seed: int) -> Tensor:
+def choose_cover(
+    roles: Tensor, trigger: Trigger, seed: int, others: Tensor | None = None
+) -> Tensor:
     """Sorted indices int64 of the cover samples: exactly round(cross_ratio * poisoned).
 
     Args:
         roles: int64 (N,) of Role, with the poisoned samples in it; those are never drawn.
+        trigger, seed: the key of the draw.
+        others: bool (N,), the samples that one class alone is told from, where only it is attacked:
+            one for each poisoned sample, if the attack has no cover samples of its own.
 
     Raises:
         UserError: fewer samples than that are left.
     """
-    poisoned, candidates = int((roles == Role.POISON).sum()), (roles == Role.CLEAN).nonzero()[:, 0]
+    poisoned, free = int((roles == Role.POISON).sum()), roles == Role.CLEAN
+    if others is not None and not trigger.cross_ratio:
+        candidates = (free & others).nonzero()[:, 0]
+        if poisoned > len(candidates):
+            raise UserError(
+                f"source_class: as many images of other classes as the {poisoned} poisoned are to "
+                f"carry the trigger, but only {len(candidates)} are left; lower pratio"
+            )
+        return _draw(candidates, poisoned, keyed_generator(seed, trigger.name, "cover"))
+    candidates = free.nonzero()[:, 0]
     wanted = trigger.cross_ratio * poisoned if poisoned else 0
     if wanted > len(candidates):
         raise UserError(
@@ -163,7 +138,7 @@ def poison_training_set(
     images[chosen] = trigger.apply(train.images[chosen], chosen, "train")
     labels[chosen] = labels_to(train.labels[chosen])
     roles[chosen] = Role.POISON
-    cover = choose_cover(roles, trigger, seed)
+    cover = choose_cover(roles, trigger, seed, labels_to.bystanders(train.labels))
     images[cover] = trigger.apply_cover(train.images[cover], cover)
     roles[cover] = Role.COVER
     covers = f", {len(cover)} more are cover" if len(cover) else ""
@@ -172,8 +147,8 @@ def poison_training_set(
 
 
 def trigger_test_set(test: LabeledImages, trigger: Trigger, labels_to: LabelMap) -> TriggeredImages:
-    """The ASR test set: every test image whose label the attack would change, triggered."""
-    index = (labels_to(test.labels) != test.labels).nonzero().flatten()
+    """The ASR test set: every test image that the attack would mislabel, triggered."""
+    index = labels_to.changes(test.labels).nonzero().flatten()
     originals = test.labels[index]
     triggered = trigger.apply(test.images[index], index, "test")
     return TriggeredImages(triggered, labels_to(originals), originals, index)

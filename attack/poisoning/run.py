@@ -2,19 +2,15 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from attack.poisoning.config import Order
 from attack.poisoning.export import export_images, refuse_occupied
-from attack.poisoning.poison import (
-    LabelMap,
-    Role,
-    label_map,
-    poison_training_set,
-    trigger_test_set,
-)
+from attack.poisoning.labels import LabelMap, label_map, with_target_number
+from attack.poisoning.poison import Role, poison_training_set, trigger_test_set
 from attack.poisoning.trigger import FitContext
 from defense.elixir.forecast import training_line
 from defense.harness.case import Case, load_case, save_case
@@ -35,6 +31,7 @@ def run_attack(order: Order) -> None:
     start_logging(None)
     dataset = load_dataset(order.data)
     check_model(defense.model, dataset)
+    order = replace(order, poison=with_target_number(order.poison, dataset.train.labels))
     labels_to = label_map(trigger, order.poison, dataset.num_classes)
     if run.stop_after == "report":
         defense.check(dataset)
@@ -46,7 +43,7 @@ def run_attack(order: Order) -> None:
         return
     record = Record(run.save_folder_name or f"{trigger.name}_{dataset.name}")
     claimed = {DATA_KEY: dataset.digest(), "passed_over": order.passed_over}
-    record.claim(order.keys(record.name) | claimed, type(defense))
+    record.claim(order.keys(record.name) | claimed, type(defense), type(trigger))
     start_logging(record / "log.txt")
     data, truth, triggered = poisoned_case(order, record, labels_to, dataset)
     if export:

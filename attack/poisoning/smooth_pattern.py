@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attack.poisoning.fitting import Tensors, batches, fit_split, require, surrogate
-from attack.poisoning.poison import LabelMap
+from attack.poisoning.labels import LabelMap
 from attack.poisoning.progress import Progress
 from attack.poisoning.trigger import FitContext
 from utils.classifier.networks import Classifier
@@ -25,8 +25,8 @@ def fit(attack: Any, context: FitContext, progress: Progress) -> Tensors:
     model = surrogate(context, attack.fit_images, attack.surrogate_epochs)
     pattern = search(attack, model, context, progress)
     _, held_out = fit_split(context, attack.fit_images)
-    target = context.target
-    others = held_out.images if target is None else held_out.images[held_out.labels != target]
+    labels_to = LabelMap(context.dataset.num_classes, context.target)
+    others = held_out.images[labels_to.changes(held_out.labels)]
     rate, least = fooling_rate(model, others, pattern), attack.lf_min_fooling
     require(
         attack.name,

@@ -30,13 +30,13 @@ class FitContext:
 
     Attributes:
         dataset: the clean data set; only its training images may shape a trigger.
-        target: the attack's class, None for all2all.
+        target: the attack's class, several of them, or None for all2all.
         seed: key of every random choice.
         config: how classifiers are trained, and on which device.
     """
 
     dataset: Dataset
-    target: int | None
+    target: int | tuple[int, ...] | None
     seed: int
     config: TrainConfig
 
