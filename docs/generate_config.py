@@ -36,9 +36,10 @@ Written by `python docs/generate_config.py` from the docstrings of the config cl
 not this page.
 
 Every key is a flag of the command line (`--pratio 0.05`) and a key of the YAML file that
-`--yaml_path` names. Flags win over the file, which wins over the defaults. `--help` lists the
-keys of a command, `--print_config` prints the values that it would use. An unknown key ends the
-command in one line that names the nearest known one.
+`--yaml_path` names. Flags win over the file, which wins over the defaults. Given several times,
+`--yaml_path` lays each file over those before it. `--help` lists the keys of a command,
+`--print_config` prints the values that it would use. An unknown key ends the command in one line
+that names the nearest known one.
 
 * An attack script takes the keys of the run, of the images, of the poisoning, of its attack and
   of the defence that `--defense` names; every defence has the keys of training.

@@ -26,6 +26,7 @@ from utils.config import (
     as_flat_dict,
     command_line,
     parse_config,
+    passed_over,
     peek,
     resolve_path,
 )
@@ -33,8 +34,11 @@ from utils.old_keys import Alias, OldKeys, RemovedKey
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
-    path for path in (ROOT / "config").glob("*/*.yaml") if path.parent.name != "purify"
+    path
+    for path in (ROOT / "config").glob("*/*.yaml")
+    if path.parent.name not in ("purify", "variants")
 )
+VARIANTS = sorted((ROOT / "config/variants").glob("*.yaml"))
 ATTACKS = sorted(p.stem for p in (ROOT / "attack").glob("*.py") if "\n    main(" in p.read_text())
 PUBLISHED = """\
 amp: true
@@ -107,6 +111,46 @@ def test_flags_win_over_yaml_and_yaml_over_defaults_in_any_order(yaml_file):
         parse("--epochs", 3, "--yaml_path", path, "--yaml_path", other)[key]
         for key in ("epochs", "lr")
     ] == [3, 0.25]
+
+
+def test_of_several_files_the_later_wins_in_the_parser_and_where_it_is_peeked_at(yaml_file):
+    first = yaml_file("defense: one\nlr: 0.5\nepochs: 7\nattack_target: [1, 2]\n", "1.yaml")
+    second = yaml_file("defense: two\nlr: 0.25\nattack_target: [3, 0]\n", "2.yaml")
+    for words in (["--yaml_path", first, f"--yaml_path={second}"], ["--yaml_path", second]):
+        values = parse(*words, "--wd", 0.25)
+        assert (values["lr"], values["wd"], values["attack_target"]) == (0.25, 0.25, [3, 0])
+        assert values["defense"] == peek(words, "defense", "none") == "two"
+    words = ["--yaml_path", second, "--yaml_path", first]
+    assert parse(*words)["lr"] == 0.5
+    assert peek(words, "defense", "none") == "one"
+    assert peek([*words, "--defense", "three"], "defense", "none") == "three"
+    assert peek(["--yaml_path", first, "--yaml_path", yaml_file("")], "defense", "") == "one"
+
+
+def test_every_file_of_several_is_checked_and_read_in_the_keys_of_its_day(yaml_file):
+    good, bad = yaml_file("lr: 0.5\n"), yaml_file("lrr: 0.5\n", "bad.yaml")
+    for files in ((good, bad), (bad, good)):
+        with pytest.raises(UserError, match=r"bad\.yaml: unknown key 'lrr'"):
+            parse(*itertools.chain(*(("--yaml_path", file) for file in files)))
+    fast, slow = yaml_file("fast: true\n", "fast.yaml"), yaml_file("speed: low\n", "slow.yaml")
+    for files, speed in (((fast, slow), "low"), ((slow, fast), "high")):
+        words = itertools.chain(*(("--yaml_path", file) for file in files))
+        assert parse(*words, classes=[NewConfig])["speed"] == speed
+    gone = yaml_file("turbo: true\n", "gone.yaml")
+    with pytest.raises(UserError, match="turbo: this key is gone"):
+        parse("--yaml_path", gone, "--yaml_path", fast, classes=[NewConfig])
+
+
+def test_keys_for_other_defences_are_kept_from_all_files(yaml_file):
+    class Other(TrainConfig):
+        PASSED_OVER: ClassVar[frozenset[str]] = frozenset({"steps_T", "rounds_n"})
+
+    first = yaml_file("steps_T: 3\nrounds_n: 2\nlr: 0.5\n", "1.yaml")
+    second = yaml_file("steps_T: 4\n", "2.yaml")
+    words = ["--yaml_path", first, "--yaml_path", second]
+    assert passed_over(words, Other) == {"steps_T": 4, "rounds_n": 2}
+    assert passed_over(words[:2], Other) == {"steps_T": 3, "rounds_n": 2}
+    assert passed_over([], Other) == {}
 
 
 def test_replaced_defaults_lose_to_yaml(yaml_file):
@@ -291,6 +335,20 @@ def test_every_shipped_config_belongs_to_its_attack(path):
     assert written
     assert {key: values[key] for key in written} == written
     assert values["attack"] in ("", path.parent.name)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "gtsrb_small", "cifar10_small"])
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_every_variant_is_laid_over_the_configs_of_its_attack(path, dataset):
+    text = path.read_text()
+    own = yaml.safe_load(text)
+    attack = own["attack"]
+    under = ROOT / "config" / attack / f"{dataset}.yaml"
+    values = parse("--yaml_path", under, "--yaml_path", path, classes=classes_of(attack))
+    expected = yaml.safe_load(under.read_text()) | own
+    assert {key: values[key] for key in expected} == expected
+    assert re.match(r"# [A-Z].*\.\n\w", text)
+    assert own != {"attack": attack}
 
 
 def test_help_explains_every_key_with_its_default(capsys):

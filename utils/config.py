@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, read in the order defaults < YAML file < command line.
+"""Configuration: frozen dataclasses, read in the order defaults < YAML files < command line.
 
 `parse_config` turns several of them into one command line whose flags are the field names.
 """
@@ -30,7 +30,7 @@ from jsonargparse.typing import OpenUnitInterval as OpenFraction
 
 from utils.command import UserError, command_line  # noqa: F401  for the commands
 from utils.old_keys import OldKeys, RemovedKey
-from utils.words import last_value, switched, without_tries, yaml_first
+from utils.words import every_value, last_value, switched, without_tries, yaml_first
 from utils.yaml_files import mapping, nearest, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +164,7 @@ def parse_config(
     description: str = "",
     defaults: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """One instance of each of `classes`, from defaults, then --yaml_path, then flags.
+    """One instance of each of `classes`, from defaults, then every --yaml_path, then flags.
 
     Args:
         argv: the command line without the program name; None means sys.argv[1:].
@@ -184,7 +184,7 @@ def parse_config(
     parser.add_argument(
         "--yaml_path",
         action=_YamlPath,
-        help="YAML file with any of the keys below; flags win over it",
+        help="YAML file with any of the keys below; of several files the later wins, flags over all",
     )
     switches = {f"--{alias}" for alias in parser.old_keys.aliases}
     for cls in classes:
@@ -225,16 +225,22 @@ def peek(argv: Sequence[str] | None, key: str, default: str) -> str:
     words = list(sys.argv[1:] if argv is None else argv)
     if (given := last_value(words, key)) is not None:
         return given
-    if file := last_value(words, "yaml_path"):
-        with contextlib.suppress(UserError):  # said when the parser reads the file
-            return str(mapping(resolve_path(file, "--yaml_path")).get(key, default))
+    with contextlib.suppress(UserError):  # said when the parser reads the file
+        return str(_in_files(words).get(key, default))
     return default
 
 
+def _in_files(words: Sequence[str]) -> dict[str, Any]:
+    """{key: value} of a command line's YAML files, of which the later wins."""
+    found: dict[str, Any] = {}
+    for file in filter(None, every_value(words, "yaml_path")):
+        found |= mapping(resolve_path(file, "--yaml_path"))
+    return found
+
+
 def passed_over(argv: Sequence[str] | None, cls: type) -> dict[str, Any]:
-    """{key: value} of a command line's YAML file that are not for `cls` (its PASSED_OVER)."""
-    file = peek(argv, "yaml_path", "")
-    content = mapping(resolve_path(file, "--yaml_path")) if file else {}
+    """{key: value} of a command line's YAML files that are not for `cls` (its PASSED_OVER)."""
+    content = _in_files(sys.argv[1:] if argv is None else argv)
     others = set(getattr(cls, "PASSED_OVER", ())) - {f.name for f in fields(cls)}
     return {key: value for key, value in content.items() if key in others}
 

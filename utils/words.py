@@ -9,11 +9,16 @@ from collections.abc import Collection, Sequence
 
 def last_value(words: Sequence[str], key: str) -> str | None:
     """The value of the last --KEY VALUE or --KEY=VALUE of a command line, if there is one."""
-    found = None
+    return next(reversed(every_value(words, key)), None)
+
+
+def every_value(words: Sequence[str], key: str) -> list[str]:
+    """The values of each --KEY VALUE and --KEY=VALUE of a command line, in order."""
+    found = []
     for word, following in zip(words, [*words[1:], ""]):
         flag, equals, value = word.partition("=")
         if flag == f"--{key}":
-            found = value if equals else following
+            found.append(value if equals else following)
     return found
 
 
