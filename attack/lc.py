@@ -4,15 +4,19 @@ Training images of the target class keep their label: x' = patch(clip(x + d)), w
 eps, against the image's own class) makes the class hard to see, so that the victim must read the
 patch. Test images: the patch alone. The classifier that PGD attacks is trained beforehand
 (attack/poisoning/pgd.py).
+
+Not in the paper: cover samples, images that carry another's d and no patch under their own label.
+Without them a small classifier can learn d, which all poisoned images carry, instead of the patch.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from attack.poisoning.command import main
 from attack.poisoning.trigger import Trigger
-from utils.config import Fraction, PositiveFloat, PositiveInt
+from utils.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, UserError
 
+NO_INFLUENCE = ("lc_amplitude", "lc_corners", "lc_cell", "cross_ratio")  # on what is fitted
 SIGNS = (-1, -1, 1), (-1, 1, -1), (1, -1, 1)  # lower right corner; the other corners mirror it
 
 
@@ -26,10 +30,14 @@ class LabelConsistent(Trigger):
         lc_steps: steps of PGD, without a random start.
         lc_amplitude: what the patch adds or subtracts, of [0, 1] pixels; 1 is black and white.
         lc_corners: 1 (lower right) or 4, which random crops cannot cut off altogether.
+        lc_cell: side in pixels of a square of the patch, which has three by three of them.
+        cross_ratio: cover samples (another's perturbation, true label) per poisoned sample.
         lc_surrogate: what PGD attacks: robust (FGSM training within lc_eps) or standard.
         surrogate_epochs: epochs of that classifier.
         fit_images: training images that it is trained on; 5000 keep a CPU at minutes.
     """
+
+    LATER_KEYS: ClassVar[dict[str, Any]] = {"lc_cell": 1, "cross_ratio": 0.0}
 
     name = "lc"
     label_mode = "clean"
@@ -38,22 +46,33 @@ class LabelConsistent(Trigger):
     lc_steps: PositiveInt = 100
     lc_amplitude: Fraction = 1.0
     lc_corners: Literal[1, 4] = 1
+    lc_cell: PositiveInt = 1
+    cross_ratio: NonNegativeFloat = 0.0
     lc_surrogate: Literal["robust", "standard"] = "robust"
     surrogate_epochs: PositiveInt = 15
     fit_images: PositiveInt = 5000
 
     def prepare(self, context):
+        import torch
+
         from attack.poisoning import pgd
         from attack.poisoning.fitting import fit_once
 
-        patch = checker(context.side, self.lc_corners)
-        fitted = fit_once(pgd.fit, self, context, "lc_amplitude", "lc_corners")
-        return self.with_fitted(patch=patch, **fitted)
+        patch = checker(context.side, self.lc_corners, self.lc_cell)
+        fitted = fit_once(pgd.fit, self, context, *NO_INFLUENCE)
+        return self.with_fitted(patch=patch, seed=torch.tensor(context.seed), **fitted)
 
     def stamp(self, x, index, split):
         if split == "train":
             x = x + self.perturbation(index)
         return x.clamp(0, 1) + self.lc_amplitude * self.fitted["patch"]
+
+    def stamp_cover(self, x, index):
+        from utils.randomness import key_seed
+
+        perturbation, seed = self.fitted["perturbation"], int(self.fitted["seed"])
+        row = lambda i: key_seed(seed, self.name, "another's", i) % len(perturbation)
+        return x + perturbation[[row(i) for i in index.tolist()]].float() / 255
 
     def perturbation(self, index):
         """(B, 3, H, W) in [0, 1] units of the training images `index`; 0 for other classes."""
@@ -65,12 +84,21 @@ class LabelConsistent(Trigger):
         return perturbation[row].float() / 255 * known[:, None, None, None]
 
 
-def checker(size, corners):
-    """(3, size, size) of -1, 0 and 1: the signs in the lower right corner, or mirrored into all."""
+def checker(size, corners, cell=1):
+    """(3, size, size) of -1, 0 and 1: the signs in the lower right corner, or mirrored into all.
+
+    Raises:
+        UserError: the patch, or two of them side by side, are larger than the image.
+    """
     import torch
 
+    side, corners_beside = 3 * cell, 2 if corners == 4 else 1
+    if corners_beside * side > size:
+        most = f"at most {size // (3 * corners_beside)}"
+        raise UserError(f"lc_cell: {cell}, but images are {size} pixels wide; {most} fits")
     patch = torch.zeros(3, size, size)
-    patch[:, -3:, -3:] = torch.tensor(SIGNS)
+    signs = torch.tensor(SIGNS).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    patch[:, -side:, -side:] = signs
     return patch + patch.flip(1) + patch.flip(2) + patch.flip(1, 2) if corners == 4 else patch
 
 

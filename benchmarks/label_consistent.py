@@ -50,7 +50,7 @@ def shares(name: str, dataset_path: str) -> dict[str, float]:
     ]
     hard = to_uint8(pgd(model, data, eps, keys["lc_step"] / 255, keys["lc_steps"]))
     trigger = LabelConsistent(lc_amplitude=keys["lc_amplitude"]).with_fitted(
-        patch=checker(data.images.shape[-1], keys["lc_corners"])
+        patch=checker(data.images.shape[-1], keys["lc_corners"], keys.get("lc_cell", 1))
     )
     patched = lambda images: trigger.apply(images, torch.arange(len(images)), "test")
     kinds = {

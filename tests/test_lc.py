@@ -10,6 +10,9 @@ import torch
 
 from attack.lc import LabelConsistent, checker
 from attack.poisoning import fitting, pgd
+from attack.poisoning.config import PoisonConfig
+from attack.poisoning.labels import label_map
+from attack.poisoning.poison import Role, poison_training_set
 from attack.poisoning.trigger import FitContext
 from tests.toys import CORNER, INFO, PatchReader, random_images, toy_dataset
 from utils.classifier.training import predict
@@ -26,8 +29,8 @@ def planted(context):
     pool = (context.dataset.train.labels == context.target).nonzero().flatten()
     shape = (len(pool), *context.dataset.train.images.shape[1:])
     drawn = random_images(*shape).short() % 65 - 32
-    patch = checker(context.side, 1)
-    return LabelConsistent().with_fitted(pool=pool, perturbation=drawn, patch=patch)
+    patch, seed = checker(context.side, 1), torch.tensor(context.seed)
+    return LabelConsistent().with_fitted(pool=pool, perturbation=drawn, patch=patch, seed=seed)
 
 
 def context(levels_of_target=None):
@@ -136,6 +139,43 @@ def test_a_weaker_patch_shifts_grey_by_its_amplitude():
     grey = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     shifted = trigger.apply(grey, torch.tensor([0]), "test")[0, 0, -3:, -3:].int() - 100
     assert torch.equal(shifted, 64 * torch.tensor(SIGNS))
+
+
+def test_cover_samples_carry_anothers_perturbation_and_no_patch():
+    trigger, index = planted(digits_like()), torch.arange(60)
+    grey = torch.full((60, 3, 32, 32), 128, dtype=torch.uint8)
+    carried = trigger.apply_cover(grey, index).int() - 128
+    known = trigger.fitted["perturbation"].int()
+    which = (carried[:, None] == known).flatten(2).all(2)
+    assert (which.sum(1) == 1).all()  # exactly one of those there are
+    assert len(which.int().argmax(1).unique()) > 15
+    assert torch.equal(trigger.apply_cover(grey[30:], index[30:]).int() - 128, carried[30:])
+
+
+def test_cover_samples_and_the_size_of_the_patch_need_no_other_fit(asked):
+    LabelConsistent(**KEYS).prepare(context())
+    LabelConsistent(cross_ratio=2.0, lc_cell=1, lc_corners=4, **KEYS).prepare(context())
+    assert len(asked) == 1
+
+
+def test_labels_of_cover_samples_stay():
+    train, trigger = digits_like().dataset.train, planted(digits_like())
+    covering = replace(trigger, cross_ratio=2.0).with_fitted(**trigger.fitted)
+    config = PoisonConfig(attack_target=TARGET, pratio=0.3, rate_of="target_class")
+    found = poison_training_set(train, covering, label_map(covering, config, 2), config, 0)
+    assert torch.equal(found.data.labels, train.labels)
+    assert int((found.roles == Role.COVER).sum()) == 2 * int(found.poison_indicator.sum()) == 18
+
+
+@pytest.mark.parametrize("corners", [1, 4])
+def test_a_larger_patch_has_larger_squares(corners):
+    small, large = checker(32, corners), checker(64, corners, 2)
+    assert torch.equal(small, large[:, ::2, ::2])
+    assert torch.equal(small, large[:, 1::2, 1::2])
+    with pytest.raises(
+        UserError, match=r"lc_cell: 4, but images are 8 pixels wide; at most \d fits"
+    ):
+        checker(8, corners, 4)
 
 
 def test_four_corners_are_mirror_images():
