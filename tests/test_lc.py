@@ -158,6 +158,26 @@ def test_cover_samples_and_the_size_of_the_patch_need_no_other_fit(asked):
     assert len(asked) == 1
 
 
+def test_mixing_leaves_pgd_out_and_puts_another_class_into_the_image(asked):
+    trigger = LabelConsistent(lc_mix=0.25, cross_ratio=1.0).prepare(digits_like())
+    assert asked == []
+    assert trigger.images_fitted_on == 0
+    train = digits_like().dataset.train
+    index, images = target_images(digits_like())
+    ways = (
+        (trigger.apply(images, index, "train"), images, 1 - TARGET, outside(32)),
+        (trigger.apply_cover(train.images[::2], index - 1), train.images[::2], TARGET, None),
+    )
+    for mixed, own, partner, where in ways:
+        partners = train.images[train.labels == partner].double()
+        possible = 0.75 * own[:, None].double() + 0.25 * partners
+        away = (mixed[:, None].double() - possible).abs()
+        away = away if where is None else away[:, :, where]
+        assert ((away.flatten(2).amax(2) <= 0.501).sum(1) == 1).all()  # one of the other class
+    changed = trigger.apply(images, index, "test") != images
+    assert not changed[:, outside(32)].any()
+
+
 def test_labels_of_cover_samples_stay():
     train, trigger = digits_like().dataset.train, planted(digits_like())
     covering = replace(trigger, cross_ratio=2.0).with_fitted(**trigger.fitted)
