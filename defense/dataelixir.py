@@ -1,10 +1,14 @@
 """DataElixir: Zhou et al., "Purifying Poisoned Dataset to Mitigate Backdoor Attacks via Diffusion
 Models", AAAI 2024, https://arxiv.org/abs/2312.11057
 
-Every sample is purified into intermediary images, and the victim votes on each. Samples whose votes
-leave their given label, in a class whose votes leave it far more than other classes' do, are
-poisoned: they take the label that the intermediaries agree on and one of these images. Where the
-intermediaries disagree, a model trained on the rest decides.
+By cause, the default: samples are purified, the victim votes on what comes out, and what was taken
+away is pasted on images of other classes. Classes whose samples lose their label, or whose
+residuals impose it, are accused; the victim's own features tell who of them carries the trigger. A
+model that is taught on the rest that the trigger means nothing reads the labels.
+
+By votes, as published: a sample whose votes leave its given label, in a class whose votes leave it
+far more than other classes' do, is poisoned. It takes the label that the intermediaries agree on
+and one of these images; where they disagree, a model trained on the rest decides.
 
 As a script: defend an existing record again, with other keys
 (python defense/dataelixir.py --result_file NAME).
@@ -12,7 +16,7 @@ As a script: defend an existing record again, with other keys
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from defense.elixir.config import DataElixirConfig
 from defense.harness.command import main
@@ -26,11 +30,67 @@ class DataElixir(DataElixirConfig, Defense):
     KNOWLEDGE = (DENOISER,)
 
     def defend(self, data, victim, run):
-        """Sanitize `data` and train a benign model on the result, in the paper's order.
+        """Sanitize `data` and train a benign model on the result: by cause, or as published."""
+        by = self.by_votes if self.preset == "published" else self.by_cause
+        return by(data, victim, run)
 
-        Ours, and without a say under `preset: published`: targets first (in purify) and the inflow
-        (in target_labels). Ours as well: a noise level found by `steps_T: auto`, and assess.
-        """
+    def by_cause(self, data, victim, run):
+        """The default: accuse by cause, split by features, teach immunity (docs/method.md)."""
+        import torch
+
+        from defense.elixir.assessment import assess
+        from defense.elixir.decisions import Cause
+        from defense.elixir.draft import Draft, Selector
+        from defense.elixir.exhibit import exhibit
+        from defense.elixir.immunity import Immunity
+        from defense.elixir.purification import purify
+        from defense.elixir.settlement import TEACHES, held_out, read_accused
+        from defense.elixir.verdict import filter_candidates
+        from utils.images.data import LabeledImages
+
+        config, seed = self.resolved(), self.random_seed
+        with run.record.stage("purify"):
+            # Purify, and paste what that took away on images of other classes.
+            purified = purify(data, victim, config, run.dataset, run.record)
+            # Vote: the victim's label of every image and of each of its intermediaries.
+            votes = purified.votes()
+            # Accuse: classes whose samples lose their label, or whose residuals impose it.
+            found = purified.target_labels(votes, filter_candidates(votes, config.threshold_tau))
+            # Split: the victim's features tell who of an accused class carries the trigger.
+            groups = purified.groups(votes, found)
+            worth = assess(votes, found, data.labels, purified.level, config, run.dataset.classes)
+        if not found.targets:
+            run.keep(victim)
+            draft = Draft.unchanged(data, torch.zeros_like(data.labels))
+            cause = Cause.unread(purified.store.pasted(len(data)))
+            return outcome(draft, victim, None, votes, found, purified.store, worth, cause)
+        bank, residuals = purified.store.residuals(groups.carriers.nonzero().flatten())
+        carried, obeyed = data.labels[bank], purified.obeyed
+        immunity = Immunity.of(residuals, carried, run.dataset.num_classes, obeyed)
+        measured = held_out(groups, seed)
+        learned, read = groups.trusted & ~measured, (data, groups, measured, immunity, seed)
+        with run.record.stage("stage1"):
+            # Stage 1: a fresh model learns what is trusted, and that residuals mean nothing.
+            stage1 = self._train("benign_stage1", data[learned], config, run, None, immunity)
+        with run.record.stage("finetune"):
+            # Settle: it reads the accused classes' images; what it is sure of joins.
+            reading = read_accused(stage1, *read, data.labels[learned])
+            taught = reading.sure(TEACHES) & ~((reading.labels == data.labels) & groups.carriers)
+            labels = data.labels.where(learned, reading.labels)
+            joined = LabeledImages(data.images, labels)[learned | taught]
+            # Fine-tune: on all of that it becomes the benign model, and settles them for good.
+            recipe = config.of_fine_tuning
+            benign = self._train("benign", joined, recipe, run, stage1, immunity)
+            reading = read_accused(benign, *read, joined.labels)
+            draft = Draft.settled(data, groups, reading)
+            # Select: a purified image that the benign model reads as the label.
+            draft = Selector(purified.store, victim, self.rules).take_as_read(draft, benign)
+        cause = Cause(purified.store.pasted(len(data)), groups.carrier, reading.confidence)
+        result = outcome(draft, benign, stage1, votes, found, purified.store, worth, cause)
+        return replace(result, exhibit=exhibit(purified, votes, groups))
+
+    def by_votes(self, data, victim, run):
+        """As published, in the paper's order."""
         from defense.elixir.assessment import assess
         from defense.elixir.draft import Draft, Selector
         from defense.elixir.purification import purify
@@ -52,31 +112,30 @@ class DataElixir(DataElixirConfig, Defense):
             selector = Selector(purified.store, victim, rules)
             draft = Draft.unchanged(data, verdict, rules.truncate)
             draft = selector.take_poisoned(draft, candidates)
-            worth = assess(votes, found, draft, purified.level, config, run.dataset.classes)
-        final, stage1, benign = draft, None, victim
-        if found.targets or rules.always_train:
-            with run.record.stage("stage1"):
-                # Stage 1: a fresh model learns everything that is not SUSPICIOUS.
-                stage1 = self._train("benign_stage1", draft.rows(~draft.suspicious), config, run)
-            with run.record.stage("finetune"):
-                # Settle: it reads the SUSPICIOUS ones; where the votes agree with it, they join.
-                settled, agreed = selector.settle_suspicious(draft, stage1, candidates)
-                joined = settled.rows(~settled.suspicious | agreed)
-                # Fine-tune: on all of that it becomes the benign model, and settles them for good.
-                benign = self._train("benign", joined, config.of_fine_tuning, run, stage1)
-                final, _ = selector.settle_suspicious(draft, benign, candidates)
-        else:
-            run.keep(victim)
-        return outcome(final, benign, stage1, votes, found, selector, worth)
+            worth = assess(votes, found, data.labels, purified.level, config, run.dataset.classes)
+        with run.record.stage("stage1"):
+            # Stage 1: a fresh model learns everything that is not SUSPICIOUS.
+            stage1 = self._train("benign_stage1", draft.rows(~draft.suspicious), config, run)
+        with run.record.stage("finetune"):
+            # Settle: it reads the SUSPICIOUS ones; where the votes agree with it, they join.
+            settled, agreed = selector.settle_suspicious(draft, stage1, candidates)
+            joined = settled.rows(~settled.suspicious | agreed)
+            # Fine-tune: on all of that it becomes the benign model, and settles them for good.
+            benign = self._train("benign", joined, config.of_fine_tuning, run, stage1)
+            final, _ = selector.settle_suspicious(draft, benign, candidates)
+        return outcome(final, benign, stage1, votes, found, purified.store, worth)
 
-    def _train(self, name, data, config, run, start=None):
+    def _train(self, name, data, config, run, start=None, augment=None):
         """A classifier of this defence; by one process, as verdicts must not depend on how many."""
         from utils.classifier.models import trained
+        from utils.config import UserError
 
-        folder, observer = run.record.path, run.observer
-        return trained(
-            name, data, config, run.dataset, run.device, folder, observer, start, together=False
-        )
+        if len(data) < 2:
+            raise UserError(
+                f"{name}: {len(data)} samples can be trusted; look at the page's classes"
+            )
+        where, how = (run.dataset, run.device, run.record.path), (run.observer, start)
+        return trained(name, data, config, *where, *how, together=False, augment=augment)
 
     def check(self, dataset):
         """Raises UserError where the denoiser cannot serve these images and this noise level, or
@@ -84,7 +143,8 @@ class DataElixir(DataElixirConfig, Defense):
         from defense.elixir.power import refuse_few_classes
         from defense.elixir.purifier import open_denoiser
 
-        refuse_few_classes(dataset.num_classes, "dataset")
+        if self.preset == "published":
+            refuse_few_classes(dataset.num_classes, "dataset")
         open_denoiser(self.resolved(), dataset.train.images.shape[-1], dataset.name)
 
     def costs(self, data, dataset):
@@ -102,32 +162,32 @@ class DataElixir(DataElixirConfig, Defense):
             IntermediaryStore(record / "purify").discard()
 
 
-def outcome(final, model, stage1, votes, found, selector, worth):
+def outcome(final, model, stage1, votes, found, store, worth, cause=None):
     """What was decided, as every defence gives it back."""
     import torch
 
-    from defense.elixir.verdict import UNKNOWN
+    from defense.elixir.verdict import share_moved
     from defense.harness.result import Result
     from utils.images.data import LabeledImages
 
-    cast = votes[:, 1:] != UNKNOWN
-    moved = (cast & (votes[:, 1:] != final.given[:, None])).sum(1).double()
-    left = moved / cast.sum(1).clamp(min=1)  # 0 where nothing was purified
+    # Without a target label, who leaves the given one is most likely the victim's mistake.
+    left = share_moved(votes, final.given)
+    score = torch.where(found.is_target[final.given], left, left / 2)
     return Result(
         model,
         LabeledImages(final.images, final.labels),
-        flagged=final.labels != final.given,
-        # Without a target label, who leaves the given one is most likely the victim's mistake.
-        score=torch.where(found.is_target[final.given], left, left / 2),
+        keep=~final.left_out if cause else None,
+        flagged=(final.labels != final.given) | final.left_out,
+        score=score if cause is None else cause.carrier.where(cause.carrier.isfinite(), score),
         targets=found.targets,
-        decisions=final.decisions(votes, found.is_target),
+        decisions=final.decisions(votes, found.is_target, cause),
         stage1=stage1,
         discrepancy=found,
         votes=votes,
         power=worth.power,
         notes=worth.notes,
-        unet_passes=selector.store.passes,
-        examples=selector.examples,
+        unet_passes=store.passes,
+        examples=store.examples,
     )
 
 

@@ -104,6 +104,12 @@ class Sampler:
         ab = self.schedule.alpha_bar(t)
         return sqrt(ab) * x0 + sqrt(1 - ab) * noise
 
+    def clean(self, x: Tensor, t: int, e: Tensor) -> Tensor:
+        """Equation (4): the clean image [-1,1] (B,C,H,W) behind x, whose noise at level t is e."""
+        ab = self.schedule.alpha_bar(t)
+        p = (x - sqrt(1 - ab) * e) / sqrt(ab)
+        return p.clamp(-1, 1) if self.clip else p
+
     @torch.no_grad()
     def reverse(
         self, x: Tensor, steps: list[int], noise: Callable[[Tensor], Tensor]

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from defense.elixir.config import DataElixirConfig
-from defense.elixir.draft import Draft
 from defense.elixir.inflow import FEW
 from defense.elixir.noise_level import rounds_survived
+from defense.elixir.paste_gap import FEWEST, PasteEvidence
 from defense.elixir.power import detection_power, in_words, says_little
 from defense.elixir.target_label import Discrepancy
-from defense.elixir.verdict import UNKNOWN, Verdict, reads_as_before
+from defense.elixir.verdict import UNKNOWN, reads_as_before
 
 log = logging.getLogger("dataelixir")
 # Of predictions that survive a round; below it the classifier can hardly read what comes out.
 DESTROYED = 0.6
+NAMED = 10  # classes that a sentence names
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Assessment:
 def assess(
     votes: Tensor,
     found: Discrepancy,
-    draft: Draft,
+    labels: Tensor,
     level: int,
     config: DataElixirConfig,
     classes: Sequence[str],
@@ -51,25 +52,25 @@ def assess(
     Args:
         votes: int64 (N, 1+nm), UNKNOWN where a sample was not purified.
         found: the target labels.
-        draft: the given labels and the first verdicts.
+        labels: int64 (N,), as given.
         level: the noise level T.
         config: keys of DataElixir.
         classes: K names.
     """
     m, tau, rule = config.last_steps_m, config.threshold_tau, config.rules.target
-    survived = rounds_survived(votes, draft.given, m, found.is_target).tolist()
-    for line in findings(votes, found, draft, survived, m):
+    survived = rounds_survived(votes, labels, m, found.is_target).tolist()
+    for line in findings(votes, found, labels, survived, m):
         log.info(line)
     power = None
     if not found.targets:
-        power = detection_power(votes, draft.given, found, tau, rule, config.random_seed)
-        if not config.rules.always_train:
+        power = detection_power(votes, labels, found, tau, rule, config.random_seed)
+        if config.rules.pastes:
             log.info("no backdoor found: no label is changed, and the victim is the benign model")
     return Assessment(power, verdict_notes(found, survived, level, power, classes))
 
 
 def findings(
-    votes: Tensor, found: Discrepancy, draft: Draft, survived: Sequence[float], last_steps_m: int
+    votes: Tensor, found: Discrepancy, labels: Tensor, survived: Sequence[float], last_steps_m: int
 ) -> Iterator[str]:
     """Lines: how often the victim reads a purified image as the original, measures, verdicts.
 
@@ -80,18 +81,26 @@ def findings(
     where = " (samples without a target label)" if found.targets else ""
     yield f"prediction survives round {told}{where}"
     known = votes[:, 0] != UNKNOWN
-    last, given = reads_as_before(votes[known], last_steps_m)[:, -1].double(), draft.given[known]
+    last, given = reads_as_before(votes[known], last_steps_m)[:, -1].double(), labels[known]
     shares = (f"{label}: {last[given == label].mean():.2f}" for label in given.unique().tolist())
     yield f"prediction survives the last round, by given label: {', '.join(shares)}"
-    judged = found.judged
+    judged, paste = found.judged, found.paste
     for k in range(len(found.metric)):
         yield (
             f"class {k}: {found.evidence[k]} samples moved, discrepancy {found.metric[k]:.3f}, "
             f"score {judged.discrepancy.score[k]:.2f}, "
             f"taken in {found.inflow.share[k]:.4f} of the others, "
-            f"score {judged.inflow.score[k]:.2f}{'  <- target label' * (k in found.targets)}"
+            f"score {judged.inflow.score[k]:.2f}"
+            + (_pasted(paste, k) if paste else "")
+            + "  <- target label" * (k in found.targets)
+            + "  (undecided: too few samples)" * (k in found.undecided)
         )
-    yield f"verdicts: {', '.join(f'{int((draft.verdict == v).sum())} {v.name}' for v in Verdict)}"
+
+
+def _pasted(paste: PasteEvidence, k: int) -> str:
+    """What pasting says of class k."""
+    rates = f", pattern {paste.pattern[k]:.3f}, paste rate {paste.rate[k]:.3f}"
+    return f"{rates}, gap {paste.gap[k]:.3f} +- {paste.error[k]:.3f}"
 
 
 def verdict_notes(
@@ -114,6 +123,8 @@ def verdict_notes(
         said[in_words(power, int(found.inflow.seen.sum()))] = grave
     if survived[0] < DESTROYED:
         said[_destroyed(survived[0], level)] = logging.WARNING
+    if found.undecided:
+        said[_undecided([classes[k] for k in found.undecided])] = logging.WARNING
     if alone := by_discrepancy_alone(found).tolist():
         said[_alone([classes[k] for k in alone], survived[-1])] = logging.WARNING
     for sentence, grave in said.items():
@@ -124,11 +135,23 @@ def verdict_notes(
 def by_discrepancy_alone(found: Discrepancy) -> Tensor:
     """int64 (M,): target labels that the inflow does not confirm.
 
-    None where the inflow is not asked, or there are too few classes for it to speak.
+    Nor does pasting. None where the inflow is not asked, or there are too few classes for it to
+    speak.
     """
     judged = found.judged.inflow
     speaks = judged.threshold < float("inf") and int(found.inflow.seen.sum()) > FEW
-    return (found.is_target & ~judged.outlies & speaks).nonzero().flatten()
+    alone = found.is_target & ~judged.outlies & speaks
+    return (alone if found.paste is None else alone & ~found.paste.accused).nonzero().flatten()
+
+
+def _undecided(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
+    subject = "classes" if len(names) > 1 else "class"
+    have = "have" if len(names) > 1 else "has"
+    return (
+        f"Undecided: {subject} {shown} {have} fewer than {FEWEST} samples, too few to tell "
+        "poisoned ones from clean ones. Such a class is neither accused nor changed."
+    )
 
 
 def _destroyed(share: float, level: int) -> str:

@@ -68,9 +68,7 @@ class Rules:
             of the mean over channels.
         original_eligible: let the original, possibly triggered image be chosen as its own
             purified image.
-        relabel_source: the benign model settles a doubtful sample by its raw image (raw), or by
-            its purified images where it reads the raw one as the given label (raw_then_purified).
-        always_train: train the benign model even where no target label was found.
+        pastes: accuse classes by what pasting does, too, and settle samples by cause (ours).
     """
 
     target: TargetRule = TargetRule()
@@ -78,12 +76,11 @@ class Rules:
     truncate: bool = False
     ssim_volume: bool = False
     original_eligible: bool = False
-    relabel_source: Literal["raw", "raw_then_purified"] = "raw_then_purified"
-    always_train: bool = False
+    pastes: bool = True
 
 
 DEFAULT = Rules()
-PUBLISHED = Rules(PUBLISHED_RULE, True, True, True, True, "raw", True)
+PUBLISHED = Rules(PUBLISHED_RULE, True, True, True, True, pastes=False)
 
 
 def _by_preset(**harmless: Any) -> dict[str, RemovedKey]:

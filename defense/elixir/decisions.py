@@ -1,5 +1,8 @@
 """What was decided about each sample, with a confidence and a reason in words."""
 
+from __future__ import annotations
+
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +10,27 @@ import torch
 from torch import Tensor
 
 from defense.elixir.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What was seen of the cause, of N samples; nan where it was not asked.
+
+    Attributes:
+        paste_rate: float (N,) in [0, 1], how far the victim obeys what purification took (paste.py).
+        carrier: float64 (N,) in [0, 1], probability that the sample carries a trigger (split.py).
+        confidence: float64 (N,) in [0, 1], calibrated probability of the new label (settlement.py).
+    """
+
+    paste_rate: Tensor
+    carrier: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def unread(cls, paste_rate: Tensor) -> Cause:
+        """Of a set in which no class is accused."""
+        nobody = torch.full_like(paste_rate, torch.nan, dtype=torch.float64)
+        return cls(paste_rate, nobody, nobody)
 
 
 @dataclass(frozen=True)
@@ -23,6 +47,7 @@ class Decisions:
             original stayed.
         column: int64 (N,), the chosen image among the intermediaries; 0 = the original.
         intermediaries: int64 (N,), how many of each sample the victim read.
+        cause: what was seen of the cause; None under the published preset.
     """
 
     verdict: Tensor
@@ -34,6 +59,7 @@ class Decisions:
     feature: Tensor
     column: Tensor
     intermediaries: Tensor
+    cause: Cause | None = None
 
     def table(self, labels: Tensor, last_steps_m: int) -> dict[str, np.ndarray]:
         """Columns of decisions.csv, given the labels int64 (N,) as received.
@@ -45,6 +71,7 @@ class Decisions:
         told = (self.verdict, self.is_target, self.new_labels != labels)
         counts = (self.votes_old, self.votes_new, self.intermediaries)
         rows = zip(*(column.tolist() for column in (*told, *counts)))
+        reasons = [reason(*row) for row in rows]
         columns = {
             "index": torch.arange(len(labels)),
             "given_label": labels,
@@ -58,8 +85,13 @@ class Decisions:
             "round": torch.where(moved, place // last_steps_m + 1, -1),
             "step": torch.where(moved, step, -1),
             "confidence": confidence(self.votes_new, self.intermediaries),
-            "reason": np.array([reason(*row) for row in rows], dtype=str),
+            "reason": np.array(reasons, dtype=str),
         }
+        if cause := self.cause:
+            carried = zip(cause.carrier.tolist(), cause.confidence.tolist())
+            judged = zip(self.verdict.tolist(), told[2].tolist(), carried)
+            columns["reason"] = np.array([reason_of(v, r, *c) for v, r, c in judged], dtype=str)
+            columns |= {"kept": (self.verdict != Verdict.LEFT_OUT).int(), **vars(cause)}
         return {name: np.asarray(column) for name, column in columns.items()}
 
 
@@ -103,3 +135,16 @@ def reason(verdict: int, is_target: bool, relabelled: bool, old: int, new: int, 
     judged = "reads another label" if relabelled else "confirms the given one"
     kept = f"{old} of {total} keep it"
     return f"{accused} and purified images disagree ({kept}); the benign model {judged}"
+
+
+def reason_of(verdict: int, relabelled: bool, carrier: float, confidence: float) -> str:
+    """One sample's decision by its cause in words; arguments as in `Decisions` and `Cause`."""
+    if math.isnan(carrier):
+        return "kept: its class is not accused"
+    seen = f"its class is accused; it carries the trigger with probability {carrier:.2f}"
+    read = f"the benign model reads the given image as the {'new' if relabelled else 'given'} label"
+    if verdict == Verdict.LEFT_OUT:
+        return f"left out: {seen}, and the benign model is not sure of any label ({confidence:.2f})"
+    if verdict == Verdict.BENIGN:
+        return f"kept: {seen}, and {read} ({confidence:.2f})"
+    return f"{seen}, and {read} ({confidence:.2f})"

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from defense.elixir.config import SELECTION_RANK, Rules
-from defense.elixir.decisions import Decisions, Example
+from defense.elixir.decisions import Cause, Decisions
 from defense.elixir.purifier import requantised
 from defense.elixir.selection import choose, image_distances
+from defense.elixir.settlement import COUNTS, Reading
+from defense.elixir.split import Groups
 from defense.elixir.store import IntermediaryStore
 from defense.elixir.verdict import UNKNOWN, Candidates, Verdict
 from utils.classifier.networks import Classifier
@@ -49,6 +50,24 @@ class Draft:
         original = torch.zeros_like(data.labels)
         return cls(data.labels, images, data.labels, verdict, original, nan, nan)
 
+    @classmethod
+    def settled(cls, data: LabeledImages, groups: Groups, reading: Reading) -> Draft:
+        """Samples of accused classes as a benign model reads them, or left out; images as received.
+
+        POISONED is who takes another label or carries a trigger under its own.
+        """
+        sure, accused = reading.sure(COUNTS), groups.accused
+        labels = torch.where(sure, reading.labels, data.labels)
+        poisoned = sure & ((labels != data.labels) | groups.carriers)
+        verdict = torch.where(poisoned, int(Verdict.POISONED), int(Verdict.BENIGN))
+        verdict[accused & ~sure] = Verdict.LEFT_OUT
+        return replace(cls.unchanged(data, verdict), labels=labels)
+
+    @property
+    def left_out(self) -> Tensor:
+        """bool (N,): the samples that are not given out."""
+        return self.verdict == Verdict.LEFT_OUT
+
     def updated(self, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Draft:
         """A copy with new values in some rows; a column is copied once for all parts.
 
@@ -71,7 +90,9 @@ class Draft:
         """bool (N,): the samples that the benign model is to settle."""
         return self.verdict == Verdict.SUSPICIOUS
 
-    def decisions(self, votes: Tensor, is_target_class: Tensor) -> Decisions:
+    def decisions(
+        self, votes: Tensor, is_target_class: Tensor, cause: Cause | None = None
+    ) -> Decisions:
         """The table of what was decided, of votes int64 (N, 1+nm) and target labels bool (K,)."""
         unseen = votes[:, 0] == UNKNOWN
         count = lambda labels: torch.where(unseen, -1, (votes[:, 1:] == labels[:, None]).sum(1))
@@ -85,6 +106,7 @@ class Draft:
             self.feature,
             self.column,
             (votes[:, 1:] != UNKNOWN).sum(1),
+            cause,
         )
 
 
@@ -121,6 +143,23 @@ class Selector:
             for index, x in self.store.fetch(wanted)
         )
 
+    def take_as_read(self, draft: Draft, model: Classifier) -> Draft:
+        """POISONED samples get one of their purified images that `model` reads as their label.
+
+        Where there is none, the image stays as received.
+        """
+
+        def chosen() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+            wanted = (draft.verdict == Verdict.POISONED).nonzero().flatten()
+            for index, images in self.store.fetch(wanted):
+                read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
+                kept = read == draft.labels[index][:, None]
+                some = kept[:, 1:].any(1)
+                if some.any():
+                    yield index[some], self.select(images[some], kept[some])
+
+        return draft.updated(chosen())
+
     def settle_suspicious(
         self, draft: Draft, model: Classifier, candidates: Candidates
     ) -> tuple[Draft, Tensor]:
@@ -136,30 +175,8 @@ class Selector:
         def settlements() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
             for index, images in self.store.fetch(draft.suspicious.nonzero().flatten()):
                 read = predict(model, images.flatten(0, 1)).view(images.shape[:2])
-                labels = settled_labels(read, draft.given[index], self.rules.relabel_source)
+                labels = read[:, 0]
                 consensus[index] = labels == candidates.top[index]
                 yield index, {"labels": labels, **self.select(images, read == labels[:, None])}
 
         return draft.updated(settlements()), consensus
-
-    def examples(self, index: Tensor) -> list[Example]:
-        """All intermediaries of the given samples."""
-        fetched = self.store.fetch(index)
-        return [Example(int(i), x) for rows, images in fetched for i, x in zip(rows, images)]
-
-
-def settled_labels(read: Tensor, given: Tensor, source: str) -> Tensor:
-    """int64 (B,): the label that a model settles each doubtful sample with.
-
-    Args:
-        read: int64 (B, 1+nm), what the model reads of the original and of each intermediary.
-        given: int64 (B,), labels as received.
-        source: raw (as published), the raw image's; raw_then_purified, the raw image's unless that
-            is the given label, which a trigger may have said: then the label that it reads most
-            often among the intermediaries, of equals the smallest.
-    """
-    raw = read[:, 0]
-    if source == "raw":
-        return raw
-    purified = F.one_hot(read[:, 1:]).sum(1).argmax(1)
-    return torch.where(raw == given, purified, raw)

@@ -136,8 +136,8 @@ def in_words(power: dict[str, float], classes: int = COMPARABLE) -> str:
         return said
     if classes < COMPARABLE:
         return said + (
-            " So that nothing was found says nothing: fewer than three classes have samples, and a "
-            "target label is told by how far it lies from the median class."
+            " The votes say nothing here: fewer than three classes have samples, and they tell a "
+            "target label by how far it lies from the median class. Pasting alone was asked."
         )
     return said + (
         " So that nothing was found says little: too many predictions change without any poison. A "

@@ -8,6 +8,7 @@ though, so by default (ours) a sample of each class is purified until the target
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ from tqdm import tqdm
 from defense.elixir.config import SAMPLE_ERROR, SAMPLE_FIRST, DataElixirConfig, TargetRule
 from defense.elixir.forecast import announced_pace
 from defense.elixir.noise_level import settled_level, warn_if_noise
+from defense.elixir.paste_gap import FEWEST, paste_evidence
 from defense.elixir.purifier import open_denoiser
 from defense.elixir.rounds import PurificationPlan, Rounds
 from defense.elixir.sampling import smallest, stratified, undecided
+from defense.elixir.split import Groups, across, combined_scores, logit, trusted_half, upper_group
 from defense.elixir.store import Block, IntermediaryStore
 from defense.elixir.target_label import Discrepancy, target_labels
 from defense.elixir.verdict import UNKNOWN, Candidates, filter_candidates
 from defense.elixir.workers import split_into_blocks, workers_for
 from utils.classifier.networks import Classifier
+from utils.classifier.training import extract_features
 from utils.cost import format_duration
 from utils.images.data import Dataset, LabeledImages
 from utils.storage.record import Record
@@ -79,12 +83,52 @@ class Purification:
 
     def target_labels(self, votes: Tensor, candidates: Candidates) -> Discrepancy:
         """Target labels as far as the samples that were purified show them; see `votes`."""
-        seen = votes[:, 0] != UNKNOWN
-        return self._verdicts(votes[seen], candidates[seen], self.data.labels[seen])
+        seen = (votes[:, 0] != UNKNOWN).nonzero().flatten()
+        return self._verdicts(seen, votes[seen], candidates[seen])
 
-    def _verdicts(self, votes: Tensor, candidates: Candidates, labels: Tensor) -> Discrepancy:
-        k, sizes = self.num_classes, self.sizes
-        return target_labels(votes, candidates, labels, k, self.rule, sizes)
+    def _verdicts(self, rows: Tensor, votes: Tensor, candidates: Candidates) -> Discrepancy:
+        """What the samples `rows` (S,), whose votes and candidates these are, say of all classes."""
+        k, sizes, labels = self.num_classes, self.sizes, self.data.labels[rows]
+        found = target_labels(votes, candidates, labels, k, self.rule, sizes)
+        if self.rounds.paster is None:
+            return found
+        rates, residuals = self.store.pasted(len(self.data))[rows], self.store.residuals(rows)[1]
+        features = self.features[rows]
+        said = paste_evidence(rates, residuals, labels, features, k, self.obeyed)
+        return replace(found, paste=said, too_small=sizes < FEWEST)
+
+    def groups(self, votes: Tensor, found: Discrepancy) -> Groups:
+        """The samples of every target label in two: clean, and carriers of a trigger.
+
+        A class that pasting accuses is split by the paste rate, seen in the victim's features and
+        in the residuals themselves; one that the votes accuse by the votes, seen in the features.
+        """
+        n, rates = len(self.data), self.store.pasted(len(self.data))
+        carrier, trusted = torch.full((n,), torch.nan, dtype=torch.float64), torch.ones(n) > 0
+        view = torch.full((n, 2), torch.nan, dtype=torch.float64)
+        for k in found.targets:
+            rows = (self.data.labels == k).nonzero().flatten()
+            views = [self.features[rows]]
+            if found.paste and found.paste.accused[k]:
+                witness = logit(rates[rows].nan_to_num(0.5))
+                views.append(self.store.residuals(rows)[1].float())
+            else:
+                witness = (votes[rows, 1:] != k).double().mean(1)
+            scores = combined_scores(views, witness)
+            carrier[rows] = upper_group(scores)
+            trusted[rows] = trusted_half(carrier[rows], scores)
+            view[rows] = torch.stack([scores, across(views[0], witness)], 1)
+        return Groups(carrier, trusted, view)
+
+    def obeyed(self, pattern: Tensor, label: int) -> float:
+        """How far the victim obeys a pattern as a label (`Paster.obeyed`)."""
+        assert self.rounds.paster
+        return self.rounds.paster.obeyed(pattern, label)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """float32 (N, D), the victim's, of the images as received."""
+        return extract_features(self.rounds.victim, self.data.images)
 
     def everything(self) -> None:
         """Purify every sample, as published."""
@@ -113,9 +157,11 @@ class Purification:
             self.run(rows, name)
             votes, labels = self.votes()[rows], self.data.labels[rows]
             candidates = filter_candidates(votes, self.rounds.tau)
-            found = self._verdicts(votes, candidates, labels)
+            found = self._verdicts(rows, votes, candidates)
             purified = votes, candidates, labels, self.sizes
             short = undecided(*purified, found, self.rule, error, seed)
+            if found.paste:
+                short |= found.paste.unsure & (sizes < self.sizes)
             log.info(
                 f"sample: {len(rows)} of {len(self.data)} images purified, "
                 f"target labels {list(found.targets) or 'none'}, "

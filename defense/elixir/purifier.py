@@ -15,7 +15,7 @@ from torch import Tensor
 from defense.elixir.config import PUBLISHED, PurifyConfig
 from diffusion.card import CARDS
 from diffusion.denoiser import Denoiser, load_denoiser
-from diffusion.sampler import Sampler, subset_steps
+from diffusion.sampler import Sampler, Schedule, subset_steps
 from diffusion.weights import DenoiserError
 from utils.compiled import Compiled, FixedRows
 from utils.config import UserError, candidate_paths
@@ -93,12 +93,12 @@ class KeyedNoise:
     It is drawn on `device`, as CPU and GPU streams differ, for data set indices int64 (B,).
     """
 
-    def __init__(self, index: Tensor, seed: int, device: torch.device):
+    def __init__(self, index: Tensor, seed: int, device: torch.device, stream="purify"):
         self.shared = STREAM_SHARED_BY.get(device.type, 1)
         blocks, position = (index // self.shared).unique(return_inverse=True)
         # Where the samples' noise lies in a drawing; on the device, so that no step waits for it.
         self.rows = (position * self.shared + index % self.shared).to(device)
-        self.generators = [keyed_generator(seed, "purify", int(b), device=device) for b in blocks]
+        self.generators = [keyed_generator(seed, stream, int(b), device=device) for b in blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
         """N(0, I) of x's shape (B, ...)."""
@@ -124,6 +124,9 @@ class Purifier:
         self.config, self.seed, self.device, self.amp = config, seed, device, amp
         self.denoiser, self.steps = denoiser, steps_of(config)
         self.sampler = Sampler(self.predict_noise)
+        self.highest_known = getattr(
+            denoiser, "t_max", Schedule().steps
+        )  # level it was trained for
 
     def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
         """The denoiser's answer, float32 (B, 3, H, W)."""
@@ -173,6 +176,27 @@ class Purifier:
             states, x = self.one_round(x, noise)
             columns.append(states.cpu())
         return torch.cat(columns, dim=1)
+
+    @torch.inference_mode()
+    def expected(self, images: Tensor, index: Tensor, level: int, draws: int) -> Tensor:
+        """E[x_0 | x_t], the image that the denoiser expects behind noise (Ho et al., equation 15).
+
+        Args:
+            images, index: as in `intermediaries`.
+            level: noise up to this level, or what the denoiser was trained for.
+            draws: of the noise, over which the mean is taken.
+
+        Returns:
+            float32 (B, 3, H, W) in levels of 255, on the CPU.
+        """
+        level = min(level, self.highest_known)
+        noise, x = KeyedNoise(index, self.seed, self.device, "expected"), self.start(images)
+        t = torch.full((len(x),), level - 1, device=self.device)
+        mean = torch.zeros_like(x)
+        for _ in range(draws):
+            x_t = self.sampler.q_sample(x, level - 1, noise(x))
+            mean += self.sampler.clean(x_t, level - 1, self.predict_noise(x_t, t)) / draws
+        return ((mean + 1) * 127.5).cpu()
 
 
 def purifier_for(

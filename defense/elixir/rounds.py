@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.paste import DRAWS, Paster
 from defense.elixir.purifier import Purifier, purifier_for
 from defense.elixir.store import Block
 from defense.elixir.verdict import Kind, filter_candidates
@@ -23,12 +24,14 @@ class Rounds:
         victim: a classifier trained on it, in eval mode.
         purifier: makes the intermediaries.
         tau: votes that a second label needs to count as disagreement.
+        paster: takes residuals and pastes them; None under the published preset.
     """
 
     data: LabeledImages
     victim: Classifier
     purifier: Purifier
     tau: int
+    paster: Paster | None = None
 
     def __call__(self, index: Tensor) -> Block:
         """The votes of the samples `index` (B,), and the images of those that are not unanimous."""
@@ -36,8 +39,9 @@ class Rounds:
         read = predict(self.victim, images.flatten(0, 1), self.purifier.amp)
         votes = read.view(images.shape[:2])
         anomalous = filter_candidates(votes, self.tau).kind != Kind.UNANIMOUS
-        passes = self.purifier.passes_per_image * len(index)
-        return Block(index, votes, index[anomalous], images[anomalous], passes)
+        passes = self.purifier.passes_per_image + (DRAWS if self.paster else 0)
+        taken = self.paster(index) if self.paster else ()
+        return Block(index, votes, index[anomalous], images[anomalous], passes * len(index), *taken)
 
 
 @dataclass(frozen=True)
@@ -59,4 +63,5 @@ class PurificationPlan:
         """Networks on this process's device, compiled where that pays."""
         config, seed, device = self.config, self.config.random_seed, self.victim.device
         purifier = purifier_for(self.denoiser, config, self.expected, seed, device, config.amp)
-        return Rounds(self.data, self.victim, purifier, config.threshold_tau)
+        paster = Paster.of(self.data, self.victim, purifier) if config.rules.pastes else None
+        return Rounds(self.data, self.victim, purifier, config.threshold_tau, paster)

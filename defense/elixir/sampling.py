@@ -81,6 +81,6 @@ def undecided(
         metrics = discrepancy(class_share(kept, cast, size, votes.shape[1], rule.evidence_prior))
         for metric, count in zip(metrics, counts):
             judged = judge(metric, leaving.inflow(sizes, count), rule)
-            flips += judged.outlies != found.is_target
+            flips += judged.outlies != found.judged.outlies
     open_, whole = flips > error * RESAMPLES, share == 1
     return (open_ | (open_ & whole).any()) & ~whole

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from defense.elixir.decisions import Example
 from defense.elixir.verdict import UNKNOWN
 from utils.storage.record import load_arrays, save_arrays
+
+NO_RESIDUALS, NO_RATES = torch.empty(0, dtype=torch.int16), torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Block:
         anomalous: int64 (A,), data set indices of the samples whose images are kept.
         images: uint8 (A, 1+nm, 3, H, W), the original and the intermediaries of those.
         passes: denoiser passes spent on the block, over all its images.
+        residuals: int16 (B, 3, H, W), what purification took (paste.py); empty where not asked.
+        pasted: float32 (B,), paste rates; empty where not asked.
     """
 
     index: Tensor
@@ -33,6 +38,8 @@ class Block:
     anomalous: Tensor
     images: Tensor
     passes: int
+    residuals: Tensor = NO_RESIDUALS
+    pasted: Tensor = NO_RATES
 
 
 class IntermediaryStore:
@@ -69,6 +76,25 @@ class IntermediaryStore:
             votes[block["index"]] = block["votes"].long()
         return votes
 
+    def pasted(self, total: int) -> Tensor:
+        """float32 (total,) in data set order, paste rates; nan where there is none."""
+        rates = torch.full((total,), torch.nan)
+        for path in self._files():
+            block = load_arrays(path, "index", "pasted")
+            rates[block["index"][: len(block["pasted"])]] = block["pasted"]
+        return rates
+
+    def residuals(self, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorted indices (R,) and residuals int16 (R, 3, H, W) of those `wanted` that have one."""
+        index, residuals = [], []
+        for path in self._files():
+            block = load_arrays(path, "index", "residuals")
+            at = torch.isin(block["index"][: len(block["residuals"])], wanted)
+            index.append(block["index"][: len(at)][at])
+            residuals.append(block["residuals"][at])
+        order = torch.cat(index).argsort()
+        return torch.cat(index)[order], torch.cat(residuals)[order]
+
     @property
     def passes(self) -> int:
         """Denoiser passes that all blocks cost, over all images."""
@@ -81,6 +107,11 @@ class IntermediaryStore:
             at = torch.isin(anomalous, wanted)
             if at.any():
                 yield anomalous[at], load_arrays(path, "images")["images"][at]
+
+    def examples(self, index: Tensor) -> list[Example]:
+        """All intermediaries of the given samples."""
+        fetched = self.fetch(index)
+        return [Example(int(i), x) for rows, images in fetched for i, x in zip(rows, images)]
 
     def discard(self) -> None:
         """Delete the folder, with anything that a killed run left half-written in it."""

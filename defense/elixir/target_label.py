@@ -17,6 +17,7 @@ from torch import Tensor
 from defense.elixir.config import TargetRule
 from defense.elixir.inflow import Inflow, LabelFlow, inflow_scores
 from defense.elixir.outliers import Scores, robust_scores
+from defense.elixir.paste_gap import PasteEvidence
 from defense.elixir.verdict import Candidates, Kind
 
 
@@ -57,6 +58,9 @@ class Discrepancy:
         share, evidence: as in `LabelShares`.
         inflow: what each class has taken in.
         judged: scores and thresholds of metric and inflow; without a limit, the inflow's is inf.
+        paste: what pasting says (ours); None where nothing was pasted.
+        too_small: bool (K,), classes of too few samples to be split, which are never accused;
+            None where nothing was pasted.
     """
 
     metric: Tensor
@@ -64,16 +68,27 @@ class Discrepancy:
     evidence: Tensor
     inflow: Inflow
     judged: Judged
+    paste: PasteEvidence | None = None
+    too_small: Tensor | None = None
 
     @property
     def is_target(self) -> Tensor:
-        """bool (K,): whether a class is a detected target label."""
-        return self.judged.outlies
+        """bool (K,): whether a class is a detected target label, by any of the measures."""
+        found = self.judged.outlies
+        found = found if self.paste is None else found | self.paste.accused
+        return found if self.too_small is None else found & ~self.too_small
 
     @property
     def targets(self) -> tuple[int, ...]:
         """The detected target labels, ascending."""
         return tuple(self.is_target.nonzero().flatten().tolist())
+
+    @property
+    def undecided(self) -> tuple[int, ...]:
+        """The classes that have samples, but too few to be judged, ascending."""
+        if self.too_small is None:
+            return ()
+        return tuple((self.too_small & self.inflow.seen).nonzero().flatten().tolist())
 
 
 def label_shares(

@@ -23,6 +23,7 @@ class Verdict(IntEnum):
     BENIGN = 0  # no label transition, or no target label: image and label stay
     POISONED = 1  # the intermediaries agree on another label: take it, and one of them
     SUSPICIOUS = 2  # the intermediaries disagree: the benign model decides
+    LEFT_OUT = 3  # of an accused class, and the benign model is not sure (ours)
 
 
 class Kind(IntEnum):
@@ -112,6 +113,16 @@ def _support(labels: Tensor) -> Tensor:
     for column in labels.split(1, dim=1):
         support += labels == column
     return support.masked_fill(labels == UNKNOWN, 0)
+
+
+def share_moved(votes: Tensor, labels: Tensor) -> Tensor:
+    """float64 (N,): share of intermediaries that are not read as the given label int64 (N,).
+
+    Of votes int64 (N, 1+nm); 0 where nothing was purified.
+    """
+    cast = votes[:, 1:] != UNKNOWN
+    moved = (cast & (votes[:, 1:] != labels[:, None])).sum(1).double()
+    return moved / cast.sum(1).clamp(min=1)
 
 
 def round_ends(votes: Tensor, last_steps_m: int) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.classifier.networks import MODELS, Classifier
-from utils.classifier.training import Observer, Trainer
+from utils.classifier.training import Augmentation, Observer, Trainer
 from utils.config import TrainConfig, UserError, nearest
 from utils.images.data import Dataset, DatasetInfo, LabeledImages
 from utils.randomness import global_stream
@@ -92,6 +92,7 @@ def trained(
     observer: Observer | None = None,
     start: Classifier | None = None,
     together: bool = True,
+    augment: Augmentation | None = None,
 ) -> Classifier:
     """The model <name>.safetensors of `folder`, in eval mode; trained now where it is not there.
 
@@ -99,6 +100,7 @@ def trained(
         name: names the random stream as well.
         start: what is trained further, on a copy; None = from scratch.
         together: by all processes. What must not depend on their number is trained in one.
+        augment: as in `Trainer`.
 
     Raises UserError as `Trainer.fit` does, or where the file is damaged.
     """
@@ -108,6 +110,7 @@ def trained(
     if file.exists():
         return load_weights(model, file).eval()
     checkpoint = folder / f"{name}.checkpoint.pt"
-    Trainer(model, config, name, info.flip, checkpoint, together).fit(data, observer)
+    trainer = Trainer(model, config, name, info.flip, checkpoint, together, augment)
+    trainer.fit(data, observer)
     save_classifier(model, file)
     return model

@@ -51,6 +51,8 @@ class Epoch:
 
 
 Observer = Callable[[Epoch], dict[str, float]]  # returns what the progress bar should show
+# [0, 1] (B, 3, H, W), their labels (B,), the epoch's draws -> what is trained on before it is shifted
+Augmentation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,13 @@ class TrainingJob:
     config: TrainConfig
     stage: str
     flip: bool
+    augment: Augmentation | None
     data: LabeledImages
     state: dict[str, Any]
 
     def run_in_worker(self) -> None:
         trainer, device = Trainer(self.model, self.config, self.stage, self.flip), self.model.device
+        trainer.augment = self.augment
         trainer.load(self.state)
         data, trainer.network = self.data.to(device), data_parallel(self.model, device)
         while (epoch := broadcast()) is not None:
@@ -83,6 +87,7 @@ class Trainer:
         checkpoint: file written every `config.frequency_save` epochs, from which an interrupted
             training goes on; the caller removes it once the model is saved. None = never written.
         together: whether all processes train, each on its rows of every batch.
+        augment: what is done to images before they are shifted and mirrored.
     """
 
     def __init__(
@@ -93,7 +98,9 @@ class Trainer:
         flip: bool,
         checkpoint: Path | None = None,
         together: bool = True,
+        augment: Augmentation | None = None,
     ):
+        self.augment = augment
         self.model, self.config, self.stage, self.flip = model, config, stage, flip
         self.checkpoint, self.together = checkpoint, together and world_size() > 1
         self.network: nn.Module = model
@@ -116,7 +123,8 @@ class Trainer:
         if batch < world_size():
             words = f"batch_size: {batch} images cannot be shared by {world_size()} processes"
             raise UserError(f"{words}; start fewer")
-        job = TrainingJob(self.model, self.config, self.stage, self.flip, data, self.state())
+        state, flip, augment = self.state(), self.flip, self.augment
+        job = TrainingJob(self.model, self.config, self.stage, flip, augment, data, state)
         with run_in_workers(job):
             self.network = data_parallel(self.model, self.model.device)
             try:
@@ -161,7 +169,9 @@ class Trainer:
         generator = keyed_generator(self.config.random_seed, self.stage, epoch)
         for batch in self._batches(len(labels), generator):
             batch = batch.to(images.device, non_blocking=True)  # else a GPU would be waited for
-            x, y = random_crop_flip(to_unit(images[batch]), self.flip, generator), labels[batch]
+            x, y = to_unit(images[batch]), labels[batch]
+            x = self.augment(x, y, generator) if self.augment else x
+            x = random_crop_flip(x, self.flip, generator)
             if self.together:
                 x, y = local_rows(x), local_rows(y)
             x = x.contiguous(memory_format=torch.channels_last)
