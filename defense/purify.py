@@ -63,7 +63,7 @@ def clean(
             after a complete run only with `config.keep_intermediaries`.
 
     Raises:
-        UserError: images, labels or names that do not fit, fewer than three classes with samples,
+        UserError: images, labels or names that do not fit, fewer than two classes with samples,
             no such denoiser, or whatever stops a training.
     """
     from defense.own_data.cleaning import clean_in_memory

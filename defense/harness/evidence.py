@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defense.elixir.paste_gap import ERRORS, GAP, PATTERN
 from defense.elixir.target_label import Discrepancy
 from defense.harness.case import Case, record_above
 from defense.harness.result import Result
@@ -19,10 +20,19 @@ ON_PAGE, IN_FIGURE = 240, 8  # changed samples whose rounds are kept
 
 
 def write_product(result: Result, labels: Tensor, last_steps_m: int, record: Record) -> None:
-    """purified.npz, decisions.csv and votes.npz, of these what the defence has.
+    """purified.npz, votes.npz and decisions.csv, of these what the defence has.
 
-    Where samples were dropped, purified.npz holds the others, with their places in the training
-    set as `index`. `labels` int64 (N,) are the given ones.
+    `labels` int64 (N,) are the given ones.
+    """
+    write_arrays(result, record)
+    write_table(record / "decisions.csv", result.table(labels, last_steps_m))
+
+
+def write_arrays(result: Result, record: Record) -> None:
+    """purified.npz and votes.npz, of these what the defence has.
+
+    Where samples may be dropped, purified.npz holds the others, with their places in the training
+    set as `index`.
     """
     if result.product:
         purified, out = result.product
@@ -31,7 +41,6 @@ def write_product(result: Result, labels: Tensor, last_steps_m: int, record: Rec
         save_arrays(record / "purified.npz", images=given.images, labels=given.labels, **kept)
     if result.votes is not None:
         save_arrays(record / "votes.npz", votes=result.votes.to(torch.int16))
-    write_table(record / "decisions.csv", result.table(labels, last_steps_m))
 
 
 def write_figures(result: Result, case: Case, last_steps_m: int, record: Record) -> None:
@@ -43,6 +52,9 @@ def write_figures(result: Result, case: Case, last_steps_m: int, record: Record)
             "discrepancy (nats)": (found.metric.numpy(), judged.discrepancy.threshold),
             "share of others taken in": (found.inflow.share.numpy(), judged.inflow.threshold),
         }
+        if paste := found.paste:
+            measures["pattern obeyed"] = paste.pattern.numpy(), PATTERN
+            measures["gap of paste rates"] = (paste.gap - ERRORS * paste.error).numpy(), GAP
         figures.target_label_chart(record / "discrepancy.png", measures, found.targets, classes)
     elif result.score is not None and result.flagged is not None:
         score, poison = result.score.numpy(), case.truth.poison.numpy()
@@ -81,11 +93,14 @@ def _curves(record: Record) -> list[dict[str, str]]:
 def write_evidence(
     result: Result, labels: Tensor, classes: Sequence[str], last_steps_m: int, record: Record
 ) -> None:
-    """classes.json (names, what target-label detection saw) and examples.npz (ends of rounds).
+    """classes.json (names, what target-label detection saw), cause.npz (why classes are accused)
+    and examples.npz (ends of rounds), of these what the defence has.
 
     `labels` int64 (N,) are the given ones.
     """
     write_json(record / "classes.json", {"names": list(classes), **_seen(result.discrepancy)})
+    if result.exhibit:
+        save_arrays(record / "cause.npz", **vars(result.exhibit))
     if result.decisions is None:
         return
     changed = (result.decisions.column > 0) | (result.decisions.new_labels != labels)
@@ -110,5 +125,26 @@ def _seen(found: Discrepancy | None) -> dict[str, Any]:
         "inflow": found.inflow.share.tolist(),
         "inflow_score": judged.inflow.score.tolist(),
         "inflow_limit": judged.inflow.threshold,
+        "by_discrepancy": judged.discrepancy.outlies.tolist(),
         "by_inflow": judged.inflow.outlies.tolist(),
+        **_pasted(found),
+    }
+
+
+def _pasted(found: Discrepancy) -> dict[str, Any]:
+    """What pasting says, and which classes are too small to be judged; empty under `published`."""
+    paste = found.paste
+    told = {"undecided": list(found.undecided)} if found.undecided else {}
+    if paste is None:
+        return told
+    return told | {
+        "paste_rate": paste.rate.tolist(),
+        "pattern": paste.pattern.tolist(),
+        "pattern_limit": PATTERN,
+        "gap": paste.gap.tolist(),
+        "gap_error": paste.error.tolist(),
+        "gap_limit": GAP,
+        "gap_errors": ERRORS,
+        "by_pattern": (paste.pattern > PATTERN).tolist(),
+        "by_gap": (paste.gap - ERRORS * paste.error > GAP).tolist(),
     }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defense.elixir.decisions import Decisions, Example
+from defense.elixir.exhibit import Exhibit
 from defense.elixir.target_label import Discrepancy
 from utils.classifier.networks import Classifier
 from utils.images.data import LabeledImages
@@ -32,6 +33,7 @@ class Result:
         power: size of a backdoor -> how often it would have been found, where none was.
         notes: sentences on what the verdict is worth.
         unet_passes: denoiser passes spent, over all images.
+        exhibit: what shows the cause of an accusation.
         examples: purified samples with the given indices, drawn when the page wants them.
     """
 
@@ -48,6 +50,7 @@ class Result:
     power: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
     unet_passes: int = 0
+    exhibit: Exhibit | None = None
     examples: Callable[[Tensor], list[Example]] = lambda _: []
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from defense.elixir.config import DataElixirConfig
 from defense.elixir.forecast import training_line
 from defense.harness.defense import Defense
 from defense.harness.defense_run import DefenseRun
-from defense.harness.evidence import write_evidence
+from defense.harness.evidence import write_arrays, write_evidence
 from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
@@ -48,6 +48,8 @@ class Cleaned:
     Attributes:
         data: images uint8 (N, 3, H, W) and labels int64 (N,) after cleaning.
         changed: bool (N,), label or image differs from what was given.
+        left_out: bool (N,), samples that may be poisoned and that the benign model is not sure of:
+            leave them out of a training (`data[~left_out]`); `data` holds them as they were given.
         target_labels: the classes that a backdoor points to; empty = none found, nothing changed.
         decisions: columns of decisions.csv, each (N,).
         result: everything the defence gives back, the benign model (`result.model`) among it.
@@ -55,6 +57,7 @@ class Cleaned:
 
     data: LabeledImages
     changed: Tensor
+    left_out: Tensor
     target_labels: tuple[int, ...]
     decisions: dict[str, np.ndarray]
     result: Result
@@ -101,11 +104,8 @@ class Cleaning:
                 victim = trained("victim", data, config, dataset, device, folder.path)
         result = self.defense.defend(data, victim, DefenseRun(config, dataset, folder, device))
         with folder.stage("report") as found:
-            purified, votes, steps = result.purified, result.votes, config.last_steps_m
-            assert purified is not None
-            assert votes is not None
-            save_arrays(folder / "purified.npz", images=purified.images, labels=purified.labels)
-            save_arrays(folder / "votes.npz", votes=votes.to(torch.int16))
+            steps = config.last_steps_m
+            write_arrays(result, folder)
             names, columns = np.array(dataset.classes), result.table(data.labels, steps)
             columns |= {f"{age}_class": names[columns[f"{age}_label"]] for age in ("given", "new")}
             write_table(folder / "decisions.csv", ({"path": paths} if paths else {}) | columns)
@@ -144,11 +144,11 @@ def clean_in_memory(
         cleaning.claim(place, {"data": "in memory", "victim": victim is not None})
         result = cleaning.analyse(place)
         defense.clean_up(place)
-    cleaned = result.purified
-    assert cleaned is not None
+    assert result.product
+    cleaned, out = result.product
     changed = differing(cleaned.images, given.images) | (cleaned.labels != given.labels)
     table = result.table(given.labels, cleaning.config.last_steps_m)
-    return Cleaned(cleaned, changed, result.targets or (), table, result)
+    return Cleaned(cleaned, changed, ~out, result.targets or (), table, result)
 
 
 def clean_given(order: CleanConfig, defense: Defense) -> None:
@@ -191,6 +191,8 @@ def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
     write_json(folder / SUMMARY, summary | {CLEANED: held})
     cleaning.defense.clean_up(folder)
     log.info("%s", "\n".join(summary["notes"]))
+    if left_out := summary["left_out"]:
+        log.info("left out, as the model is not sure of them:\n%s", "\n".join(left_out))
     targets = summary["target_labels"]["names"] or "none"
     page = write_page(folder.path)
     log.info(f"{summary['status']}: target labels {targets}; the page is {page}")

@@ -16,8 +16,9 @@ class CleanConfig:
             it aside as cleaned-1/.
         victim: a classifier (.safetensors of this program, of the kind that `model` names) instead
             of one trained on the set.
-        action: relabel (purified images under their new labels), drop (leave the changed samples
-            out) or report (write no images).
+        action: relabel (purified images under their new labels, without the samples that the model
+            is not sure of), drop (leave all samples under suspicion out) or report (write no
+            images).
         resize: analyse images of other sizes at the denoiser's; only purified ones are affected,
             they are scaled back.
         dry_run: count, measure a small batch and say what the run would cost, without writing

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 
 from defense.elixir.config import PurifyConfig
-from defense.elixir.power import COMPARABLE
 from defense.elixir.purifier import open_denoiser
 from diffusion.card import CARDS
 from diffusion.denoiser import Denoiser
@@ -76,17 +75,13 @@ def open_given(text: str) -> Given:
 
 
 def refuse_few(labels: Tensor, count: int) -> None:
-    """Raises UserError where fewer than three of `count` classes have samples."""
+    """Raises UserError where fewer than two of `count` classes have samples."""
     present = len(labels.unique())
-    if present >= COMPARABLE:
-        return
-    shown, some = f"{present} classes", ""
-    if count >= COMPARABLE:
-        shown, some = f"only {present} of the {count} classes have samples", " that have some"
-    raise UserError(
-        f"data: {shown}; DataElixir tells a target label by how far it lies from the median "
-        f"class, which takes three or more{some}"
-    )
+    if present < 2:
+        found = f"only {present} of the {count} classes has samples" if count > 1 else "one class"
+        raise UserError(
+            f"data: {found}; a backdoor leads to one class from others: give two or more"
+        )
 
 
 def fitting_denoiser(given: Given, config: PurifyConfig, resize: bool) -> Denoiser:

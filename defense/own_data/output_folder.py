@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defense.elixir.verdict import Verdict
 from utils.config import UserError
-from utils.images.data import LabeledImages
 from utils.images.layout import Layout, Outcome
 from utils.page.source import Source
 from utils.storage import checksums, lock
@@ -94,19 +94,29 @@ def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
 
     "relabel" gives what purified.npz holds, also of images that were merely requantised (preset
     published); under `resize` these stay as given, as scaling back would change them far more.
+    Samples that the model is not sure of are dropped by either action; "drop" drops those that
+    were changed, too, and those that carry a trigger under their own label.
 
     Args:
         given: int64 (N,), the labels as given.
     """
-    purified = LabeledImages(**load_arrays(folder / "purified.npz"))
-    chosen = torch.from_numpy(Source(folder.path).decisions["round"] != -1)
-    none = torch.zeros_like(chosen)
+    table = Source(folder.path).decisions
+    chosen, out = (
+        torch.from_numpy(table[key] != kept) for key, kept in (("round", -1), ("kept", 1))
+    )
+    original = load_arrays(folder / "poisoned.npz", "images")["images"]
+    labels, images = given.clone(), original.clone()
+    new = load_arrays(folder / "purified.npz")
+    kept = new.get("index", torch.arange(len(given)))  # where samples may be left out
+    labels[kept], images[kept] = new["labels"], new["images"]
+    none = torch.zeros_like(out)
     if action == "drop":
-        return Outcome(given, purified.images, none, chosen | (purified.labels != given))
-    replaced = differing(purified.images, load_arrays(folder / "poisoned.npz", "images")["images"])
+        poisoned = torch.from_numpy(table["verdict"] == Verdict.POISONED.name)
+        return Outcome(given, images, none, chosen | (labels != given) | poisoned | out)
+    replaced = differing(images, original)
     if folder.config().get("resize"):
         replaced &= chosen
-    return Outcome(purified.labels, purified.images, replaced, none)
+    return Outcome(labels, images, replaced, out)
 
 
 def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor) -> str | None:

@@ -25,6 +25,7 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
     survived = rounds_survived(votes, data.labels, last_steps_m, found.is_target)
     return {
         "target_labels": list(found.targets),
+        "undecided": list(found.undecided),
         "prediction_survives": survived.tolist(),
         "classifier_agrees": agrees.double().mean().item(),
         "purified": len(agrees),
@@ -49,7 +50,9 @@ def summarise(
         "samples": int((relabelled | changed.replaced).sum()),
     }
     dropped = int(outcome(folder, labels, "drop").dropped.sum()) if action == "drop" else 0
+    left_out = [given.layout.paths[k] for k in changed.dropped.nonzero().flatten().tolist()]
     detected, names = found["target_labels"], given.layout.classes
+    told = counts | {"dropped": dropped, "left_out": len(left_out)}
     return {
         "schema": SCHEMA,
         "dataset": given.path.name,
@@ -62,12 +65,14 @@ def summarise(
         "classes": len(names),
         "analysed_at": resolution,
         "changed": counts,
+        "left_out": left_out,
         "target_labels": {"detected": detected, "names": [names[k] for k in detected]},
+        "undecided": [names[k] for k in found.get("undecided", [])],
         "purified": found["purified"],
         "classifier_agrees": found["classifier_agrees"],
         "rounds": [{"prediction_survives": share} for share in found["prediction_survives"]],
         "power": found["power"],
-        "notes": notes(given, found, counts | {"dropped": dropped}, action, resolution),
+        "notes": notes(given, found, told, action, resolution),
         "cost": {
             "unet_passes": found["unet_passes"],
             "seconds": {stage: entry["seconds"] for stage, entry in stages.items()},
@@ -78,13 +83,21 @@ def summarise(
     }
 
 
+def samples(count: int) -> str:
+    """How many samples, in words."""
+    return f"{count:,} sample" + "s" * (count != 1)
+
+
 def notes(
     given: Given, found: dict[str, Any], counts: dict[str, int], action: str, resolution: int
 ) -> list[str]:
     """What a person has to know to read the result rightly."""
     layout, labels, images = given.layout, counts["labels"], counts["images"]
+    unsure = f", without {samples(counts['left_out'])} that the model is not sure of"
+    without = unsure if counts["left_out"] else ""
     done = {
-        "relabel": f"cleaned/ holds the set with {labels:,} labels and {images:,} images changed",
+        "relabel": f"cleaned/ holds the set with {labels:,} labels and {images:,} images changed"
+        + without,
         "drop": f"cleaned/ holds the set without the {counts['dropped']:,} samples under suspicion",
         "report": "This is an analysis only: no images were written",
     }[action]

@@ -18,6 +18,8 @@ from utils.storage.files import replacing
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called $\\frac{
 ACCENT, MUTED, BLUE = "#c0392b", "#7f8c8d", "#2c6fbb"
+# the groups of an accused class, in the order of their numbers
+SIDES = {"clean": BLUE, "between": MUTED, "carriers": ACCENT}
 PAGE_DPI = 150  # of an embedded picture, which is shown at half of that
 BINS = 24
 Target = Path | io.BytesIO  # where a picture goes, as PNG
@@ -94,7 +96,8 @@ def target_label_chart(
     """What target labels were found by: a bar for each class, flagged ones coloured.
 
     Args:
-        measures: {name: (values of every class, threshold)}; what is infinite is drawn to the top.
+        measures: {name: (values of every class, threshold)}; what is infinite is drawn to the top,
+            nan not at all.
     """
     width, height = max(5, 0.28 * len(classes) + 2), 2.8 * len(measures) + 0.4
     figure, axes = _subplots(len(measures), 1, width, height)
@@ -102,7 +105,7 @@ def target_label_chart(
     for axis, (name, (values, threshold)) in zip(axes[:, 0], measures.items()):
         finite = values[np.isfinite(values)]
         top = (finite.max() if len(finite) else 1.0) * 1.1 + 1e-3
-        heights = np.where(np.isfinite(values), values, top)
+        heights = np.where(np.isinf(values), top, np.nan_to_num(values))
         axis.bar(range(len(values)), heights, color=colours[: len(values)])
         if np.isfinite(threshold):
             label = f"threshold {threshold:.3g}"
@@ -142,6 +145,47 @@ def histograms(target: Target, measures: dict[str, np.ndarray]) -> None:
         top = max(float(known.max(initial=0)), 1e-3)
         axis.hist(known, BINS, range=(0, top), color=BLUE)
         axis.set(xlabel=name, ylabel="samples")
+    figure.tight_layout()
+    _save(figure, target)
+
+
+def cause_chart(
+    target: Target,
+    view: np.ndarray,
+    group: np.ndarray,
+    witnesses: dict[str, np.ndarray],
+    sized_by: str,
+) -> None:
+    """One accused class: its samples in the feature plane, and each witness by group.
+
+    Args:
+        view: float (S, 2), places of its samples.
+        group: int (S,), places in SIDES.
+        witnesses: {name: values (S,) in [0, 1]}; nan is left out.
+        sized_by: the witness that a sample's mark is as large as.
+    """
+    figure, axes = _subplots(1, 1 + len(witnesses), 4.2 * (1 + len(witnesses)), 3.1)
+    plane, sizes = axes[0, 0], 6 + 44 * np.nan_to_num(witnesses[sized_by])
+    for side, (name, colour) in enumerate(SIDES.items()):
+        own = group == side
+        if not own.any():
+            continue
+        label = f"{name}: {int(own.sum()):,}"
+        look = {"color": colour, "alpha": 0.5, "linewidths": 0}
+        plane.scatter(*view[own].T, s=sizes[own], label=label, **look)
+        for axis, values in zip(axes[0, 1:], witnesses.values()):
+            known = values[own & np.isfinite(values)]
+            share = np.full(len(known), 1 / max(1, len(known)))
+            if name != "between":
+                axis.hist(
+                    known, BINS, range=(0, 1), weights=share, color=colour, alpha=0.6, label=name
+                )
+    plane.set(xlabel="score in the classifier's features", ylabel="component across")
+    plane.set_title(f"each sample of the class; size: {sized_by}", fontsize=9)
+    plane.legend(frameon=False, fontsize=8)
+    for axis, name in zip(axes[0, 1:], witnesses):
+        axis.set(xlabel=name, ylabel="share of the group", xlim=(0, 1))
+        axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     _save(figure, target)
 

@@ -137,6 +137,7 @@ def build(
             for c in table.get("confidence", np.full(len(given), np.nan))[rows]
         ],
     }
+    samples["out"] = (table.get("kept", np.ones(len(given)))[rows] == 0).tolist()
     samples |= {key: table[key][rows].tolist() for key in ("reason", "path") if key in table}
     samples |= {"truth": truth_words(rows, table, truth)} if truth else {}
     pairs = np.stack([given[rows], chosen[rows]], axis=1)

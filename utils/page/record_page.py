@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from utils.page import figures, gallery
+from utils.page import cause, figures, gallery
 from utils.page.source import Source, dig, number
 from utils.storage.files import replacing
 
@@ -23,6 +23,11 @@ MODELS = {
     "benign_stage1": "before fine-tuning",
     "benign": "after: benign model",
 }
+LEFT_OUT = "LEFT_OUT"  # the verdict on samples that the benign model is not sure of
+MEASURES = (
+    *("evidence", "discrepancy", "score", "inflow", "inflow_score"),
+    *("paste_rate", "pattern", "gap", "gap_error"),
+)
 DISTANCES = ("pixel_distance", "feature_distance")
 
 
@@ -63,6 +68,8 @@ def content(source: Source) -> dict[str, Any]:
         "models": MODELS,
         "verdict": verdict(source, changed),
         "changed": changed,
+        "accusations": list(cause.accusations(source)),
+        "by_cause": "carrier" in table,
         "verdicts": dict(zip(names.tolist(), counts.tolist())),
         "gallery": pictures(source),
         "class_rows": class_rows(source),
@@ -73,13 +80,15 @@ def content(source: Source) -> dict[str, Any]:
 
 
 def changes(table: dict[str, np.ndarray]) -> dict[str, int]:
-    """How many labels and images were changed and samples removed; empty if not recorded."""
+    """How many labels and images were changed, samples removed, and of these left out as the model
+    is not sure of them; empty if not recorded."""
     if not table:
         return {}
     return {
         "labels": int((table["given_label"] != table["new_label"]).sum()),
         "images": int((table["round"] != -1).sum()),
         "removed": int((table["kept"] == 0).sum()),
+        "left_out": int((table["verdict"] == LEFT_OUT).sum()),
         "of": len(table["index"]),
     }
 
@@ -103,8 +112,13 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
     if changed:
         labels, images = f"{changed['labels']:,} of {changed['of']:,} labels", changed["images"]
         counts = f"{labels} and {images:,} images were changed."
-    if changed.get("removed"):
-        counts += f" {changed['removed']:,} samples were removed."
+    unsure = changed.get("left_out", 0)
+    if unsure:
+        one = "sample was left out, as the model is not sure of it."
+        several = "samples were left out, as the model is not sure of them."
+        counts += f" {unsure:,} {one if unsure == 1 else several}"
+    if removed := changed.get("removed", 0) - unsure:
+        counts += f" {removed:,} samples were removed."
     if detected is None:
         return counts or "Nothing is recorded about single samples."
     if not detected:
@@ -120,7 +134,8 @@ def verdict(source: Source, changed: dict[str, int]) -> str:
 
 
 def class_rows(source: Source) -> list[dict[str, Any]]:
-    """A row for each class: its samples, discrepancy, inflow, scores, target label or not."""
+    """A row for each class: its samples, discrepancy, inflow, scores, what pasting says, whether it
+    is a target label and by which measures, or too small to tell."""
     kept, given = source.classes, source.decisions.get("given_label", np.zeros(0, np.int64))
     detected = dig(source.report, ("target_labels", "detected")) or []
     purified = source.decisions.get("votes_old", np.zeros_like(given)) >= 0
@@ -131,8 +146,12 @@ def class_rows(source: Source) -> list[dict[str, Any]]:
             "samples": int((given == k).sum()),
             "purified": int(((given == k) & purified).sum()),
         }
-        for key in ("evidence", "discrepancy", "score", "inflow", "inflow_score"):
+        for key in MEASURES:
             row[key] = kept[key][k] if kept.get(key) else None
+        row["by"] = cause.accusers(kept, k) if k in detected else ""
+        row["told"] = "yes" if k in detected else "no"
+        if k in kept.get("undecided", ()):
+            row["told"] = "undecided (too small)"
         rows.append(row)
     return rows
 
@@ -162,6 +181,11 @@ def draw(source: Source) -> dict[str, Markup]:
         for name, (values, threshold) in measures.items()
         if kept.get(values)
     }
+    if kept.get("pattern"):
+        gaps, errors = (_numbers(kept[key], np.nan) for key in ("gap", "gap_error"))
+        bars["pattern obeyed"] = _numbers(kept["pattern"], np.nan), kept["pattern_limit"]
+        least = gaps - kept["gap_errors"] * errors
+        bars["gap of paste rates"] = least, kept["gap_limit"]
     if bars:
         words = "Of each class: " + ", ".join(bars)
         flagged = dig(source.report, ("target_labels", "detected")) or []
@@ -182,6 +206,6 @@ def draw(source: Source) -> dict[str, Markup]:
     return drawn
 
 
-def _numbers(values: list[float | None]) -> np.ndarray:
-    """float64, None as infinity."""
-    return np.array([np.inf if value is None else value for value in values], float)
+def _numbers(values: list[float | None], unknown: float = np.inf) -> np.ndarray:
+    """float64, None as `unknown`."""
+    return np.array([unknown if value is None else value for value in values], float)
