@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from defense import purify
 from defense.elixir import purifier
 from defense.elixir.config import DataElixirConfig
 from defense.own_data import cleaning
-from tests.toys import FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
+from tests.toys import LEVELS, FlatDenoiser, PatchReader, body_level, poisoned_toy, toy_dataset
+from utils.classifier import models
 
 DATASET = toy_dataset(per_class=8)
 POISONED, TRUTH, _ = poisoned_toy(DATASET)
@@ -31,10 +33,36 @@ CONFIG = DataElixirConfig(**CHOSEN)
 KEYS = [word for key, value in CHOSEN.items() for word in (f"--{key}", str(value).lower())]
 
 
-def use_exact_networks(patch):
-    """The toy's denoiser and victim are there for the asking, whatever their name."""
+class BodyReader(nn.Module):
+    """A benign model: reads the grey level whatever the corner is, and is sure of all classes but `unsure`."""
+
+    def __init__(self, classes, unsure=None):
+        super().__init__()
+        self.register_buffer("levels", LEVELS[:classes] / 255)
+        self.unsure = unsure
+
+    @property
+    def device(self):
+        return self.levels.device
+
+    def features(self, x):
+        return body_level(x)[:, None]
+
+    def forward(self, x):
+        distance = (body_level(x)[:, None] - self.levels).abs()
+        sure = distance.argmin(1) != (-1 if self.unsure is None else self.unsure)
+        return -1000 * sure[:, None] * distance
+
+
+def use_exact_networks(patch, unsure=None):
+    """The toy's denoiser, victim and benign model are there for the asking, whatever their name.
+
+    The benign model is not sure of images of the class `unsure`.
+    """
     patch.setattr(purifier, "load_denoiser", lambda *_, **__: FlatDenoiser())
     patch.setattr(cleaning, "trained", lambda *_: PatchReader().eval())
+    benign = lambda name, data, config, dataset, *_, **__: BodyReader(dataset.num_classes, unsure)
+    patch.setattr(models, "trained", benign)
 
 
 def write_folder(data, root, side=None):

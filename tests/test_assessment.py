@@ -1,17 +1,17 @@
 """What is said of a verdict, on votes whose answer is known."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 from defense.elixir.assessment import by_discrepancy_alone, findings, verdict_notes
 from defense.elixir.config import PUBLISHED_RULE, TargetRule
-from defense.elixir.draft import Draft
 from defense.elixir.noise_level import rounds_survived
+from defense.elixir.paste_gap import PasteEvidence
 from defense.elixir.target_label import target_labels
 from defense.elixir.verdict import filter_candidates
-from utils.images.data import LabeledImages
 
 EACH, VOTES, TAU = 100, 11, 5
 GOOD, POOR = {"0.1": 1.0, "0.05": 1.0, "0.01": 0.2}, {"0.1": 0.5, "0.05": 0.1, "0.01": 0.0}
@@ -67,6 +67,16 @@ def test_five_classes_are_enough():
     assert by_discrepancy_alone(found(5, backdoor=[1])).tolist() == []
 
 
+def test_a_class_that_pasting_accuses_does_not_stand_out_by_the_discrepancy_alone():
+    """Whether the votes accuse it as well, as class 5, or not, as class 7, whose labels are clean."""
+    nothing, pattern = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    pattern[[5, 7]] = 0.9
+    said = replace(found(drift=[2, 5]), paste=PasteEvidence(nothing, pattern, nothing, nothing))
+    assert said.targets == (2, 5, 7)
+    assert by_discrepancy_alone(said).tolist() == [2]
+    assert notes(said)[0].startswith("Class sign 2 stands out")
+
+
 @pytest.mark.parametrize(("share", "said"), [(0.6, False), (5 / 9, True)])
 def test_a_level_that_destroys_what_the_classifier_reads_is_told(share, said, caplog):
     assert [
@@ -105,11 +115,26 @@ def test_findings_by_hand():
     votes = torch.tensor([[0, 9, 0, 9, 0], [0, 0, 1, 0, 0], [1, 1, 1, 1, 2], [2, 1, 1, 2, 2]])
     labels, is_target = torch.tensor([0, 0, 1, 1]), torch.zeros(2, dtype=torch.bool)
     said = target_labels(votes, filter_candidates(votes, 2), labels, 2, TargetRule())
-    images = torch.zeros(4, 3, 4, 4, dtype=torch.uint8)
-    draft = Draft.unchanged(LabeledImages(images, labels), torch.tensor([0, 1, 2, 0]))
     survived = rounds_survived(votes, labels, 2, is_target).tolist()
-    lines = list(findings(votes, said, draft, survived, 2))
+    lines = list(findings(votes, said, labels, survived, 2))
     assert lines[0] == "prediction survives round 1: 0.500, 2: 0.750"
     assert lines[1] == "prediction survives the last round, by given label: 0: 1.00, 1: 0.50"
-    assert [line.partition(":")[0] for line in lines[2:4]] == ["class 0", "class 1"]
-    assert lines[4:] == ["verdicts: 2 BENIGN, 1 POISONED, 1 SUSPICIOUS"]
+    assert [line.partition(":")[0] for line in lines[2:]] == ["class 0", "class 1"]
+    assert not any("pattern" in line for line in lines)
+
+
+def test_what_pasting_says_of_a_class_is_told_beside_the_rest():
+    column = lambda *values: torch.tensor(values, dtype=torch.float64)
+    nan = torch.nan
+    said = replace(
+        found(3),
+        paste=PasteEvidence(
+            column(0.1, 0.5, nan), column(0, 0.9, nan), column(0, 0.6, nan), column(0.1, 0.1, nan)
+        ),
+        too_small=torch.tensor([False, False, True]),
+    )
+    labels = torch.arange(3).repeat_interleave(EACH)
+    votes = labels[:, None].repeat(1, VOTES)
+    lines = list(findings(votes, said, labels, [1.0], 5))[2:]
+    assert "pattern 0.900, paste rate 0.500, gap 0.600" in lines[1]
+    assert ["target label" in line for line in lines] == [False, True, False]

@@ -53,7 +53,7 @@ class SpyTrainer:
 
     seen: ClassVar[list] = []
 
-    def __init__(self, model, config, stage, flip, checkpoint=None, together=True):
+    def __init__(self, model, config, stage, flip, checkpoint=None, together=True, augment=None):
         self.model, self.config, self.stage = model, config, stage
 
     def fit(self, data, observer=None):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from defense.dataelixir import DataElixir
-from defense.elixir import purification
+from defense.elixir import purification, purifier
 from defense.elixir.config import DEFAULT, PUBLISHED, DataElixirConfig, PurifyConfig
 from defense.elixir.purification import purify
 from defense.elixir.purifier import open_denoiser
@@ -33,9 +33,13 @@ def test_there_are_24_keys_at_most():
     assert len(fields(DataElixirConfig)) <= 24
 
 
-def test_two_classes_are_refused_since_neither_can_lie_apart_from_the_other():
+def test_published_refuses_two_classes_since_neither_can_lie_apart_from_the_other(monkeypatch):
+    """Pasting needs none to compare with."""
+    two = replace(DATASET, classes=("a", "b"))
+    monkeypatch.setattr(purifier, "load_denoiser", lambda *_, **__: FlatDenoiser())
     with pytest.raises(UserError, match="dataset: 2 classes; .* takes three or more"):
-        DataElixir(ddpm="digits").check(replace(DATASET, classes=("a", "b")))
+        DataElixir(ddpm="digits", preset="published").check(two)
+    DataElixir(ddpm="digits").check(two)
 
 
 @pytest.mark.parametrize(("tau", "warned"), [(4, False), (5, True)])

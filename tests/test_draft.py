@@ -9,7 +9,7 @@ from torch import nn
 
 from defense.elixir.config import Rules
 from defense.elixir.decisions import Decisions
-from defense.elixir.draft import Draft, Selector, settled_labels
+from defense.elixir.draft import Draft, Selector
 from defense.elixir.selection import image_distances
 from defense.elixir.store import Block, IntermediaryStore
 from defense.elixir.verdict import Candidates, Kind, Verdict
@@ -51,7 +51,7 @@ class Lookup(nn.Module):
         return torch.ones(len(x), 3)
 
 
-def case(tmp_path, given, verdict, kept, top, original_eligible, source="raw"):
+def case(tmp_path, given, verdict, kept, top, original_eligible):
     """(selector, draft, candidates, images): one sample per entry, all of them in the store."""
     n = len(given)
     images = torch.stack([ladder(seed) for seed in range(n)])
@@ -60,7 +60,7 @@ def case(tmp_path, given, verdict, kept, top, original_eligible, source="raw"):
     store.write(
         Block(torch.arange(n), torch.zeros(n, M + 1, dtype=torch.int64), torch.arange(n), images, 0)
     )
-    rules = Rules(original_eligible=original_eligible, relabel_source=source)
+    rules = Rules(original_eligible=original_eligible)
     selector = Selector(store, Lookup(images, torch.zeros(n, M + 1)), rules)
     data = LabeledImages(images[:, 0].contiguous(), torch.tensor(given))
     candidates = Candidates(
@@ -129,20 +129,28 @@ def test_suspicious_samples_are_settled_by_the_models_reading_of_the_raw_image(
     assert torch.equal(draft.labels, torch.zeros(n).long())
 
 
-def test_the_purified_images_have_the_say_where_the_raw_one_is_read_as_the_given_label(tmp_path):
-    read = torch.tensor([[4] + [1] * 7 + [2] * 3, [0] + [2] * 3 + [1] * 7, [0] + [0] * 8 + [1] * 2])
-    selector, draft, candidates, images = case(
+@pytest.mark.parametrize("original_eligible", [False, True])
+def test_poisoned_samples_take_an_image_that_the_benign_model_reads_as_their_label(
+    tmp_path, original_eligible
+):
+    """Their label stays; where no purified image is read so, the image does, too."""
+    read = [[5] + [5] * M, [6] + ALTERNATING, [2] + ALTERNATING, [7] + [1] * M, [8] + [8] * M]
+    selector, draft, _, images = case(
         tmp_path,
-        [0, 0, 0],
-        [SUSPICIOUS] * 3,
-        [[True] * (M + 1)] * 3,
-        [4, 1, 1],
-        False,
-        "raw_then_purified",
+        [5, 2, 2, 7, 8],
+        [POISONED] * 4 + [BENIGN],
+        [[True] * (M + 1)] * 5,
+        [1] * 5,
+        original_eligible,
     )
-    found, consensus = selector.settle_suspicious(draft, Lookup(images, read), candidates)
-    assert found.labels.tolist() == [4, 1, 0]
-    assert consensus.tolist() == [True, True, False]
+    found = selector.take_as_read(draft, Lookup(images, torch.tensor(read)))
+    # as in the table above: all agree; every second one; those and the original; nobody; not asked
+    columns = [8, 8, 8, 0, 0] if original_eligible else [9, 10, 10, 0, 0]
+    assert found.column.tolist() == columns
+    assert torch.equal(found.labels, draft.labels)
+    assert torch.equal(found.verdict, draft.verdict)
+    assert torch.equal(found.images, images[torch.arange(5), found.column])
+    assert found.pixel.isnan().tolist() == [False] * 3 + [True] * 2
 
 
 def test_settling_touches_suspicious_samples_only(tmp_path):
@@ -177,15 +185,6 @@ def test_a_second_settlement_replaces_the_first(tmp_path):
     assert (first.column.item(), second.column.item(), second.labels.item()) == (8, 0, 3)
     assert torch.equal(second.images, draft.images)
     assert second.pixel.isnan().all()
-
-
-def test_examples_are_the_wanted_samples_with_all_their_images(tmp_path):
-    selector, _, _, images = case(
-        tmp_path, [0] * 4, [POISONED] * 4, [[True] * (M + 1)] * 4, [1] * 4, False
-    )
-    found = selector.examples(torch.tensor([3, 1]))
-    assert [example.index for example in found] == [1, 3]
-    assert torch.equal(torch.stack([e.images for e in found]), images[[1, 3]])
 
 
 def test_an_unchanged_draft_is_the_set_and_updates_leave_the_rest():
@@ -248,13 +247,6 @@ def test_decisions_count_votes_for_the_given_and_the_new_label():
     assert found.votes_old.tolist() == [1, 7]
     assert found.votes_new.tolist() == [6, 7]
     assert found.is_target.tolist() == [True, False]
-
-
-def test_of_equal_labels_among_the_purified_images_the_smallest_is_taken():
-    read = torch.tensor([[0, 2, 2, 1, 1], [3, 3, 1, 1, 3], [0, 2, 1, 1, 2], [4, 2, 2, 2, 2]])
-    given = torch.tensor([0, 3, 0, 0])
-    assert settled_labels(read, given, "raw_then_purified").tolist() == [1, 1, 1, 4]
-    assert settled_labels(read, given, "raw").tolist() == [0, 3, 0, 4]
 
 
 def test_the_table_tells_round_and_step_of_the_chosen_image():

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from defense import purify
-from defense.own_data import cleaning, in_memory
-from tests.cleaning import CONFIG, POISONED
+from defense.own_data import in_memory
+from tests.cleaning import CONFIG, POISONED, TRUTH, use_exact_networks
 from tests.toys import random_images
 from utils.config import UserError
 from utils.images.decoding import open_image
@@ -162,21 +162,25 @@ def test_the_classes_have_names(toy):
             purify.clean(POISONED.images, POISONED.labels, config=CONFIG, classes=classes)
 
 
-@pytest.mark.parametrize(
-    ("present", "classes"), [((0, 3), None), ((0, 1), list("abcde")), ((1, 4), range(9))]
-)
-def test_classes_without_samples_are_none_to_compare_with(toy, monkeypatch, present, classes):
-    monkeypatch.setattr(cleaning, "trained", None)
-    two = POISONED[torch.isin(POISONED.labels, torch.tensor(present))]
-    with pytest.raises(
-        UserError, match="^data: only 2 of the . classes have samples; DataElixir tells"
-    ):
-        purify.clean(two.images, two.labels, config=CONFIG, classes=classes)
+@pytest.mark.parametrize("present", [(0, 3), (1, 4), (0, 2, 4)])
+def test_two_classes_with_samples_are_enough_whatever_their_numbers(toy, present):
+    some = POISONED[torch.isin(POISONED.labels, torch.tensor(present))]
+    assert len(purify.clean(some.images, some.labels, config=CONFIG).data) == len(some)
 
 
-def test_three_classes_with_samples_are_enough_whatever_their_numbers(toy):
-    three = POISONED[torch.isin(POISONED.labels, torch.tensor([0, 2, 4]))]
-    assert len(purify.clean(three.images, three.labels, config=CONFIG).data) == len(three)
+def test_what_is_left_out_comes_back_as_it_was_given(toy, monkeypatch):
+    """The benign model is not sure of class 3, of which there are images among the poisoned ones."""
+    use_exact_networks(monkeypatch, unsure=3)
+    cleaned = purify.clean(POISONED.images, POISONED.labels, config=CONFIG)
+    out = TRUTH.poison & (TRUTH.original_labels == 3)
+    assert out.any()
+    assert torch.equal(cleaned.left_out, out)
+    assert torch.equal(cleaned.data.images[out], POISONED.images[out])
+    assert torch.equal(cleaned.data.labels[out], POISONED.labels[out])
+    assert torch.equal(cleaned.data.labels[~out], TRUTH.original_labels[~out])
+    assert not (cleaned.changed & out).any()
+    assert cleaned.decisions["kept"].tolist() == (~out).int().tolist()
+    assert set(cleaned.decisions["verdict"][out.numpy()]) == {"LEFT_OUT"}
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -188,5 +192,6 @@ def test_changed_is_what_differs_from_what_was_given(toy, published):
     differs = images | (cleaned.data.labels != POISONED.labels)
     assert torch.equal(cleaned.changed, differs)
     assert differs.any()
+    assert not cleaned.left_out.any()
     kept = torch.from_numpy(cleaned.decisions["round"] == -1)
     assert (differs & kept).any() == published

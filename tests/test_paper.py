@@ -120,7 +120,7 @@ def test_the_published_preset_decides_as_the_published_code(seed, tmp_path, monk
 
     def purify(data, victim, config, dataset, record):
         assert (config.target_first, config.reverse_steps, config.amp) == (False, None, False)
-        rounds = SimpleNamespace(purifier=SimpleNamespace(steps=[99]))
+        rounds = SimpleNamespace(purifier=SimpleNamespace(steps=[99]), paster=None)
         return Purification(data, rounds, store, config.rules.target, CLASSES)
 
     def trained(name, data, *_, **__):

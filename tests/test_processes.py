@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from defense.elixir.immunity import Immunity
 from tests.torchrun import together
 from utils.classifier.networks import Classifier
 from utils.classifier.training import Epoch, Trainer
@@ -40,6 +41,13 @@ def toy(n=53):
     )
 
 
+def pasting():
+    """Triggers of class 1 that change what is learned by much."""
+    draw = torch.Generator().manual_seed(1)
+    residuals = torch.randint(-250, 250, (6, 3, 8, 8), generator=draw).short()
+    return Immunity.of(residuals, torch.ones(6).long(), 4, lambda *_: 1.0)
+
+
 class Breaks(nn.Module):
     """A layer that fails in process 0, in the middle of the second epoch, while the others go on to
     share their gradients."""
@@ -66,7 +74,9 @@ def train(folder, kind):
 
     if kind == "breaks":
         model.body.append(Breaks())
-    Trainer(model, CONFIG, "toy", True, folder / "checkpoint.pt").fit(toy(), observer)
+    augment = pasting() if kind == "pasted" else None
+    checkpoint = folder / "checkpoint.pt"
+    Trainer(model, CONFIG, "toy", True, checkpoint, augment=augment).fit(toy(), observer)
     torch.save((model.state_dict(), seen), folder / "out.pt")
 
 
@@ -95,6 +105,24 @@ def test_two_processes_learn_what_one_learns_even_if_process_0_fails_in_between(
     assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
     assert not any(torch.allclose(one[key], before[key], atol=1e-3) for key in before)
     assert later == pytest.approx(losses[1:], rel=0.02)
+
+
+def test_two_processes_paste_the_same_triggers_as_one(tmp_path):
+    for kind in ("good", "pasted"):
+        (tmp_path / kind).mkdir()
+        train(tmp_path / kind, kind)
+    done = together(2, train, tmp_path / "two", "pasted")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (plain, _), (one, losses), (two, others) = (
+        torch.load(tmp_path / name / "out.pt") for name in ("good", "pasted", "two")
+    )
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    assert not any(
+        torch.allclose(one[key], plain[key], atol=1e-3)
+        for key in one
+        if "mean" not in key and "std" not in key
+    )
+    assert others == pytest.approx(losses, rel=0.02)
 
 
 def test_a_batch_that_is_too_small_to_be_shared_is_refused(monkeypatch):

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from defense.elixir import purification as module
 from defense.elixir.config import PurifyConfig, TargetRule
+from defense.elixir.paste import DRAWS, Paster
+from defense.elixir.paste_gap import FEWEST, PasteEvidence
 from defense.elixir.purification import Purification
 from defense.elixir.purifier import Purifier
 from defense.elixir.rounds import Rounds
@@ -17,9 +20,10 @@ CONFIG = PurifyConfig(steps_T=8, rounds_n=3, last_steps_m=4, purify_batch_size=1
 DATA, TRUTH, _ = poisoned_toy(toy_dataset(per_class=30))
 
 
-def purification(folder, config=CONFIG, data=DATA, seed=0):
+def purification(folder, config=CONFIG, data=DATA, seed=0, pastes=False):
     purifier = Purifier(FlatDenoiser(), config, seed, torch.device("cpu"))
-    rounds = Rounds(data, PatchReader(), purifier, 4)
+    paster = Paster.of(data, PatchReader(), purifier) if pastes else None
+    rounds = Rounds(data, PatchReader(), purifier, 4, paster)
     return Purification(data, rounds, IntermediaryStore(folder), TargetRule(), CLASSES)
 
 
@@ -96,3 +100,55 @@ def test_the_size_of_blocks_changes_nothing(tmp_path, size):
         work.everything()
     assert targets(one) == targets(other)
     assert torch.equal(one.votes(), other.votes())
+
+
+def test_pasting_costs_few_passes_and_changes_no_vote(tmp_path):
+    plain, pasting = (purification(tmp_path / str(p), pastes=p) for p in (False, True))
+    for work in (plain, pasting):
+        work.everything()
+    assert torch.equal(plain.votes(), pasting.votes())
+    assert pasting.store.passes - plain.store.passes == DRAWS * len(DATA)
+    assert plain.store.pasted(len(DATA)).isnan().all()
+    index, residuals = pasting.store.residuals(torch.arange(len(DATA)))
+    expected = [pasting.rounds.paster(part) for part in index.split(7)]
+    assert torch.equal(residuals, torch.cat([r for r, _ in expected]))
+    assert torch.equal(pasting.store.pasted(len(DATA)), torch.cat([rates for _, rates in expected]))
+
+
+def test_the_sample_grows_in_classes_that_pasting_is_not_sure_of(tmp_path, monkeypatch):
+    """Until the class is whole, or the gap is clear; what is accused is purified whole at the end."""
+    asked = []
+
+    def said(rates, residuals, labels, features, num_classes, obeyed):
+        asked.append(labels.bincount(minlength=num_classes))
+        zeros = torch.zeros(num_classes, dtype=torch.float64)
+        gap, error = zeros.clone(), zeros.clone()
+        gap[[2, 4]] = 0.6
+        error[2], error[4] = 0.4, 0.4 if asked[-1][4] < 8 else 0.0
+        return PasteEvidence(zeros, zeros, gap, error)
+
+    monkeypatch.setattr(module, "paste_evidence", said)
+    clean = toy_dataset(per_class=30).train
+    work = purification(tmp_path, data=clean, pastes=True)
+    work.targets_first(first=3)
+    assert [sizes[2].item() for sizes in asked] == [3, 6, 12, 24, 30, 30]
+    assert [sizes[4].item() for sizes in asked] == [3, 6, 12, 12, 12, 30]
+    assert all((sizes[[0, 1, 3]] == 3).all() for sizes in asked)
+    assert targets(work) == (4,)
+
+
+def test_a_class_that_is_too_small_is_told_and_never_accused(tmp_path):
+    """As many samples as are known do not matter, but as many as there are."""
+    few = torch.cat(
+        [(DATA.labels != 0).nonzero().flatten(), (DATA.labels == 0).nonzero().flatten()[-19:]]
+    )
+    for data, small in ((DATA, False), (DATA[few], True)):
+        work = purification(tmp_path / str(small), data=data, pastes=True)
+        work.everything()
+        votes = work.votes()
+        found = work.target_labels(votes, filter_candidates(votes, 4))
+        assert found.judged.outlies[0]
+        assert found.too_small.tolist() == [
+            n < FEWEST for n in data.labels.bincount(minlength=CLASSES).tolist()
+        ]
+        assert found.targets == (() if small else (0,))

@@ -108,6 +108,62 @@ def test_an_exact_denoiser_restores_the_image_at_the_end_of_each_round():
     assert (error.diff(dim=1) < 0).all()
 
 
+def expected(images, index=None, level=50, draws=3, seed=0, network=toy_network):
+    index = torch.arange(len(images)) if index is None else index
+    return Purifier(network, CONFIG, seed, CPU).expected(images, index, level, draws)
+
+
+def test_the_expected_image_of_an_exact_denoiser_is_the_image_without_the_trigger():
+    labels = torch.arange(CLASSES).repeat(4)
+    found = expected(with_corner(flat_images(labels)), network=FlatDenoiser())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, flat_images(labels).float(), atol=1e-3, rtol=0)
+
+
+def test_the_expected_image_is_the_mean_of_equation_4_over_draws_of_the_noise():
+    images, index, level = random_images(3, 3, 6, 6), torch.tensor([9, 2, 40]), 30
+    noise, ab = KeyedNoise(index, 5, CPU, "expected"), Schedule().alpha_bar(level - 1)
+    x, means = images.double() / 127.5 - 1, []
+    for _ in range(4):
+        x_t = sqrt(ab) * x + sqrt(1 - ab) * noise(x.float()).double()
+        e = toy_network(x_t, torch.full((3,), level - 1))
+        means.append(((x_t - sqrt(1 - ab) * e) / sqrt(ab)).clamp(-1, 1))
+    mean = (torch.stack(means).mean(0) + 1) * 127.5
+    found = expected(images, index, level, draws=4, seed=5)
+    torch.testing.assert_close(found.double(), mean, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("t_max", "asked"), [(20, 19), (50, 49), (1000, 49)])
+def test_the_expected_image_is_asked_no_higher_than_the_denoiser_was_trained(t_max, asked):
+    seen = []
+
+    class Trained:
+        def __call__(self, x, t):
+            seen.extend(t.tolist())
+            return 0 * x
+
+    Trained.t_max = t_max
+    expected(random_images(2, 3, 4, 4), network=Trained())
+    assert seen == [asked] * 6
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_an_expected_image_does_not_depend_on_its_batch(batch):
+    images = random_images(70, 3, 4, 4)
+    index = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:70]
+    whole = expected(images, index)
+    parts = [expected(x, i) for x, i in zip(images.split(batch), index.split(batch))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(expected(images, index, seed=1), whole)
+    assert not torch.equal(expected(images, index + 1), whole)
+
+
+def test_noise_of_the_expected_image_is_not_that_of_the_rounds():
+    noise = [KeyedNoise(torch.arange(4), 0, CPU, *stream) for stream in ((), ("expected",))]
+    one, other = (source(torch.empty(4, 3, 8, 8)) for source in noise)
+    assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_a_samples_bytes_do_not_depend_on_its_batch(batch):
     images, index = (

@@ -11,6 +11,7 @@ from PIL import Image
 from defense import purify
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.decisions import confidence, reason
+from defense.elixir.paste import DRAWS
 from defense.elixir.power import in_words
 from defense.elixir.verdict import Verdict
 from defense.harness.defense import find_defense
@@ -27,6 +28,7 @@ from tests.cleaning import (
     contents,
     refused,
     run,
+    use_exact_networks,
 )
 from tests.test_layouts import cifar_folder
 from tests.toys import random_images
@@ -61,21 +63,58 @@ def test_what_was_found_is_told_in_numbers_words_and_pictures(finished):
     assert summary["action"] == "relabel"
     assert summary["power"] is None
     assert summary["changed"] == {"labels": POISON, "images": POISON, "samples": POISON}
-    assert summary["cost"]["unet_passes"] == len(POISONED) * 40
+    assert summary["cost"]["unet_passes"] == len(POISONED) * (40 + DRAWS)
     with open(out / "decisions.csv") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(POISONED)
     for row in table:
         assert int(row["given_label"]) == POISONED.labels[int(row["path"][-7:-4])]
         assert row["given_class"] == row["path"][:5]
-        assert 0 <= float(row["confidence"]) <= 1
+        assert row["kept"] == "1"
+        assert (row["confidence"] == "") == (row["given_label"] != "0") == (row["carrier"] == "")
+        assert 0 <= float(row["paste_rate"]) <= 1
     changed = [row for row in table if row["given_label"] != row["new_label"]]
     assert len(changed) == POISON
     for row in changed:
         assert row["confidence"] == "1.000000"
-        assert "8 of 8 purified images are read as the new one" in row["reason"]
+        assert "the benign model reads the given image as the new label" in row["reason"]
     assert not (out / "purify").exists()
     assert "grey0" in (out / "report.html").read_text()
+
+
+def test_what_the_model_is_not_sure_of_is_left_out_and_listed(toy, tmp_path, monkeypatch):
+    """Its images of class 3 among the poisoned ones; the page has them, too."""
+    use_exact_networks(monkeypatch, unsure=3)
+    data, out = toy(POISONED), tmp_path / "out"
+    summary, original = run(data, out), TRUTH.original_labels
+    unsure = TRUTH.poison & (original == 3)
+    numbers = [f"{k:03d}" for k in unsure.nonzero().flatten().tolist()]
+    assert summary["left_out"] == [f"grey0/{number}.png" for number in numbers]
+    log = (out / "log.txt").read_text().splitlines()
+    assert {f"grey0/{number}.png" for number in numbers} <= set(log)
+    changed = POISON - len(numbers)
+    assert summary["changed"] == {"labels": changed, "images": changed, "samples": changed}
+    assert f"without {len(numbers)} samples that the model is not sure of" in summary["notes"][0]
+    kept = (~unsure).nonzero().flatten().tolist()
+    assert classes_in(out / "cleaned") == {f"{k:03d}": f"grey{original[k]}" for k in kept}
+    assert len(np.load(out / "purified.npz")["index"]) == len(POISONED) - len(numbers)
+    page = write_page(out).read_text()
+    assert f"{len(numbers)} samples were left out, as the model is not sure of them." in page
+    assert "Why this class is accused" in page
+    assert run(data, out, "--action", "drop")["left_out"] == summary["left_out"]
+    clean = {f"{k:03d}" for k in (~TRUTH.poison).nonzero().flatten().tolist()}
+    assert set(classes_in(out / "cleaned")) == clean
+
+
+def test_classes_that_are_too_small_are_named_and_stay(toy, tmp_path):
+    data, out = toy(POISONED), tmp_path / "out"
+    summary = run(data, out)
+    assert summary["undecided"] == ["grey1", "grey2", "grey3", "grey4"]
+    [note] = [note for note in summary["notes"] if note.startswith("Undecided")]
+    assert "grey1, grey2, grey3, grey4 have fewer than 20 samples" in note
+    page = write_page(out).read_text()
+    assert note in unescape(page)
+    assert page.count("<td>undecided (too small)</td>") == 4
 
 
 def test_a_clean_folder_stays_as_it_is(toy, tmp_path):
@@ -172,15 +211,17 @@ def test_cifars_files_are_cleaned_as_one_file_of_arrays(toy, tmp_path):
     assert list(contents(tmp_path / "out" / "cleaned")) == ["cifar-10-batches-py.npz"]
     assert summary["layout"] == "CIFAR python files"
     assert summary["status"] == "backdoor-found"
-    changed = summary["changed"]["samples"]
-    done = f"cleaned/ holds the set with {changed} labels and {changed} images changed."
+    labels, images = (summary["changed"][key] for key in ("labels", "images"))
+    done = f"cleaned/ holds the set with {labels} labels and {images} images changed."
     assert summary["notes"][0] == done
     assert any("cleaned/cifar-10-batches-py.npz" in note for note in summary["notes"])
     layout = open_layout(tmp_path / "out" / "cleaned" / "cifar-10-batches-py.npz")
     differs = layout.labels != POISONED.labels
-    assert differs.sum() == changed
+    assert differs.sum() == labels
     assert torch.equal(layout.labels[differs], TRUTH.original_labels[differs])
-    assert torch.equal((layout.images(32) != large).flatten(1).any(1), differs)
+    replaced = (layout.images(32) != large).flatten(1).any(1)
+    assert replaced.sum() == images > 0
+    assert not (replaced & ~differs).any()
 
 
 def test_the_api_gives_back_the_clean_set(toy):
@@ -222,7 +263,7 @@ def test_sets_of_other_resolutions_train_their_denoiser_and_are_purified(
     tiny = "--steps_T 4 --rounds_n 1 --last_steps_m 2 --purify_batch_size 4 --threshold_tau 1"
     summary = run(data, out, *tiny.split(), "--ddpm", denoiser)
     assert (summary["analysed_at"], summary["samples"]) == (side, 12)
-    assert summary["cost"]["unet_passes"] == 48
+    assert summary["cost"]["unet_passes"] == 12 * (4 + DRAWS)
     assert len(classes_in(out / "cleaned")) == 12
 
 

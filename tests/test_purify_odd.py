@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from utils.images.data import DATASETS
 from utils.images.decoding import open_image
 from utils.images.layouts import open_layout
 from utils.page.record_page import write_page
+from utils.storage.record import save_arrays
 
 
 @pytest.fixture
@@ -100,19 +102,23 @@ def test_what_turns_bad_between_looking_and_reading_is_told(odd):
         layout.images(8)
 
 
-def test_two_classes_are_refused_before_anything_is_trained(toy, tmp_path, capsys, monkeypatch):
+def test_one_class_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cleaning, "trained", None)
+    one, file, out = POISONED[POISONED.labels < 1], tmp_path / "one.npz", tmp_path / "out"
+    for labels in (one.labels, one.labels + 1):
+        save_arrays(file, images=one.images, labels=labels)
+        for words in (KEYS, KEYS[:-2]):  # nobody is sent to train a denoiser first
+            told = refused(capsys, "--data", file, "--out", out, *words)
+            assert "has images of 1 class; two or more are needed" in told
+
+
+def test_two_classes_are_enough_unless_classes_are_compared_alone(toy):
+    """As published, a target label is told by how far it lies from the median class."""
     two = POISONED[POISONED.labels < 2]
-    for words in (KEYS, KEYS[:-2]):  # nobody is sent to train a denoiser first
-        assert refused(capsys, "--data", toy(two), "--out", tmp_path / "out", *words).startswith(
-            "error: data: 2 classes; DataElixir tells"
-        )
-    with pytest.raises(UserError, match="^data: 2 classes; "):
-        purify.clean(two.images, two.labels, config=CONFIG)
-    (tmp_path / "set" / "empty").mkdir()
-    assert refused(capsys, "--data", tmp_path / "set", "--out", tmp_path / "out", *KEYS).startswith(
-        "error: data: only 2 of the 3 classes have samples; "
-    )
+    assert len(purify.clean(two.images, two.labels, config=CONFIG).data) == len(two)
+    published = replace(CONFIG, preset="published")
+    with pytest.raises(UserError, match="three"):
+        purify.clean(two.images, two.labels, config=published)
 
 
 def other(victim):

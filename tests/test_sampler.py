@@ -80,6 +80,22 @@ def test_published_numbers():
     assert sigmas == pytest.approx(table, abs=5e-7)
 
 
+@pytest.mark.parametrize("t", [0, 90, 150, 999])
+def test_the_clean_image_behind_noise_is_equation_4(t):
+    """Whoever knows the noise has the image back."""
+    draw = gaussian_noise(t)
+    x0, noise = draw(torch.empty(2, 3, 5, 5)).double().clamp(-1, 1), draw(torch.empty(2, 3, 5, 5))
+    sampler = Sampler(toy_network)
+    x = sampler.q_sample(x0, t, noise.double())
+    torch.testing.assert_close(sampler.clean(x, t, noise.double()), x0)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[: t + 1]
+    ab = (1 - beta).prod().item()
+    wrong = toy_network(x, torch.tensor([t]))
+    exact = (x - sqrt(1 - ab) * wrong) / sqrt(ab)
+    torch.testing.assert_close(Sampler(toy_network, clip=False).clean(x, t, wrong), exact)
+    torch.testing.assert_close(sampler.clean(x, t, wrong), exact.clamp(-1, 1))
+
+
 def test_signal_to_noise_ratio_falls():
     ab = SCHEDULE.alphas_cumprod
     ratio = ab / (1 - ab)

@@ -21,8 +21,11 @@ def images_of(index):
     return base
 
 
-def write(store, *index, every=2):
-    """Samples with votes that tell their index; those divisible by `every` are anomalous. Each cost ten passes."""
+def write(store, *index, every=2, pasted=False):
+    """Samples with votes that tell their index; those divisible by `every` are anomalous. Each cost ten passes.
+
+    With `pasted`, residuals and paste rates tell the index, too.
+    """
     index = torch.tensor(index)
     anomalous = index[index % every == 0]
     store.write(
@@ -32,6 +35,11 @@ def write(store, *index, every=2):
             anomalous,
             images_of(anomalous),
             10 * len(index),
+            *(
+                [index[:, None, None, None].short().expand(-1, 3, 2, 2), index / 100]
+                if pasted
+                else []
+            ),
         )
     )
 
@@ -87,6 +95,43 @@ def test_fetch_gives_the_wanted_samples_in_order_with_their_own_images(tmp_path)
         assert torch.equal(images[..., 0, 0, 0].long(), 10 * index[:, None] + torch.arange(WIDTH))
         assert images.dtype == torch.uint8
     assert list(store.fetch(torch.tensor([], dtype=torch.int64))) == []
+
+
+def test_residuals_and_rates_stand_in_data_set_order_and_are_missing_where_none_were_taken(
+    tmp_path,
+):
+    store = IntermediaryStore(tmp_path)
+    for part in ((6, 2), (0, 9)):
+        write(store, *part, pasted=True)
+    write(store, 4, 1)
+    rates, known = store.pasted(11), torch.tensor([0, 2, 6, 9])
+    assert rates.shape == (11,)
+    torch.testing.assert_close(rates[known], known / 100)
+    assert rates.isfinite().sum() == 4
+    index, residuals = store.residuals(torch.tensor([9, 1, 6, 0, 3]))
+    assert index.tolist() == [0, 6, 9]
+    assert residuals.dtype == torch.int16
+    assert residuals.shape == (3, 3, 2, 2)
+    assert residuals[:, 0, 0, 0].tolist() == [0, 6, 9]
+
+
+def test_of_samples_that_were_not_pasted_there_is_no_residual(tmp_path):
+    store = IntermediaryStore(tmp_path)
+    write(store, 0, 1, 2, pasted=True)
+    index, residuals = store.residuals(torch.tensor([7]))
+    assert index.shape == (0,)
+    assert residuals.shape == (0, 3, 2, 2)
+
+
+def test_examples_are_the_wanted_samples_with_all_their_images(tmp_path):
+    store = IntermediaryStore(tmp_path)
+    write(store, 0, 1, 2, 4)
+    write(store, 6, 8)
+    found = store.examples(torch.tensor([8, 2, 1]))
+    assert [example.index for example in found] == [2, 8]
+    for example in found:
+        expected = 10 * example.index + torch.arange(WIDTH)
+        assert torch.equal(example.images[:, 0, 0, 0].long(), expected)
 
 
 def test_a_block_that_was_not_finished_is_missing(tmp_path, monkeypatch):

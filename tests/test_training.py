@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from defense.elixir.immunity import Immunity
 from tests.toys import CLASSES, INFO, LEVELS, Dropping, random_images
 from utils.classifier import training
-from utils.classifier.models import build_classifier
+from utils.classifier.models import build_classifier, trained
 from utils.classifier.networks import Classifier
 from utils.classifier.training import Trainer, extract_features, log, predict
 from utils.config import TrainConfig, UserError
@@ -36,10 +38,15 @@ def grey_squares(n=80, side=16):
     return LabeledImages(LEVELS[labels][:, None, None, None] + noise, labels)
 
 
-def trainer(config=CONFIG, stage="victim", checkpoint=None):
-    return Trainer(
-        build_classifier(config.model, CLASSES, INFO, (0, "toy")), config, stage, False, checkpoint
-    )
+def trainer(config=CONFIG, stage="victim", checkpoint=None, augment=None):
+    model = build_classifier(config.model, CLASSES, INFO, (0, "toy"))
+    return Trainer(model, config, stage, False, checkpoint, augment=augment)
+
+
+def pasting():
+    """Triggers of class 1, pasted on training images."""
+    residuals = (random_images(6, 3, 16, 16).short() - 128).div(2).short()
+    return Immunity.of(residuals, torch.ones(6).long(), CLASSES, lambda *_: 1.0)
 
 
 def weights(model):
@@ -161,6 +168,46 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path, changes, inte
     assert same(weights(model), whole)
     assert seen == list(range(interrupted, 5))
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("interrupted", [1, 3])
+def test_an_interrupted_training_with_triggers_pasted_ends_with_the_same_bits(
+    tmp_path, interrupted
+):
+    data, checkpoint = grey_squares(), tmp_path / "c.pt"
+    whole = weights(trainer(augment=pasting()).fit(data))
+    with pytest.raises(Stop):
+        trainer(checkpoint=checkpoint, augment=pasting()).fit(data, stop_at(interrupted))
+    parts = weights(trainer(checkpoint=checkpoint, augment=pasting()).fit(data))
+    assert same(parts, whole)
+    assert not same(parts, weights(trainer().fit(data)))
+
+
+def test_an_augmentation_gets_images_as_they_are_with_their_labels_and_fresh_draws():
+    data, seen = grey_squares(), []
+
+    def augment(x, y, generator):
+        seen.append((x.clone(), y, torch.rand(1, generator=generator).item()))
+        return torch.zeros_like(x)
+
+    blind = weights(trainer(replace(CONFIG, epochs=2), augment=augment).fit(data))
+    known = {x.numpy().tobytes(): int(y) for x, y in zip(to_unit(data.images), data.labels)}
+    assert all(known[x.numpy().tobytes()] == int(y) for xs, ys, _ in seen for x, y in zip(xs, ys))
+    assert len({draw for *_, draw in seen}) == len(seen) == 2 * (80 // 16)
+    black = LabeledImages(torch.zeros_like(data.images), data.labels)
+    assert same(blind, weights(trainer(replace(CONFIG, epochs=2)).fit(black)))
+
+
+def test_a_model_of_the_record_is_trained_with_what_is_pasted(tmp_path):
+    data, dataset = grey_squares(), SimpleNamespace(num_classes=CLASSES, info=INFO)
+    config, cpu = replace(CONFIG, epochs=1), torch.device("cpu")
+    for name in ("plain", "pasted"):
+        (tmp_path / name).mkdir()
+    plain = trained("toy", data, config, dataset, cpu, tmp_path / "plain")
+    words = "toy", data, config, dataset, cpu, tmp_path / "pasted"
+    pasted = trained(*words, augment=pasting())
+    assert not same(weights(plain), weights(pasted))
+    assert same(weights(trained(*words)), weights(pasted))  # read from its file
 
 
 def test_a_training_goes_on_where_losses_are_scaled_and_before_were_not(tmp_path):

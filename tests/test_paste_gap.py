@@ -1,0 +1,218 @@
+"""Which classes pasting accuses, on planted rates, residuals and features."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from defense.elixir.paste_gap import (
+    ERRORS,
+    FEWEST,
+    GAP,
+    GROUP,
+    PATTERN,
+    PATTERN_OF,
+    PasteEvidence,
+    paste_evidence,
+)
+from defense.elixir.target_label import Discrepancy
+
+SIDE, WIDE = 4, 12
+nobody = lambda pattern, label: 0.0
+
+
+def planted(carriers, n=80, seed=0, apart=8.0, high=0.8, low=0.1):
+    """Rates, residuals, labels and features of classes of n samples, carriers[k] of class k poisoned.
+
+    The residuals of carriers are 100 all over, beside noise; their features lie apart.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    labels = torch.arange(len(carriers)).repeat_interleave(n)
+    carries = torch.arange(n).repeat(len(carriers)) < torch.tensor(carriers)[labels]
+    mean = torch.where(carries, high, low)
+    rates = (mean + 0.08 * normal(len(labels))).clamp(0, 1)
+    shape = (len(labels), 3, SIDE, SIDE)
+    residuals = (20 * normal(*shape) + 100 * carries[:, None, None, None]).short()
+    features = normal(len(labels), WIDE) + labels[:, None]
+    features[:, 0] += apart * carries
+    return SimpleNamespace(
+        rates=rates, residuals=residuals, labels=labels, features=features, carries=carries
+    )
+
+
+def evidence(world, num_classes, obeyed=nobody):
+    columns = world.rates, world.residuals, world.labels, world.features
+    return paste_evidence(*columns, num_classes, obeyed)
+
+
+def accused(found):
+    return found.accused.nonzero().flatten().tolist()
+
+
+def test_a_planted_gap_is_found_with_its_error():
+    world = planted([30, 0])
+    found = evidence(world, 2)
+    own = world.labels == 0
+    upper, lower = (world.rates[own & which].double() for which in (world.carries, ~world.carries))
+    assert found.gap[0].item() == pytest.approx((upper.mean() - lower.mean()).item(), abs=1e-6)
+    variances = [g.var(correction=0) / len(g) + 0.25 / len(g) ** 2 for g in (upper, lower)]
+    assert found.error[0].item() == pytest.approx(sum(variances).sqrt().item(), abs=1e-6)
+    assert found.rate[0].item() == pytest.approx(world.rates[own].mean().item(), abs=1e-6)
+    assert accused(found) == [0]
+    assert not found.unsure.any()
+
+
+def test_a_gap_of_few_carriers_asks_for_more_samples():
+    found = evidence(planted([8, 0]), 2)
+    assert not accused(found)
+    assert found.unsure.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("carriers", "expected"), [([40, 0, 20, 0, 60], [0, 2, 4]), ([12, 0], [0])]
+)
+def test_any_number_of_classes_is_accused_each_for_itself(carriers, expected):
+    found = evidence(planted(carriers), len(carriers))
+    assert accused(found) == expected
+    for k in range(len(carriers)):  # no other class has a say
+        world = planted(carriers)
+        rows = world.labels == k
+        alone = {key: value[rows] for key, value in vars(world).items()}
+        assert (accused(evidence(SimpleNamespace(**alone), len(carriers))) == [k]) == (
+            k in expected
+        )
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_a_clean_class_is_not_accused(drift):
+    """Of 150 clean classes none, with 95 % confidence fewer than one in 50.
+
+    Rates may follow the features: images of one kind paste more than those of another.
+    """
+    count = 0
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        world = planted([0] * 10, n=64, seed=seed)
+        spread = torch.rand(640, generator=generator) ** 3
+        kind = world.features[:, 1] - world.labels > 0.5
+        world.rates = (spread * 0.8 + drift * kind).clamp(0, 1)
+        found = evidence(world, 10)
+        assert found.gap.isfinite().any()
+        count += len(accused(found))
+    assert count == 0
+    assert 1 - 0.05 ** (1 / 150) < 0.02
+
+
+def test_a_class_that_is_poisoned_through_and_through_is_accused_by_its_pattern():
+    """It has no clean group: nothing in its rates differs."""
+    world, asked = planted([0, 80, 0]), []
+
+    def obeyed(pattern, label):
+        asked.append((label, pattern))
+        return float(pattern.mean() > 80)
+
+    found = evidence(world, 3, obeyed)
+    assert accused(found) == [1]
+    assert found.pattern.tolist() == [0, 1, 0]
+    assert not found.gap[1] - ERRORS * found.error[1] > GAP
+    means = [world.residuals[world.labels == k].float().mean(0) for k in range(3)]
+    for k, mean in enumerate(means):
+        assert any(label == k and torch.equal(pattern, mean) for label, pattern in asked)
+
+
+def test_the_pattern_of_few_carriers_is_not_drowned_by_the_others():
+    """The mean of all is too faint to be obeyed; that of the upper group is not."""
+    world = planted([PATTERN_OF + 6, 0], high=0.3)
+    assert world.residuals[world.labels == 0].float().mean() < 30
+    found = evidence(world, 2, lambda pattern, label: float(pattern.mean() > 50))
+    assert accused(found) == [0]
+    assert found.gap[0] < GAP + ERRORS * found.error[0]
+
+
+def test_the_mean_of_too_few_residuals_is_no_pattern():
+    asked = []
+    world = planted([PATTERN_OF - 4], n=60)
+    evidence(world, 1, lambda pattern, label: asked.append(pattern) or 0.0)
+    [pattern] = asked
+    assert torch.equal(pattern, world.residuals.float().mean(0))
+
+
+@pytest.mark.parametrize(("n", "asked"), [(FEWEST - 1, False), (FEWEST, True)])
+def test_a_class_of_few_samples_is_never_accused(n, asked):
+    found = evidence(planted([n // 2] * 2, n=n), 2, lambda pattern, label: 1.0)
+    assert found.accused.tolist() == [asked] * 2
+    for values in (found.rate, found.pattern):
+        assert values.isfinite().tolist() == [asked] * 2
+    if not asked:
+        assert not found.unsure.any()
+
+
+def test_classes_of_two_or_three_images_are_never_accused():
+    """300 of them, whatever they paste: there is nothing that they could be split into."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300).repeat_interleave(torch.arange(300) % 2 + 2)
+    n = len(labels)
+    world = SimpleNamespace(
+        rates=torch.rand(n, generator=generator).round(),
+        residuals=torch.randint(-200, 200, (n, 3, SIDE, SIDE), generator=generator).short(),
+        labels=labels,
+        features=torch.randn(n, WIDE, generator=generator),
+    )
+    found = evidence(world, 300, lambda pattern, label: 1.0)
+    assert not found.accused.any()
+    assert not found.unsure.any()
+    assert found.rate.isnan().all()
+
+
+def test_a_sample_that_nothing_was_pasted_from_is_not_counted():
+    world = planted([30, 0])
+    whole = evidence(world, 2)
+    world.rates[world.labels == 1] = torch.nan
+    some = evidence(world, 2)
+    assert some.rate[1].isnan()
+    assert some.pattern[1].isnan()
+    assert [part[0] for part in vars(some).values()] == [part[0] for part in vars(whole).values()]
+    rows = ((world.labels == 0).nonzero().flatten())[FEWEST - 1 :]
+    world.rates[rows] = torch.nan
+    assert evidence(world, 2).rate.isnan().all()
+
+
+def test_groups_of_a_handful_have_no_gap():
+    found = evidence(planted([GROUP - 1], n=60), 1)
+    assert found.gap.isnan().all()
+    assert not found.accused.any()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "gap", "error", "accused", "unsure"),
+    [
+        (PATTERN, 0.0, 0.0, False, False),
+        (PATTERN + 1e-6, 0.0, 0.0, True, False),
+        (0.0, GAP + 0.3, 0.1001, False, True),
+        (0.0, GAP + 0.3, 0.0999, True, False),
+        (0.0, GAP + 0.1, 0.1001, False, False),
+        (torch.nan, torch.nan, torch.nan, False, False),
+        (PATTERN + 0.1, torch.nan, torch.nan, True, False),
+    ],
+)
+def test_bounds_by_hand(pattern, gap, error, accused, unsure):
+    column = lambda value: torch.tensor([value], dtype=torch.float64)
+    found = PasteEvidence(column(0.1), column(pattern), column(gap), column(error))
+    assert (found.accused.item(), found.unsure.item()) == (accused, unsure)
+
+
+def discrepancy(outlies, paste, too_small):
+    """A verdict of four classes, as far as `is_target` looks."""
+    judged = SimpleNamespace(outlies=torch.tensor(outlies))
+    return Discrepancy(None, None, None, None, judged, paste, too_small)
+
+
+def test_a_target_label_is_accused_by_any_measure_unless_its_class_is_too_small():
+    accuse = lambda *which: SimpleNamespace(accused=torch.tensor(which))
+    votes, pasting = [True, False, True, False], accuse(False, True, True, False)
+    small = torch.tensor([True, False, False, True])
+    assert discrepancy(votes, None, None).targets == (0, 2)
+    assert discrepancy(votes, pasting, None).targets == (0, 1, 2)
+    assert discrepancy(votes, pasting, small).targets == (1, 2)
+    assert discrepancy(votes, pasting, torch.tensor([True] * 4)).targets == ()
