@@ -123,7 +123,7 @@ def test_the_sample_grows_in_classes_that_pasting_is_not_sure_of(tmp_path, monke
         asked.append(labels.bincount(minlength=num_classes))
         zeros = torch.zeros(num_classes, dtype=torch.float64)
         gap, error = zeros.clone(), zeros.clone()
-        gap[[2, 4]] = 0.6
+        gap[[2, 4]] = 0.8
         error[2], error[4] = 0.4, 0.4 if asked[-1][4] < 8 else 0.0
         return PasteEvidence(zeros, zeros, gap, error)
 

@@ -14,6 +14,8 @@ from utils.classifier.networks import Classifier
 from utils.classifier.training import predict
 from utils.images.data import LabeledImages
 
+IMPOSED = 0.1  # paste rate from which on a sample's images are kept, though its votes agree
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -34,13 +36,18 @@ class Rounds:
     paster: Paster | None = None
 
     def __call__(self, index: Tensor) -> Block:
-        """The votes of the samples `index` (B,), and the images of those that are not unanimous."""
+        """The votes of the samples `index` (B,), and the images of those that may be changed.
+
+        Those are not unanimous, or what purification took from them imposes their label.
+        """
         images = self.purifier.intermediaries(self.data.images[index], index)
         read = predict(self.victim, images.flatten(0, 1), self.purifier.amp)
         votes = read.view(images.shape[:2])
         anomalous = filter_candidates(votes, self.tau).kind != Kind.UNANIMOUS
         passes = self.purifier.passes_per_image + (DRAWS if self.paster else 0)
         taken = self.paster(index) if self.paster else ()
+        if taken:
+            anomalous |= taken[1] > IMPOSED
         return Block(index, votes, index[anomalous], images[anomalous], passes * len(index), *taken)
 
 
