@@ -22,16 +22,15 @@ import torch
 from scipy.stats import beta
 
 from defense.elixir.config import DataElixirConfig
-from defense.elixir.paste_gap import ERRORS
 from defense.elixir.purification import purify
 from defense.elixir.verdict import filter_candidates
+from defense.own_data.output_folder import OutputFolder
 from utils.classifier.models import trained
 from utils.classifier.training import predict
 from utils.config import DataConfig, resolve_path
 from utils.devices import pick_device
 from utils.images.data import Dataset, load_dataset
 from utils.randomness import keyed_generator
-from utils.storage.record import Record
 from utils.yaml_files import mapping
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,14 +78,12 @@ def drawn(source: str, seed: int) -> Dataset:
 def judged(dataset: Dataset, victim: Any, config: DataElixirConfig) -> dict[str, Any]:
     """What the measures say of a clean set."""
     with tempfile.TemporaryDirectory() as folder:
-        record = Record.__new__(Record)
-        record.name, record.path, record.key = "clean", Path(folder), "clean"
-        purified = purify(dataset.train, victim, config, dataset, record)
+        purified = purify(dataset.train, victim, config, dataset, OutputFolder(Path(folder)))
         votes = purified.votes()
         found = purified.target_labels(votes, filter_candidates(votes, config.threshold_tau))
     paste = found.paste
     assert paste is not None
-    gap = (paste.gap - ERRORS * paste.error).nan_to_num(-1)
+    gap = paste.sure_gap.nan_to_num(-1)
     return {
         "accused": " ".join(map(str, found.targets)),
         "by_votes": int(found.judged.outlies.sum()),

@@ -128,12 +128,7 @@ class DataElixir(DataElixirConfig, Defense):
     def _train(self, name, data, config, run, start=None, augment=None):
         """A classifier of this defence; by one process, as verdicts must not depend on how many."""
         from utils.classifier.models import trained
-        from utils.config import UserError
 
-        if len(data) < 2:
-            raise UserError(
-                f"{name}: {len(data)} samples can be trusted; look at the page's classes"
-            )
         where, how = (run.dataset, run.device, run.record.path), (run.observer, start)
         return trained(name, data, config, *where, *how, together=False, augment=augment)
 

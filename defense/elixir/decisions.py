@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +71,6 @@ class Decisions:
         step = last_steps_m - 1 - place % last_steps_m
         told = (self.verdict, self.is_target, self.new_labels != labels)
         counts = (self.votes_old, self.votes_new, self.intermediaries)
-        rows = zip(*(column.tolist() for column in (*told, *counts)))
-        reasons = [reason(*row) for row in rows]
         columns = {
             "index": torch.arange(len(labels)),
             "given_label": labels,
@@ -85,12 +84,15 @@ class Decisions:
             "round": torch.where(moved, place // last_steps_m + 1, -1),
             "step": torch.where(moved, step, -1),
             "confidence": confidence(self.votes_new, self.intermediaries),
-            "reason": np.array(reasons, dtype=str),
         }
+        in_words: Callable[..., str] = reason
+        seen: tuple[Tensor, ...] = (*told, *counts)
         if cause := self.cause:
-            carried = zip(cause.carrier.tolist(), cause.confidence.tolist())
-            judged = zip(self.verdict.tolist(), told[2].tolist(), carried)
-            columns["reason"] = np.array([reason_of(v, r, *c) for v, r, c in judged], dtype=str)
+            in_words = reason_of
+            seen = (self.verdict, told[2], cause.carrier, cause.confidence)
+        rows = zip(*(column.tolist() for column in seen))
+        columns["reason"] = np.array([in_words(*row) for row in rows], dtype=str)
+        if cause:
             columns |= {"kept": (self.verdict != Verdict.LEFT_OUT).int(), **vars(cause)}
         return {name: np.asarray(column) for name, column in columns.items()}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from defense.elixir.paste import pasted
 from defense.elixir.purification import Purification
 from defense.elixir.split import CLEAN, Groups
 from defense.elixir.verdict import share_moved
@@ -68,12 +69,12 @@ def exhibit(purified: Purification, votes: Tensor, groups: Groups) -> Exhibit:
     rows, onto = _drawn(purified, given, group, purified.store.pasted(len(data))[index])
     place, own = torch.searchsorted(labels, given[rows]), residuals[rows]
     added = torch.stack([torch.zeros_like(own), own, means[place, 1].nan_to_num()], 1)
-    pasted = (data.images[onto][:, None] + added).clamp(0, 255).round().to(torch.uint8)
+    images = pasted(data.images[onto][:, None], added)
     victim, amp = purified.rounds.victim, purified.rounds.purifier.amp
-    read = predict(victim, pasted.flatten(0, 1), amp).view(pasted.shape[:2])
+    read = predict(victim, images.flatten(0, 1), amp).view(images.shape[:2])
     view, moved = groups.view[index].float(), share_moved(votes[index], given).float()
     classes = (labels, index, group, view, moved, means, obeyed)
-    return Exhibit(*classes, index[rows], onto, own, pasted, read)
+    return Exhibit(*classes, index[rows], onto, own, images, read)
 
 
 def _patterns(

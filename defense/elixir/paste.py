@@ -34,6 +34,11 @@ BANK = 32  # images of each class that these are drawn from
 AT_ONCE = 32  # residuals that are pasted together
 
 
+def pasted(images: Tensor, residuals: Tensor) -> Tensor:
+    """uint8 images (..., 3, H, W) with residuals, in levels, added: clamped and rounded."""
+    return (images + residuals).clamp(0, 255).round().to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class Paster:
     """Takes residuals and pastes them.
@@ -78,10 +83,14 @@ class Paster:
         others = self.bank[self.data.labels[self.bank] != label]
         generator = keyed_generator(self.seed, "pattern")
         onto = others[torch.randperm(len(others), generator=generator)[:PATTERN_ON]]
-        pasted = (self.data.images[onto] + pattern).clamp(0, 255).round().to(torch.uint8)
-        probability = lambda x: self.victim(x).float().softmax(1)[:, label]
-        read = batched(probability, pasted, self.victim.device, self.purifier.amp)
-        return read.mean().item() if len(onto) else 0.0
+        if not len(onto):
+            return 0.0
+        return self._probabilities(pasted(self.data.images[onto], pattern))[:, label].mean().item()
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        """float32 (B, K), as the victim reads uint8 images (B, 3, H, W)."""
+        probability = lambda x: self.victim(x).float().softmax(1)
+        return batched(probability, images, self.victim.device, self.purifier.amp)
 
     def rates(self, residuals: Tensor, index: Tensor) -> Tensor:
         """Paste rates float32 (B,) of residuals int16 (B, 3, H, W) of the samples `index` (B,)."""
@@ -92,13 +101,11 @@ class Paster:
         draws[own[:, None] == of_bank] = torch.inf
         order = draws.argsort(dim=1, stable=True)[:, :PASTED]
         usable = draws.gather(1, order).isfinite()
-        probability = lambda x: self.victim(x).float().softmax(1)
         read = []
         for part in torch.arange(len(index)).split(AT_ONCE):
             onto = self.data.images[self.bank[order[part]]]
-            pasted = (onto + residuals[part, None]).clamp(0, 255).to(torch.uint8)
-            seen = batched(probability, pasted.flatten(0, 1), self.victim.device, self.purifier.amp)
-            label = own[part].repeat_interleave(pasted.shape[1])
-            read.append(seen.gather(1, label[:, None]).view(pasted.shape[:2]))
+            seen = self._probabilities(pasted(onto, residuals[part, None]).flatten(0, 1))
+            label = own[part].repeat_interleave(onto.shape[1])
+            read.append(seen.gather(1, label[:, None]).view(onto.shape[:2]))
         hits = torch.cat(read)
         return torch.where(usable, hits, torch.nan).nanmean(1)

@@ -45,9 +45,24 @@ class PasteEvidence:
     error: Tensor
 
     @property
+    def sure_gap(self) -> Tensor:
+        """float64 (K,): the gap less ERRORS standard errors, which is what its bound is for."""
+        return self.gap - ERRORS * self.error
+
+    @property
+    def by_pattern(self) -> Tensor:
+        """bool (K,): classes whose pattern exceeds its bound."""
+        return self.pattern > PATTERN
+
+    @property
+    def by_gap(self) -> Tensor:
+        """bool (K,): classes whose gap exceeds its bound."""
+        return self.sure_gap > GAP
+
+    @property
     def accused(self) -> Tensor:
-        """bool (K,): classes whose pattern or gap exceeds its bound."""
-        return (self.pattern > PATTERN) | (self.gap - ERRORS * self.error > GAP)
+        """bool (K,): classes that either accuses."""
+        return self.by_pattern | self.by_gap
 
     @property
     def unsure(self) -> Tensor:

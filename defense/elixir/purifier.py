@@ -124,9 +124,8 @@ class Purifier:
         self.config, self.seed, self.device, self.amp = config, seed, device, amp
         self.denoiser, self.steps = denoiser, steps_of(config)
         self.sampler = Sampler(self.predict_noise)
-        self.highest_known = getattr(
-            denoiser, "t_max", Schedule().steps
-        )  # level it was trained for
+        # the level that it was trained for
+        self.highest_known = getattr(denoiser, "t_max", Schedule().steps)
 
     def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
         """The denoiser's answer, float32 (B, 3, H, W)."""

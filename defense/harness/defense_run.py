@@ -12,7 +12,7 @@ from defense.harness.result import Result
 from utils.classifier.models import save_classifier, trained
 from utils.classifier.networks import Classifier
 from utils.classifier.training import Observer, extract_features
-from utils.config import TrainConfig, UserError
+from utils.config import TrainConfig
 from utils.images.data import Dataset, LabeledImages
 from utils.storage.record import Record
 
@@ -50,10 +50,6 @@ class DefenseRun:
         Raises:
             UserError: nothing is left to train on, or the training fails.
         """
-        if len(data) < 2:
-            raise UserError(
-                f"{stage}: {len(data)} training samples are left; loosen what this defence removes"
-            )
         recipe, folder = replace(self.config, **changes), self.record.path
         with self.record.stage(stage):
             return trained(

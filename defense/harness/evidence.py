@@ -54,7 +54,7 @@ def write_figures(result: Result, case: Case, last_steps_m: int, record: Record)
         }
         if paste := found.paste:
             measures["pattern obeyed"] = paste.pattern.numpy(), PATTERN
-            measures["gap of paste rates"] = (paste.gap - ERRORS * paste.error).numpy(), GAP
+            measures["gap of paste rates"] = paste.sure_gap.numpy(), GAP
         figures.target_label_chart(record / "discrepancy.png", measures, found.targets, classes)
     elif result.score is not None and result.flagged is not None:
         score, poison = result.score.numpy(), case.truth.poison.numpy()
@@ -145,6 +145,6 @@ def _pasted(found: Discrepancy) -> dict[str, Any]:
         "gap_error": paste.error.tolist(),
         "gap_limit": GAP,
         "gap_errors": ERRORS,
-        "by_pattern": (paste.pattern > PATTERN).tolist(),
-        "by_gap": (paste.gap - ERRORS * paste.error > GAP).tolist(),
+        "by_pattern": paste.by_pattern.tolist(),
+        "by_gap": paste.by_gap.tolist(),
     }

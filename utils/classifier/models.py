@@ -102,8 +102,12 @@ def trained(
         together: by all processes. What must not depend on their number is trained in one.
         augment: as in `Trainer`.
 
-    Raises UserError as `Trainer.fit` does, or where the file is damaged.
+    Raises UserError as `Trainer.fit` does, where fewer than two samples are left to train on, or
+    where the file is damaged.
     """
+    if len(data) < 2:
+        words = "training samples are left; loosen what this defence removes"
+        raise UserError(f"{name}: {len(data)} {words}")
     key, info = (config.random_seed, name), dataset.info
     model = copy.deepcopy(start) or build_classifier(config.model, dataset.num_classes, info, key)
     model, file = model.to(device), folder / f"{name}.safetensors"
