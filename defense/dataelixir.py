@@ -65,7 +65,7 @@ class DataElixir(DataElixirConfig, Defense):
             cause = Cause.unread(purified.store.pasted(len(data)))
             return outcome(draft, victim, None, votes, found, purified.store, worth, cause)
         bank, residuals = purified.store.residuals(groups.carriers.nonzero().flatten())
-        carried, obeyed = data.labels[bank], purified.obeyed
+        carried, obeyed = data.labels[bank], purified.obedience(found)
         immunity = Immunity.of(residuals, carried, run.dataset.num_classes, obeyed)
         measured = held_out(groups, seed)
         learned, read = groups.trusted & ~measured, (data, groups, measured, immunity, seed)
@@ -87,7 +87,7 @@ class DataElixir(DataElixirConfig, Defense):
             draft = Selector(purified.store, victim, self.rules).take_as_read(draft, benign)
         cause = Cause(purified.store.pasted(len(data)), groups.carrier, reading.confidence)
         result = outcome(draft, benign, stage1, votes, found, purified.store, worth, cause)
-        return replace(result, exhibit=exhibit(purified, votes, groups))
+        return replace(result, exhibit=exhibit(purified, votes, groups, obeyed))
 
     def by_votes(self, data, victim, run):
         """As published, in the paper's order."""

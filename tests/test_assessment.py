@@ -67,11 +67,18 @@ def test_five_classes_are_enough():
     assert by_discrepancy_alone(found(5, backdoor=[1])).tolist() == []
 
 
+def pasting(rate, pattern, gap, error):
+    """What pasting says of classes, by hand: these measures, and nothing of the others."""
+    zeros, none = torch.zeros(len(rate)).double(), torch.full((len(rate),), -1)
+    columns = (torch.as_tensor(part).double() for part in (rate, pattern, gap, error))
+    return PasteEvidence(*columns, zeros, none, zeros, none, none, torch.zeros(3, 4, 4))
+
+
 def test_a_class_that_pasting_accuses_does_not_stand_out_by_the_discrepancy_alone():
     """Whether the votes accuse it as well, as class 5, or not, as class 7, whose labels are clean."""
-    nothing, pattern = torch.zeros(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    nothing, pattern = torch.zeros(10), torch.zeros(10)
     pattern[[5, 7]] = 0.9
-    said = replace(found(drift=[2, 5]), paste=PasteEvidence(nothing, pattern, nothing, nothing))
+    said = replace(found(drift=[2, 5]), paste=pasting(nothing, pattern, nothing, nothing))
     assert said.targets == (2, 5, 7)
     assert by_discrepancy_alone(said).tolist() == [2]
     assert notes(said)[0].startswith("Class sign 2 stands out")
@@ -124,13 +131,10 @@ def test_findings_by_hand():
 
 
 def test_what_pasting_says_of_a_class_is_told_beside_the_rest():
-    column = lambda *values: torch.tensor(values, dtype=torch.float64)
     nan = torch.nan
     said = replace(
         found(3),
-        paste=PasteEvidence(
-            column(0.1, 0.5, nan), column(0, 0.9, nan), column(0, 0.6, nan), column(0.1, 0.1, nan)
-        ),
+        paste=pasting([0.1, 0.5, nan], [0, 0.9, nan], [0, 0.6, nan], [0.1, 0.1, nan]),
         too_small=torch.tensor([False, False, True]),
     )
     labels = torch.arange(3).repeat_interleave(EACH)

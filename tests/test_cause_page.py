@@ -67,6 +67,27 @@ def with_cause(folder, changed=0, left_out=(), **kept):
     return folder
 
 
+def test_the_sentences_about_triggers_that_not_all_classes_obey_by_hand():
+    kept = KEPT | {
+        "common": [0, 0.42, 0, 0],
+        "common_limit": 0.2,
+        "common_source": [1, 3, 0, 0],
+        "pair": [None, 0.71, None, None],
+        "pair_limit": 0.6,
+        "pair_source": [-1, 2, -1, -1],
+        "names": NAMES,
+        "by_common": [False, True] * 2,
+        "by_pair": [False, True, False, False],
+    }
+    said = " ".join(cause.reasons(kept, 1))
+    common, pair = (f"images of class {kept['names'][3]}, it", f"to class {kept['names'][2]} have")
+    assert common in said
+    assert "by 0.42 (bound 0.20)" in said
+    assert pair in said
+    assert "of 0.71 (bound 0.60)" in said
+    assert cause.by_pasting(kept, 1)
+
+
 def test_the_sentences_by_hand():
     kept = KEPT | {
         "inflow": [0, 0.094, 0, 0],

@@ -136,6 +136,7 @@ def test_where_there_is_one_class_there_is_nothing_to_paste_on():
     assert rates.isnan().all()
     assert paster(alone).obeyed(PATCH.float(), 2) == 0
     assert paster(alone).obeyed(PATCH.float(), 0) == 1
+    assert paster(alone).obeyed(PATCH.float(), 0, source=1) == 0
 
 
 def test_fewer_images_than_are_pasted_on_serve_as_well():
@@ -162,6 +163,19 @@ def test_a_pattern_is_obeyed_as_its_label_and_as_no_other():
     work = paster()
     assert [round(work.obeyed(PATCH.float(), k), 3) for k in range(CLASSES)] == [1, 0, 0, 0, 0]
     assert work.obeyed(torch.zeros(3, SIDE, SIDE), 0) < SURELY
+
+
+def test_a_pattern_imposes_its_label_on_every_class_that_it_is_strong_enough_on():
+    """White is 243 and more: .5 of the patch reaches that on classes 2, 3 and 4, .3 on two."""
+    work = paster(toy_dataset(per_class=12).train)
+    for share, obeys in ((0.0, []), (0.3, [3, 4]), (0.5, [2, 3, 4]), (1.0, [1, 2, 3, 4])):
+        rise = work.imposed(share * PATCH.float())
+        expected = torch.zeros(CLASSES, CLASSES).double()
+        expected[obeys, 0] = 1
+        gained = rise.clamp(min=0)  # what a class loses is told as well
+        torch.testing.assert_close(gained, expected, atol=2 * SURELY, rtol=0)
+        said = [work.obeyed(share * PATCH.float(), 0, source) for source in range(1, CLASSES)]
+        assert said == pytest.approx(expected[1:, 0].tolist(), abs=SURELY)
 
 
 def test_a_pattern_is_obeyed_on_the_share_of_images_that_it_is_strong_enough_on():

@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from defense.elixir.paste_gap import (
+    COMMON,
     ERRORS,
     FEWEST,
     GAP,
     GROUP,
+    PAIR,
     PATTERN,
     PATTERN_OF,
+    STRENGTH,
     PasteEvidence,
     paste_evidence,
 )
 from defense.elixir.target_label import Discrepancy
 
 SIDE, WIDE = 4, 12
-nobody = lambda pattern, label: 0.0
+nobody = lambda pattern, label, source=None: 0.0
 
 
 def planted(carriers, n=80, seed=0, apart=8.0, high=0.8, low=0.1):
@@ -41,9 +44,19 @@ def planted(carriers, n=80, seed=0, apart=8.0, high=0.8, low=0.1):
     )
 
 
-def evidence(world, num_classes, obeyed=nobody):
+def evidence(world, num_classes, obeyed=nobody, leads_to=None, imposed=None):
     columns = world.rates, world.residuals, world.labels, world.features
-    return paste_evidence(*columns, num_classes, obeyed)
+    leads_to = world.labels if leads_to is None else leads_to
+    nothing = lambda pattern: torch.zeros(num_classes, num_classes, dtype=torch.float64)
+    return paste_evidence(*columns, leads_to, num_classes, obeyed, imposed or nothing)
+
+
+def said(pattern=0.0, gap=0.0, error=0.0, common=0.0, pair=0.0, count=PATTERN_OF):
+    """What pasting says of one class, by hand."""
+    values = (torch.tensor([v], dtype=torch.float64) for v in (0.1, pattern, gap, error, common))
+    number = lambda value: torch.tensor([value])
+    pairs = torch.tensor([pair], dtype=torch.float64), number(4), number(count)
+    return PasteEvidence(*values, number(3), *pairs, torch.zeros(3, SIDE, SIDE))
 
 
 def accused(found):
@@ -108,7 +121,7 @@ def test_a_class_that_is_poisoned_through_and_through_is_accused_by_its_pattern(
     """It has no clean group: nothing in its rates differs."""
     world, asked = planted([0, 80, 0]), []
 
-    def obeyed(pattern, label):
+    def obeyed(pattern, label, source=None):
         asked.append((label, pattern))
         return float(pattern.mean() > 80)
 
@@ -172,7 +185,8 @@ def test_a_sample_that_nothing_was_pasted_from_is_not_counted():
     some = evidence(world, 2)
     assert some.rate[1].isnan()
     assert some.pattern[1].isnan()
-    assert [part[0] for part in vars(some).values()] == [part[0] for part in vars(whole).values()]
+    for key in ("rate", "pattern", "gap", "error"):
+        assert getattr(some, key)[0] == getattr(whole, key)[0]
     rows = ((world.labels == 0).nonzero().flatten())[FEWEST - 1 :]
     world.rates[rows] = torch.nan
     assert evidence(world, 2).rate.isnan().all()
@@ -197,9 +211,83 @@ def test_groups_of_a_handful_have_no_gap():
     ],
 )
 def test_bounds_by_hand(pattern, gap, error, accused, unsure):
-    column = lambda value: torch.tensor([value], dtype=torch.float64)
-    found = PasteEvidence(column(0.1), column(pattern), column(gap), column(error))
+    found = said(pattern, gap, error)
     assert (found.accused.item(), found.unsure.item()) == (accused, unsure)
+    assert found.source.item() == -1
+
+
+@pytest.mark.parametrize(
+    ("common", "pair", "count", "accused", "unsure", "source"),
+    [
+        (COMMON, PAIR, PATTERN_OF, False, False, -1),
+        (COMMON + 1e-6, 0.0, PATTERN_OF, True, False, 3),
+        (0.0, PAIR + 1e-6, PATTERN_OF, True, False, 4),
+        (COMMON + 0.1, PAIR + 0.1, PATTERN_OF, True, False, 4),
+        (0.0, PAIR + 1e-6, PATTERN_OF - 1, False, True, -1),
+        (COMMON + 0.1, PAIR + 0.1, PATTERN_OF - 1, True, False, 3),
+        (0.0, torch.nan, 2, False, False, -1),
+    ],
+)
+def test_bounds_of_common_pattern_and_pair_by_hand(common, pair, count, accused, unsure, source):
+    found = said(common=common, pair=pair, count=count)
+    assert (found.accused.item(), found.unsure.item()) == (accused, unsure)
+    assert found.source.item() == source
+    obeyed_by_all = said(pattern=PATTERN + 0.1, common=common, pair=pair, count=count)
+    assert obeyed_by_all.source.item() == -1
+
+
+def test_the_common_pattern_is_the_mean_of_all_that_move_and_accuses_every_class_it_leads_to():
+    """All to all: the few carriers of each class have one trigger, which moves each class to the next."""
+    world, asked = planted([6, 6, 6, 0], high=0.1), []
+    leads_to = torch.where(world.carries, (world.labels - 1) % 4, world.labels)
+
+    def imposed(pattern):
+        asked.append(pattern)
+        rise = torch.zeros(4, 4, dtype=torch.float64)
+        for k in range(3):
+            rise[(k - 1) % 4, k] = 0.01 * (k + 1) * pattern.mean() / STRENGTH / 3
+        return rise
+
+    found = evidence(world, 4, leads_to=leads_to, imposed=imposed)
+    [pattern] = asked
+    expected = STRENGTH * world.residuals[world.carries].float().mean(0)
+    torch.testing.assert_close(pattern, expected)
+    torch.testing.assert_close(found.common_pattern, expected)
+    assert found.by_common.tolist() == [True, True, True, False]
+    assert found.source.tolist() == [3, 0, 1, -1]
+    assert accused(found) == [0, 1, 2]
+
+
+def test_where_nothing_moves_the_common_pattern_is_nothing():
+    found = evidence(planted([6, 0]), 2, imposed=lambda pattern: pattern.sum().expand(2, 2))
+    assert not found.common_pattern.any()
+    assert not found.by_common.any()
+
+
+def test_a_pair_is_pasted_on_the_class_that_it_is_led_to_alone():
+    """One source class: the trigger means nothing on images of the others."""
+    world, asked = planted([30, 0, 0], high=0.1), []
+    leads_to = torch.where(world.carries, 2, world.labels)
+    leads_to[(world.labels == 0).nonzero().flatten()[-3:]] = 1  # fewer, and without a trigger
+
+    def obeyed(pattern, label, source=None):
+        asked.append((label, source))
+        return 0.9 if source == 2 and pattern.mean() > 80 else 0.05
+
+    found = evidence(world, 3, obeyed, leads_to)
+    assert [pair for pair in asked if pair[1] is not None] == [(0, 2)]
+    assert accused(found) == [0]
+    assert found.by_pair.tolist() == [True, False, False]
+    assert found.pair_source.tolist() == [2, -1, -1]
+    assert found.pair_count.tolist() == [30, 0, 0]
+
+
+def test_a_pair_of_a_handful_is_not_asked():
+    world = planted([GROUP - 1, 0])
+    leads_to = torch.where(world.carries, 1, world.labels)
+    found = evidence(world, 2, lambda *_: 1.0, leads_to)
+    assert found.pair.isnan().all()
+    assert found.pair_count.tolist() == [GROUP - 1, 0]
 
 
 def discrepancy(outlies, paste, too_small):

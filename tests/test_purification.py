@@ -119,13 +119,14 @@ def test_the_sample_grows_in_classes_that_pasting_is_not_sure_of(tmp_path, monke
     """Until the class is whole, or the gap is clear; what is accused is purified whole at the end."""
     asked = []
 
-    def said(rates, residuals, labels, features, num_classes, obeyed):
+    def said(rates, residuals, labels, features, leads_to, num_classes, obeyed, imposed):
         asked.append(labels.bincount(minlength=num_classes))
         zeros = torch.zeros(num_classes, dtype=torch.float64)
         gap, error = zeros.clone(), zeros.clone()
         gap[[2, 4]] = 0.8
         error[2], error[4] = 0.4, 0.4 if asked[-1][4] < 8 else 0.0
-        return PasteEvidence(zeros, zeros, gap, error)
+        none = torch.full((num_classes,), -1)
+        return PasteEvidence(zeros, zeros, gap, error, zeros, none, zeros, none, none, None)
 
     monkeypatch.setattr(module, "paste_evidence", said)
     clean = toy_dataset(per_class=30).train

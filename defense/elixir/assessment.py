@@ -100,7 +100,9 @@ def findings(
 def _pasted(paste: PasteEvidence, k: int) -> str:
     """What pasting says of class k."""
     rates = f", pattern {paste.pattern[k]:.3f}, paste rate {paste.rate[k]:.3f}"
-    return f"{rates}, gap {paste.gap[k]:.3f} +- {paste.error[k]:.3f}"
+    gap = f"gap {paste.gap[k]:.3f} +- {paste.error[k]:.3f}"
+    others = f"common pattern {paste.common[k]:.3f}, pair {paste.pair[k]:.3f}"
+    return f"{rates}, {gap}, {others}"
 
 
 def verdict_notes(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from defense.elixir.paste import pasted
+from defense.elixir.paste_gap import Obeyed
 from defense.elixir.purification import Purification
 from defense.elixir.split import CLEAN, Groups
 from defense.elixir.verdict import share_moved
@@ -58,14 +59,17 @@ class Exhibit:
     read: Tensor
 
 
-def exhibit(purified: Purification, votes: Tensor, groups: Groups) -> Exhibit:
-    """What shows the cause, of a purification that has pasted; votes int64 (N, 1+nm)."""
+def exhibit(purified: Purification, votes: Tensor, groups: Groups, obeyed: Obeyed) -> Exhibit:
+    """What shows the cause, of a purification that has pasted; votes int64 (N, 1+nm).
+
+    `obeyed` tells how far the victim obeys a pattern as a label.
+    """
     data, index = purified.data, groups.accused.nonzero().flatten()
     given, group = data.labels[index], torch.ones_like(index)
     group[groups.carrier[index] < CLEAN], group[groups.carriers[index]] = 0, 2
     labels = given.unique()
     _, residuals = purified.store.residuals(index)
-    means, obeyed = _patterns(purified, residuals, given, group, labels)
+    means, shares = _patterns(obeyed, residuals, given, group, labels)
     rows, onto = _drawn(purified, given, group, purified.store.pasted(len(data))[index])
     place, own = torch.searchsorted(labels, given[rows]), residuals[rows]
     added = torch.stack([torch.zeros_like(own), own, means[place, 1].nan_to_num()], 1)
@@ -73,23 +77,23 @@ def exhibit(purified: Purification, votes: Tensor, groups: Groups) -> Exhibit:
     victim, amp = purified.rounds.victim, purified.rounds.purifier.amp
     read = predict(victim, images.flatten(0, 1), amp).view(images.shape[:2])
     view, moved = groups.view[index].float(), share_moved(votes[index], given).float()
-    classes = (labels, index, group, view, moved, means, obeyed)
+    classes = (labels, index, group, view, moved, means, shares)
     return Exhibit(*classes, index[rows], onto, own, images, read)
 
 
 def _patterns(
-    purified: Purification, residuals: Tensor, given: Tensor, group: Tensor, labels: Tensor
+    obeyed: Obeyed, residuals: Tensor, given: Tensor, group: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`means` and `obeyed` of an `Exhibit`, of residuals (S, 3, H, W) of labels `given` (S,)."""
     means = torch.full((len(labels), 2, *residuals.shape[1:]), torch.nan)
-    obeyed = torch.full((len(labels), 2), torch.nan)
+    shares = torch.full((len(labels), 2), torch.nan)
     for place, k in enumerate(labels.tolist()):
         for side, kind in enumerate((0, 2)):
             rows = (given == k) & (group == kind)
             if rows.any():
                 means[place, side] = residuals[rows].float().mean(0)
-                obeyed[place, side] = purified.obeyed(means[place, side], k)
-    return means, obeyed
+                shares[place, side] = obeyed(means[place, side], k)
+    return means, shares
 
 
 def _drawn(

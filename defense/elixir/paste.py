@@ -75,17 +75,32 @@ class Paster:
         residuals = (STRENGTH * taken).round().to(torch.int16)
         return residuals, self.rates(residuals, index)
 
-    def obeyed(self, pattern: Tensor, label: int) -> float:
+    def obeyed(self, pattern: Tensor, label: int, source: int | None = None) -> float:
         """Mean probability of `label` where a pattern float (3, H, W), in levels, is pasted.
 
-        On PATTERN_ON images of other classes, the same for every pattern; 0 where there are none.
+        On PATTERN_ON images of other classes, the same for every pattern, or on those of the class
+        `source` alone; 0 where there are none.
         """
-        others = self.bank[self.data.labels[self.bank] != label]
+        of_bank = self.data.labels[self.bank]
+        others = self.bank[of_bank != label if source is None else of_bank == source]
         generator = keyed_generator(self.seed, "pattern")
         onto = others[torch.randperm(len(others), generator=generator)[:PATTERN_ON]]
         if not len(onto):
             return 0.0
         return self._probabilities(pasted(self.data.images[onto], pattern))[:, label].mean().item()
+
+    def imposed(self, pattern: Tensor) -> Tensor:
+        """By how much the probability of each class rises where a pattern (3, H, W) is pasted.
+
+        float64 (K, K), mean over the bank's images of the class of the row; 0 where the row's class
+        has none, and on the diagonal.
+        """
+        images, labels = self.data.images[self.bank], self.data.labels[self.bank]
+        before, after = map(self._probabilities, (images, pasted(images, pattern)))
+        rise = (after - before).double()
+        total = rise.new_zeros(rise.shape[1], rise.shape[1]).index_add(0, labels, rise)
+        count = labels.bincount(minlength=len(total)).clamp(min=1)
+        return (total / count[:, None]).fill_diagonal_(0)
 
     def _probabilities(self, images: Tensor) -> Tensor:
         """float32 (B, K), as the victim reads uint8 images (B, 3, H, W)."""

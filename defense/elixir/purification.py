@@ -17,14 +17,14 @@ from tqdm import tqdm
 from defense.elixir.config import SAMPLE_ERROR, SAMPLE_FIRST, DataElixirConfig, TargetRule
 from defense.elixir.forecast import announced_pace
 from defense.elixir.noise_level import settled_level, warn_if_noise
-from defense.elixir.paste_gap import FEWEST, paste_evidence
+from defense.elixir.paste_gap import FEWEST, Obeyed, paste_evidence
 from defense.elixir.purifier import open_denoiser
 from defense.elixir.rounds import PurificationPlan, Rounds
 from defense.elixir.sampling import smallest, stratified, undecided
-from defense.elixir.split import Groups, across, combined_scores, logit, trusted_half, upper_group
+from defense.elixir.split import Groups, across, likeness, logit, split_in_two, trusted_half
 from defense.elixir.store import Block, IntermediaryStore
 from defense.elixir.target_label import Discrepancy, target_labels
-from defense.elixir.verdict import UNKNOWN, Candidates, filter_candidates
+from defense.elixir.verdict import UNKNOWN, Candidates, Kind, filter_candidates
 from defense.elixir.workers import split_into_blocks, workers_for
 from utils.classifier.networks import Classifier
 from utils.classifier.training import extract_features
@@ -33,6 +33,7 @@ from utils.images.data import Dataset, LabeledImages
 from utils.storage.record import Record
 
 log = logging.getLogger("dataelixir")
+TELLS = 0.05  # gap less its errors, from which on paste rates tell the groups of a class apart
 Deal = Callable[[Sequence[Tensor]], Iterable[Block]]  # index tensors -> their blocks, in this order
 
 
@@ -94,36 +95,47 @@ class Purification:
             return found
         rates, residuals = self.store.pasted(len(self.data))[rows], self.store.residuals(rows)[1]
         features = self.features[rows]
-        said = paste_evidence(rates, residuals, labels, features, k, self.obeyed)
+        leads_to = candidates.top.where(candidates.kind != Kind.UNANIMOUS, labels)
+        asked = k, self.rounds.paster.obeyed, self.rounds.paster.imposed
+        said = paste_evidence(rates, residuals, labels, features, leads_to, *asked)
         return replace(found, paste=said, too_small=sizes < FEWEST)
 
     def groups(self, votes: Tensor, found: Discrepancy) -> Groups:
         """The samples of every target label in two: clean, and carriers of a trigger.
 
-        A class that pasting accuses is split by the paste rate, seen in the victim's features and
-        in the residuals themselves; one that the votes accuse by the votes, seen in the features.
+        A witness teaches the split, seen in the victim's features and in the residuals themselves:
+        the paste rate wherever it tells the groups apart; else, of a class that the common pattern
+        accuses, how like that a residual is. Otherwise the votes do, seen in the features alone.
         """
         n, rates = len(self.data), self.store.pasted(len(self.data))
         carrier, trusted = torch.full((n,), torch.nan, dtype=torch.float64), torch.ones(n) > 0
         view = torch.full((n, 2), torch.nan, dtype=torch.float64)
+        said = found.paste
+        assert said
         for k in found.targets:
             rows = (self.data.labels == k).nonzero().flatten()
-            views = [self.features[rows]]
-            if found.paste and found.paste.accused[k]:
+            residuals = self.store.residuals(rows)[1].float()
+            views = [self.features[rows], residuals]
+            if said.by_own[k] or said.sure_gap[k] > TELLS:
                 witness = logit(rates[rows].nan_to_num(0.5))
-                views.append(self.store.residuals(rows)[1].float())
+            elif said.by_common[k]:
+                witness = likeness(residuals, said.common_pattern)
             else:
-                witness = (votes[rows, 1:] != k).double().mean(1)
-            scores = combined_scores(views, witness)
-            carrier[rows] = upper_group(scores)
+                views, witness = views[:1], (votes[rows, 1:] != k).double().mean(1)
+            scores, carrier[rows] = split_in_two(views, witness)
             trusted[rows] = trusted_half(carrier[rows], scores)
             view[rows] = torch.stack([scores, across(views[0], witness)], 1)
         return Groups(carrier, trusted, view)
 
-    def obeyed(self, pattern: Tensor, label: int) -> float:
-        """How far the victim obeys a pattern as a label (`Paster.obeyed`)."""
+    def obedience(self, found: Discrepancy) -> Obeyed:
+        """How far the victim obeys a pattern as an accused label (`Paster.obeyed`).
+
+        Where not all classes obey, on images of one that does.
+        """
+        assert found.paste
         assert self.rounds.paster
-        return self.rounds.paster.obeyed(pattern, label)
+        ask, source = self.rounds.paster.obeyed, found.paste.source.tolist()
+        return lambda pattern, k: ask(pattern, k, source[k] if source[k] >= 0 else None)
 
     @cached_property
     def features(self) -> Tensor:

@@ -27,9 +27,7 @@ from utils.classifier.training import batched
 from utils.images.data import LabeledImages, to_uint8, to_unit
 from utils.randomness import keyed_generator
 
-HELD_OUT = (
-    0.05  # of the samples of other classes, at most MOST of them: confidence is measured there
-)
+HELD_OUT = 0.05  # of the trusted samples, at most MOST of them: confidence is measured there
 MOST = 500
 TEACHES = 0.8  # confidence from which on a reading joins the fine-tuning
 COUNTS = 0.6  # confidence from which on a reading becomes the label; others are left out
@@ -57,8 +55,8 @@ class Reading:
 
 
 def held_out(groups: Groups, seed: int) -> Tensor:
-    """bool (N,): samples of classes that are not accused, which train no model but measure it."""
-    free = (~groups.accused).nonzero().flatten()
+    """bool (N,): trusted samples which train no model but measure it."""
+    free = groups.trusted.nonzero().flatten()
     order = torch.randperm(len(free), generator=keyed_generator(seed, "held out"))
     chosen = torch.zeros(len(groups.carrier), dtype=torch.bool)
     chosen[free[order[: min(MOST, round(HELD_OUT * len(free)))]]] = True

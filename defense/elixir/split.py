@@ -6,7 +6,8 @@ varies most within the class (the first component of partial least squares: Wold
 Collinearity Problem in Linear Regression", 1984) tells the two groups apart. A sample's score is
 its place along the direction that all *other* samples give (leave one out), so that what is noise
 in its own witness says nothing. Two normal distributions with one variance are fitted to the
-scores; the upper one are the carriers.
+scores; the upper one are the carriers. The probability of being one is a better witness than the
+first was, and teaches the next round.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROUNDS = 4  # of teaching
 STARTS = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles at which the mixture's first split is tried
 EPSILON = 1e-9
 FEWEST = 10  # trusted samples of a class, where its clean group has as many
@@ -79,6 +81,25 @@ def combined_scores(views: list[Tensor], witness: Tensor) -> Tensor:
         return scores[:, 0]
     weight = torch.linalg.lstsq(scores, standardised(witness)[:, None]).solution[:, 0].clamp(min=0)
     return scores @ weight
+
+
+def split_in_two(views: list[Tensor], witness: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores float64 (n,), and the probability of being a carrier, as ROUNDS of teaching give them.
+
+    Args:
+        views: float (n, ...), what is seen of each sample.
+        witness: float (n,), finite; higher = more suspicious.
+    """
+    for _ in range(ROUNDS):
+        scores = combined_scores(views, witness)
+        witness = upper_group(scores)
+    return scores, witness
+
+
+def likeness(residuals: Tensor, pattern: Tensor) -> Tensor:
+    """float32 (n,): projection of residuals float (n, 3, H, W) on a pattern, over their length."""
+    flat = residuals.flatten(1)
+    return flat @ pattern.flatten() / flat.norm(dim=1).clamp(min=EPSILON)
 
 
 def upper_group(scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defense.elixir.paste_gap import ERRORS, GAP, PATTERN
+from defense.elixir.paste_gap import COMMON, ERRORS, GAP, PAIR, PATTERN
 from defense.elixir.target_label import Discrepancy
 from defense.harness.case import Case, record_above
 from defense.harness.result import Result
@@ -55,6 +55,8 @@ def write_figures(result: Result, case: Case, last_steps_m: int, record: Record)
         if paste := found.paste:
             measures["pattern obeyed"] = paste.pattern.numpy(), PATTERN
             measures["gap of paste rates"] = paste.sure_gap.numpy(), GAP
+            measures["common pattern"] = paste.common.numpy(), COMMON
+            measures["pair"] = paste.pair.numpy(), PAIR
         figures.target_label_chart(record / "discrepancy.png", measures, found.targets, classes)
     elif result.score is not None and result.flagged is not None:
         score, poison = result.score.numpy(), case.truth.poison.numpy()
@@ -147,4 +149,12 @@ def _pasted(found: Discrepancy) -> dict[str, Any]:
         "gap_errors": ERRORS,
         "by_pattern": paste.by_pattern.tolist(),
         "by_gap": paste.by_gap.tolist(),
+        "common": paste.common.tolist(),
+        "common_limit": COMMON,
+        "common_source": paste.common_source.tolist(),
+        "by_common": paste.by_common.tolist(),
+        "pair": paste.pair.tolist(),
+        "pair_limit": PAIR,
+        "pair_source": paste.pair_source.tolist(),
+        "by_pair": paste.by_pair.tolist(),
     }

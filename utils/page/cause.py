@@ -63,6 +63,9 @@ class Accusation:
     factor: int
 
 
+BY_PASTING = ("by_pattern", "by_gap", "by_common", "by_pair")  # in classes.json
+
+
 def accusations(source: Source) -> Iterator[Accusation]:
     """One for each accused class; none where the record keeps no cause."""
     seen, table = source.arrays("cause.npz"), source.decisions
@@ -93,7 +96,7 @@ def accusations(source: Source) -> Iterator[Accusation]:
 
 def by_pasting(kept: dict[str, Any], k: int) -> bool:
     """Whether pasting accuses class k, by what classes.json holds."""
-    return any(kept[key][k] for key in ("by_pattern", "by_gap") if key in kept)
+    return any(kept[key][k] for key in BY_PASTING if key in kept)
 
 
 def accusers(kept: dict[str, Any], k: int) -> str:
@@ -112,6 +115,20 @@ def reasons(kept: dict[str, Any], k: int) -> list[str]:
             "What purification took from its samples has a pattern in common; where that is pasted "
             "on images of other classes, the classifier reads this class with a probability of "
             f"{kept['pattern'][k]:.2f} (bound {kept['pattern_limit']:.2f})."
+        )
+    if told("by_common"):
+        source = kept["names"][kept["common_source"][k]]
+        said.append(
+            "Samples that the votes move, of all classes, have a pattern in common; pasted on "
+            f"images of class {source}, it raises this class's probability by "
+            f"{kept['common'][k]:.2f} (bound {kept['common_limit']:.2f})."
+        )
+    if told("by_pair"):
+        source = kept["names"][kept["pair_source"][k]]
+        said.append(
+            f"Of its samples, those that the votes lead to class {source} have a pattern in common; "
+            "pasted on images of that class, it makes the classifier read this one with a "
+            f"probability of {kept['pair'][k]:.2f} (bound {kept['pair_limit']:.2f})."
         )
     gap, error = (kept[key][k] if kept.get(key) else None for key in ("gap", "gap_error"))
     if gap is not None and error is not None:

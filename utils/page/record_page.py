@@ -26,7 +26,7 @@ MODELS = {
 LEFT_OUT = "LEFT_OUT"  # the verdict on samples that the benign model is not sure of
 MEASURES = (
     *("evidence", "discrepancy", "score", "inflow", "inflow_score"),
-    *("paste_rate", "pattern", "gap", "gap_error"),
+    *("paste_rate", "pattern", "gap", "gap_error", "common", "pair"),
 )
 DISTANCES = ("pixel_distance", "feature_distance")
 
@@ -186,6 +186,9 @@ def draw(source: Source) -> dict[str, Markup]:
         bars["pattern obeyed"] = _numbers(kept["pattern"], np.nan), kept["pattern_limit"]
         least = gaps - kept["gap_errors"] * errors
         bars["gap of paste rates"] = least, kept["gap_limit"]
+    if kept.get("common"):
+        bars["common pattern"] = _numbers(kept["common"]), kept["common_limit"]
+        bars["pair"] = _numbers(kept["pair"], np.nan), kept["pair_limit"]
     if bars:
         words = "Of each class: " + ", ".join(bars)
         flagged = dig(source.report, ("target_labels", "detected")) or []
