@@ -3,8 +3,8 @@
     python benchmarks/clean_runs.py --set digits ../config/badnet/digits.yaml [--set NAME YAML_OR_FOLDER ...] [--seeds 0 1]
 
 A set is a YAML file of config/, or a folder with a folder of images for each class. Each seed draws CLASSES of its classes and
-IMAGES of their images, trains a victim on them, and purifies a sample with each of PURIFICATIONS; the votes' measures and the
-paste gap then judge every class. Writes benchmarks/results/clean_runs.md and .csv: a row for each run with the largest value of each
+IMAGES of their images, trains a victim on them, and purifies a sample with each of PURIFICATIONS; the measures of votes and
+of pasting then judge every class. Writes benchmarks/results/clean_runs.md and .csv: a row for each run with the largest value of each
 measure, the number of runs in which a class was accused, and the upper bound of that share (95 %, Clopper and Pearson). What
 is in the .csv already is not made again.
 """
@@ -22,6 +22,7 @@ import torch
 from scipy.stats import beta
 
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.paste_gap import PATTERN_OF
 from defense.elixir.purification import purify
 from defense.elixir.verdict import filter_candidates
 from defense.own_data.output_folder import OutputFolder
@@ -84,6 +85,7 @@ def judged(dataset: Dataset, victim: Any, config: DataElixirConfig) -> dict[str,
     paste = found.paste
     assert paste is not None
     gap = paste.sure_gap.nan_to_num(-1)
+    pairs = paste.pair.nan_to_num(0).where(paste.pair_count >= PATTERN_OF, 0)
     return {
         "accused": " ".join(map(str, found.targets)),
         "by_votes": int(found.judged.outlies.sum()),
@@ -91,6 +93,8 @@ def judged(dataset: Dataset, victim: Any, config: DataElixirConfig) -> dict[str,
         "largest_gap": round(paste.gap.nan_to_num(0).max().item(), 3),
         "largest_gap_less_errors": round(gap.max().item(), 3),
         "largest_pattern": round(paste.pattern.nan_to_num(0).max().item(), 3),
+        "largest_common": round(paste.common.max().item(), 3),
+        "largest_pair": round(pairs.max().item(), 3),
         "largest_rate": round(paste.rate.nan_to_num(0).max().item(), 3),
         "largest_discrepancy_score": round(found.judged.discrepancy.score.max().item(), 2),
         "largest_inflow_score": round(found.judged.inflow.score.max().item(), 2),
