@@ -8,7 +8,8 @@ run is a process of its own in record/verdicts_<config>_<name>_<seed>/; what is 
 benchmarks/results/verdicts_<config>.md and .json. Words after `--` go to the attack scripts.
 
 Columns: of the poisoned samples the share that is still in the set under its target label, and that was given a wrong label;
-of the clean samples the share whose label was changed or that was left out.
+of the clean samples the share whose label was changed or that was left out. Below the tables: how often the labels that the
+defence gives are right, by how sure it says it is (reliability), and what each stage costs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,11 +61,18 @@ def run(config: str, name: str, seed: int, words: list[str]) -> dict[str, Any]:
     return {"name": name, "seed": seed, "held_out": is_held_out(name)} | measured(record)
 
 
+def read(record: str) -> tuple[Source, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A finished run, its decisions, and the truth about it."""
+    source = Source(RECORDS / record)
+    truth = source.arrays("truth.npz")
+    assert truth is not None
+    return source, source.decisions, truth
+
+
 def measured(record: str) -> dict[str, Any]:
     """What a finished run says."""
-    source = Source(RECORDS / record)
-    report, table, truth = source.report, source.decisions, source.arrays("truth.npz")
-    assert truth is not None
+    source, table, truth = read(record)
+    report = source.report
     poison, original = truth["poison"], truth["original_labels"]
     given, new = table["given_label"], table["new_label"]
     left = table["verdict"] == "LEFT_OUT"
@@ -85,8 +94,43 @@ def measured(record: str) -> dict[str, Any]:
         "wrong_label": share(wrong, poison),
         "poison_left_out": share(left & poison, poison),
         "clean_changed": share(changed & ~poison, ~poison),
-        "seconds": round(sum(report["cost"]["seconds"].values())),
+        "seconds": {stage: round(s) for stage, s in report["cost"]["seconds"].items()},
     }
+
+
+def reliability(records: list[str]) -> str:
+    """How often labels read with so much confidence are right, over all samples of accused classes."""
+    sure, right = [], []
+    for record in records:
+        _, table, truth = read(record)
+        confidence = table["confidence"].astype(float)
+        told = np.isfinite(confidence)
+        sure.append(confidence[told])
+        right.append((table["new_label"] == truth["original_labels"])[told])
+    confidence, correct = np.concatenate(sure), np.concatenate(right)
+    lines = ["| confidence | samples | mean confidence | right |", "|---" * 4 + "|"]
+    for low, high in pairwise([0, 0.6, 0.8, 0.9, 0.95, 0.99, 1 + 1e-9]):
+        inside = (confidence >= low) & (confidence < high)
+        if n := int(inside.sum()):
+            means = f"{confidence[inside].mean():.3f} | {correct[inside].mean():.3f}"
+            lines.append(f"| {low:.2f} to {min(high, 1):.2f} | {n} | {means} |")
+    return "\n".join(lines)
+
+
+def costs(rows: list[dict[str, Any]]) -> str:
+    """Median seconds of each stage."""
+    stages = dict.fromkeys(stage for row in rows for stage in row["seconds"])
+    medians = (
+        statistics.median(row["seconds"][stage] for row in rows if stage in row["seconds"])
+        for stage in stages
+    )
+    return "\n".join(
+        [
+            "| " + " | ".join(stages) + " |",
+            "|---" * len(stages) + "|",
+            "| " + " | ".join(f"{s:.0f}" for s in medians) + " |",
+        ]
+    )
 
 
 COLUMNS = [
@@ -163,6 +207,14 @@ def write(config: str, words: list[str]) -> None:
         "The others:",
         "",
         table(tuned),
+        "",
+        "Labels that were read in accused classes (those below .60 are left out):",
+        "",
+        reliability([f"verdicts_{config}_{row['name']}_{row['seed']}" for row in rows]),
+        "",
+        "Median seconds of each stage:",
+        "",
+        costs(rows),
     ]
     write_results(f"verdicts_{config}", rows, "\n".join(text))
 

@@ -7,6 +7,7 @@ import torch
 
 from defense.elixir import forecast
 from defense.elixir.config import DataElixirConfig
+from defense.elixir.paste import DRAWS, PASTED
 from defense.elixir.purifier import Purifier
 from defense.harness.defense import find_defense
 from tests.toys import FlatDenoiser, PatchReader, poisoned_toy, toy_dataset
@@ -38,9 +39,9 @@ def a_second_for_each(monkeypatch):
     monkeypatch.setattr(forecast, "seconds", lambda work, device: work() is None or 1.0)
 
 
-def purifying(network, least=None, **keys):
+def purifying(network, least=None, pastes=False, **keys):
     purifier = Purifier(network, DataElixirConfig(**KEYS, **PURIFY | keys), 0, CPU)
-    return forecast.purifying(purifier, PatchReader().eval(), DATA, least or len(DATA))
+    return forecast.purifying(purifier, PatchReader().eval(), DATA, least or len(DATA), pastes)
 
 
 def lines(name, **keys):
@@ -57,6 +58,12 @@ def test_a_pass_is_measured_as_it_will_be_made(batch):
     assert pace == pytest.approx(passes / min(batch, ROWS) + images / n)
     assert f"{n} images at T = 20, {passes} denoiser passes for each" in line
     assert f": {n * passes:,} passes, {format_duration(n * pace)} on cpu" in line
+
+
+def test_pasting_takes_passes_for_the_expected_image_and_a_look_at_every_pasted_one():
+    (plain, _), (pasting, line) = (purifying(Counting(), pastes=p) for p in (False, True))
+    assert pasting - plain == pytest.approx(DRAWS / ROWS + PASTED / len(DATA))
+    assert f"{2 * 20 + DRAWS} denoiser passes for each" in line
 
 
 def test_targets_first_are_told_from_the_least_to_the_most():
@@ -102,7 +109,8 @@ def test_each_defence_says_what_is_dearer_about_it(monkeypatch):
     assert lines("spectral")[0].startswith("spectral: at most: preactresnet_small, 3 epochs")
     assert "8 epochs" in lines("train_longer", ft_epochs=5)[0]
     assert lines("none") == ["none: nothing"]
-    for name, training in (("dataelixir", "6 epochs"), ("purify_only", "3 epochs")):
+    told = (("dataelixir", 20 + DRAWS, "6 epochs"), ("purify_only", 20, "3 epochs"))
+    for name, passes, training in told:
         first, second = lines(name, steps_T=20, rounds_n=1)
-        assert first.startswith(f"purify: {len(DATA)} images at T = 20, 20 denoiser passes")
+        assert first.startswith(f"purify: {len(DATA)} images at T = 20, {passes} denoiser passes")
         assert training in second

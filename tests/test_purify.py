@@ -168,7 +168,7 @@ def test_a_dry_run_counts_and_writes_nothing(toy, tmp_path, capsys):
     before = contents(tmp_path)
     purify.main(["--data", str(data), "--dry_run", *KEYS])
     told = capsys.readouterr().out
-    assert "40 images at T = 20, 40 denoiser passes for each purified: 1,600 passes" in told
+    assert "40 images at T = 20, 44 denoiser passes for each purified: 1,760 passes" in told
     assert "victim: " in told
     assert contents(tmp_path) == before
 

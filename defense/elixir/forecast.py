@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from defense.elixir.config import DataElixirConfig
+from defense.elixir.paste import DRAWS, PASTED
 from defense.elixir.purifier import AUTO_TOP, Purifier, open_denoiser, purifier_for
 from defense.elixir.sampling import smallest
 from utils.classifier.models import build_classifier
@@ -23,15 +25,21 @@ MEASURED, VOTE_BYTES = 512, 50  # images that are timed; bytes of a vote with it
 
 
 @torch.inference_mode()
-def purifying(purifier: Purifier, victim: Classifier, data: LabeledImages, least: int):
-    """Seconds of an image that is given all rounds, and a line for `least` to all images."""
+def purifying(
+    purifier: Purifier, victim: Classifier, data: LabeledImages, least: int, pastes: bool
+) -> tuple[float, str]:
+    """Seconds of an image that is given all rounds, and a line for `least` to all images.
+
+    Where it `pastes`, the expected image takes passes and the pasted images are read as well.
+    """
     config, device, n = purifier.config, purifier.device, len(data)
     batch, each = config.purify_batch_size, config.images_each
     rows = torch.arange(min(n, batch, ROWS if device.type == "cpu" else batch))
     one_pass = lambda x, t: seconds(lambda: purifier.predict_noise(x, t), device) / len(x)
     work = lambda i: one_pass(purifier.start(data.images[i]), torch.zeros_like(i, device=device))
     passes, slow = purifier.passes_per_image, next(Halving("purify_batch_size")(work, rows))
-    pace = (passes * slow + each * vote_pace(victim, data, purifier.amp)) / world_size()
+    passes, read = passes + DRAWS * pastes, each + PASTED * pastes
+    pace = (passes * slow + read * vote_pace(victim, data, purifier.amp)) / world_size()
     span = lambda say, unit: " to ".join(say(k * unit) for k in sorted({least, n}))
     count, time = span("{:,}".format, passes), span(format_duration, pace)
     pictures = 3 * (n + batch * each) * data.images[:1].numel()
@@ -42,7 +50,8 @@ def purifying(purifier: Purifier, victim: Classifier, data: LabeledImages, least
 
 def announced_pace(rounds: Any, least: int) -> float:
     """Seconds of an image; logged, with what follows, before the purification of a Rounds."""
-    pace, line = purifying(rounds.purifier, rounds.victim, rounds.data, least)
+    pastes = bool(getattr(rounds, "paster", None))
+    pace, line = purifying(rounds.purifier, rounds.victim, rounds.data, least, pastes)
     logging.getLogger("dataelixir").info(line)
     return pace
 
@@ -53,7 +62,8 @@ def purifying_line(data: LabeledImages, config: Any, dataset: Dataset) -> str:
     level = min(AUTO_TOP, denoiser.t_max) if config.steps_T == "auto" else config.steps_T
     config, model = replace(config, steps_T=level), untrained(config, dataset)
     purifier = purifier_for(denoiser, config, 0, 0, model.device, config.amp)
-    return purifying(purifier, model, data, smallest(data.labels, config))[1]
+    pastes = isinstance(config, DataElixirConfig) and config.rules.pastes
+    return purifying(purifier, model, data, smallest(data.labels, config), pastes)[1]
 
 
 def vote_pace(model: Classifier, data: LabeledImages, amp: bool) -> float:
