@@ -44,11 +44,12 @@ def planted(carriers, n=80, seed=0, apart=8.0, high=0.8, low=0.1):
     )
 
 
-def evidence(world, num_classes, obeyed=nobody, leads_to=None, imposed=None):
+def evidence(world, num_classes, obeyed=nobody, leads_to=None, imposed=None, explained=()):
     columns = world.rates, world.residuals, world.labels, world.features
     leads_to = world.labels if leads_to is None else leads_to
     nothing = lambda pattern: torch.zeros(num_classes, num_classes, dtype=torch.float64)
-    return paste_evidence(*columns, leads_to, num_classes, obeyed, imposed or nothing)
+    by_votes = torch.isin(torch.arange(num_classes), torch.tensor(explained, dtype=torch.int64))
+    return paste_evidence(*columns, leads_to, by_votes, obeyed, imposed or nothing)
 
 
 def said(pattern=0.0, gap=0.0, error=0.0, common=0.0, pair=0.0, count=PATTERN_OF):
@@ -256,6 +257,20 @@ def test_the_common_pattern_is_the_mean_of_all_that_move_and_accuses_every_class
     assert found.by_common.tolist() == [True, True, True, False]
     assert found.source.tolist() == [3, 0, 1, -1]
     assert accused(found) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("by_votes", [True, False])
+def test_what_one_class_explains_is_not_in_the_common_pattern(by_votes):
+    """Whether its votes accuse the class, or its own pattern does."""
+    world, asked = planted([40, 0, 0]), []
+    leads_to = torch.where(world.carries, 1, world.labels)
+    leads_to[(world.labels == 2).nonzero().flatten()[:9]] = 0
+    ask = lambda pattern: asked.append(pattern) or torch.zeros(3, 3, dtype=torch.float64)
+    obeyed = nobody if by_votes else lambda pattern, label, source=None: float(label == 0)
+    evidence(world, 3, obeyed, leads_to, ask, [0] if by_votes else [])
+    [pattern] = asked
+    expected = world.residuals[(world.labels == 2) & (leads_to == 0)].float().mean(0)
+    torch.testing.assert_close(pattern, STRENGTH * expected)
 
 
 def test_where_nothing_moves_the_common_pattern_is_nothing():

@@ -119,7 +119,8 @@ def test_the_sample_grows_in_classes_that_pasting_is_not_sure_of(tmp_path, monke
     """Until the class is whole, or the gap is clear; what is accused is purified whole at the end."""
     asked = []
 
-    def said(rates, residuals, labels, features, leads_to, num_classes, obeyed, imposed):
+    def said(rates, residuals, labels, features, leads_to, explained, obeyed, imposed):
+        num_classes = len(explained)
         asked.append(labels.bincount(minlength=num_classes))
         zeros = torch.zeros(num_classes, dtype=torch.float64)
         gap, error = zeros.clone(), zeros.clone()

@@ -12,9 +12,9 @@ the gap between the groups' paste rates is measured, with its standard error.
 
 A trigger that leads every class to another one (all to all) moves one class in so many to each
 label. What it looks like is found from all classes at once: the common pattern is the mean residual
-of all samples, of whatever label, that the votes move. Pasted, it makes images of one class read as
-another, as no clean set's does; every class that images of one other class come to be read as is
-accused.
+of all samples that the votes move, of whatever label that nothing else accuses (a trigger that one
+class explains would push images to classes that look like it). Pasted, it makes images of one class
+read as another, as no clean set's does; every class that they come to be read as is accused.
 
 A trigger that works on one class only is not obeyed elsewhere. So of the samples of a class that
 the votes lead elsewhere those with the most frequent new label are a pair with it: their pattern is
@@ -24,7 +24,7 @@ pasted on images of that label's class alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ PATTERN_OF = 10  # residuals that a pattern is the mean of, at least
 PATTERN = 0.3  # rate that the pattern of an accused class exceeds; clean classes stay below
 GAP, ERRORS = 0.3, 3.0  # bound that a gap exceeds by so many standard errors
 COMMON = 0.2  # rise that the common pattern causes on images of one class; clean sets stay below
-PAIR = 0.6  # rate that the pattern of a pair exceeds; that of classes which look alike stays below
+PAIR = 0.7  # rate that the pattern of a pair exceeds; that of classes which look alike stays below
 STRENGTH = 2.0  # of the common pattern; many samples that the votes move carry nothing
 Obeyed = Callable[..., float]  # pattern (3, H, W), label and perhaps source: `Paster.obeyed`
 Imposed = Callable[[Tensor], Tensor]  # pattern (3, H, W) -> rises (K, K), as `Paster.imposed`
@@ -128,7 +128,7 @@ def paste_evidence(
     labels: Tensor,
     features: Tensor,
     leads_to: Tensor,
-    num_classes: int,
+    explained: Tensor,
     obeyed: Obeyed,
     imposed: Imposed,
 ) -> PasteEvidence:
@@ -140,9 +140,10 @@ def paste_evidence(
         labels: int64 (S,), given labels.
         features: float (S, D), the victim's, of the images as given.
         leads_to: int64 (S,), the label that a sample's votes lead to; its given one if it stays.
-        num_classes: K.
+        explained: bool (K,), classes that the votes accuse.
         obeyed, imposed: paste a pattern.
     """
+    num_classes = len(explained)
     found = torch.full((4, num_classes), torch.nan, dtype=torch.float64)
     for k in labels.unique().tolist():
         rows = ((labels == k) & rates.isfinite()).nonzero().flatten()
@@ -155,13 +156,16 @@ def paste_evidence(
             patterns.append(residuals[rows[upper]].float().mean(0))
         obeys = max(obeyed(pattern, k) for pattern in patterns)
         found[:, k] = torch.tensor([own.mean(), obeys, *_gap(own[upper], own[~upper])])
-    rate, pattern, gap, error = found
     pairs = _pairs(residuals, labels, leads_to, num_classes, obeyed)
-    shared, moved = torch.zeros(residuals.shape[1:]), leads_to != labels
-    if moved.any():
-        shared = STRENGTH * residuals[moved].float().mean(0)
-    common = imposed(shared).max(0)
-    return PasteEvidence(rate, pattern, gap, error, *common, *pairs, shared)
+    nothing, zeros = torch.zeros(residuals.shape[1:]), torch.zeros(num_classes).double()
+    rate, pattern, gap, error = found
+    said = PasteEvidence(rate, pattern, gap, error, zeros, zeros.long(), *pairs, nothing)
+    moved = (leads_to != labels) & ~(explained | said.by_own)[labels]
+    if not moved.any():
+        return said
+    shared = STRENGTH * residuals[moved].float().mean(0)
+    common, source = imposed(shared).max(0)
+    return replace(said, common=common, common_source=source, common_pattern=shared)
 
 
 def _pairs(

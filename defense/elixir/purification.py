@@ -96,7 +96,8 @@ class Purification:
         rates, residuals = self.store.pasted(len(self.data))[rows], self.store.residuals(rows)[1]
         features = self.features[rows]
         leads_to = candidates.top.where(candidates.kind != Kind.UNANIMOUS, labels)
-        asked = k, self.rounds.paster.obeyed, self.rounds.paster.imposed
+        explained, paster = found.judged.outlies, self.rounds.paster
+        asked = explained, paster.obeyed, paster.imposed
         said = paste_evidence(rates, residuals, labels, features, leads_to, *asked)
         return replace(found, paste=said, too_small=sizes < FEWEST)
 
