@@ -3,7 +3,8 @@
     python benchmarks/verdicts.py --config gtsrb_small [--names badnet patch_black ...] [--seeds 0 1 2] [-- --dataset_path DIR]
 
 A name is an attack of attack/ or a variant of config/variants/, laid over config/<attack>/<config>.yaml; without --names, all.
-A third of the names, by a hash, is HELD OUT: no constant of the method was chosen on them, and they are reported first. Each
+A third of the names, by a hash, is held out: no constant of the method was chosen on them, and they are reported first. Those
+in FAULTS were, until a fault that they showed was mended: what they show since says less, and stands apart. Each
 run is a process of its own in record/verdicts_<config>_<name>_<seed>/; what is there already is not made again. Writes
 benchmarks/results/verdicts_<config>.md and .json. Words after `--` go to the attack scripts.
 
@@ -43,11 +44,18 @@ ATTACKS = [
 ]
 CONFIG = ROOT / "config"
 VARIANTS = CONFIG / "variants"
+HELD_OUT, MENDED, TUNED_ON = "held out", "held out until a fault was mended on it", "tuned on"
+FAULTS = (
+    "smooth_1",  # a clean class was accused beside the true one: bounds of pattern and gap raised
+    "patch_white",  # votes pointed the wrong way in the split (ASR .102): paste rates teach first
+)
 
 
-def is_held_out(name: str) -> bool:
-    """Whether nothing was tuned on this name: a third of all names."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 3 == 0
+def kind(name: str) -> str:
+    """Whether anything was tuned on this name; nothing on a third of all names."""
+    if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 3:
+        return TUNED_ON
+    return MENDED if name in FAULTS else HELD_OUT
 
 
 def run(config: str, name: str, seed: int, words: list[str]) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def run(config: str, name: str, seed: int, words: list[str]) -> dict[str, Any]:
     keys = [word for file in files for word in ("--yaml_path", str(file))]
     where = ["--save_folder_name", record, "--random_seed", str(seed)]
     run_script(f"attack/{attack}.py", *keys, *where, *words)
-    return {"name": name, "seed": seed, "held_out": is_held_out(name)} | measured(record)
+    return {"name": name, "seed": seed, "kind": kind(name)} | measured(record)
 
 
 def read(record: str) -> tuple[Source, dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -185,9 +193,8 @@ def write(config: str, words: list[str]) -> None:
     for folder in sorted(RECORDS.glob(f"verdicts_{config}_*")):
         if (folder / "report.json").exists():
             name, _, seed = folder.name.removeprefix(f"verdicts_{config}_").rpartition("_")
-            head = {"name": name, "seed": int(seed), "held_out": is_held_out(name)}
+            head = {"name": name, "seed": int(seed), "kind": kind(name)}
             rows.append(head | measured(folder.name))
-    held, tuned = ([row for row in rows if row["held_out"] is which] for which in (True, False))
     asr = [row["asr"] for row in rows if (row["victim_asr"] or 0) >= 0.5]
     command = (
         f"python benchmarks/verdicts.py --config {config}{' --' if words else ''}{shown(words)}"
@@ -200,14 +207,16 @@ def write(config: str, words: list[str]) -> None:
             f"{np.mean(asr):.4f} on average and at most {max(asr, default=0):.4f}."
         ),
         "",
-        "Held out of all tuning:",
-        "",
-        table(held),
-        "",
-        "The others:",
-        "",
-        table(tuned),
-        "",
+        *(
+            line
+            for which in (HELD_OUT, MENDED, TUNED_ON)
+            for line in (
+                which.capitalize() + ":",
+                "",
+                table([row for row in rows if row["kind"] == which]),
+                "",
+            )
+        ),
         "Labels that were read in accused classes (those below .60 are left out):",
         "",
         reliability([f"verdicts_{config}_{row['name']}_{row['seed']}" for row in rows]),
