@@ -47,7 +47,7 @@ def odd(tmp_path):
     return root
 
 
-def test_images_are_analysed_as_a_viewer_shows_them_and_purified_ones_written_upright(
+def test_images_are_analysed_as_a_viewer_shows_them_and_purified_ones_keep_their_ways(
     odd, tmp_path
 ):
     before, layout = contents(odd), open_layout(odd)
@@ -63,17 +63,21 @@ def test_images_are_analysed_as_a_viewer_shows_them_and_purified_ones_written_up
     )
     assert torch.equal(layout.images(16), seen)
     assert layout.images(16)[0].float().mean() < 200
-    result = with_changes(layout, 12, {}, replaced=range(3))
-    layout.write(tmp_path / "out", result)
-    for path, mode in zip(layout.paths[:3], ("L", "RGB", "RGB")):
-        with Image.open((tmp_path / "out" / path).with_suffix(".png")) as written:
-            assert written.size == (8, 12)
-            assert written.mode == mode
-            assert not written.getexif()
+    result = with_changes(layout, 12, {}, replaced=[0, 1, 2, 4])
+    assert layout.write(tmp_path / "out", result) == {"a/turned_jpg.jpg": "JPEG became PNG"}
+    for name, mode, size, turn in (
+        ("deep.png", "I;16", (8, 12), None),
+        ("glass.png", "RGBA", (8, 12), None),
+        ("turned_jpg.png", "RGB", (12, 8), 6),
+        ("turned_tif.tif", "RGB", (8, 12), 6),
+    ):
+        with Image.open(tmp_path / "out" / "a" / name) as written:
+            assert (written.mode, written.size) == (mode, size)
+            assert written.getexif().get(274) == turn
+        assert open_image(tmp_path / "out" / "a" / name).size == (8, 12)
     found = contents(tmp_path / "out")
-    assert {name: found[name] for name in layout.paths[3:]} == {
-        name: before[name] for name in layout.paths[3:]
-    }
+    for name in [layout.paths[3], *layout.paths[5:]]:
+        assert found[name] == before[name]
     assert contents(odd) == before
 
 

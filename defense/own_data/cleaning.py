@@ -24,7 +24,7 @@ from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
 from defense.own_data.in_memory import as_labeled, class_names
-from defense.own_data.output_folder import CLEANED, SUMMARY, OutputFolder, carry_out, differing
+from defense.own_data.output_folder import SUMMARY, OutputFolder, carry_out, differing
 from defense.own_data.summary import findings, summarise
 from utils.classifier.models import build_classifier, load_weights, trained
 from utils.classifier.networks import Classifier
@@ -187,8 +187,8 @@ def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
         cleaning.analyse(folder, given.layout.paths)
     held = carry_out(order.action, folder, given.layout, data.labels)
     side, seed = data.images.shape[-1], cleaning.defense.random_seed
-    summary = summarise(given, data.labels, folder, order.action, side, seed)
-    write_json(folder / SUMMARY, summary | {CLEANED: held})
+    summary = summarise(given, data.labels, folder, order.action, held, side, seed)
+    write_json(folder / SUMMARY, summary)
     cleaning.defense.clean_up(folder)
     log.info("%s", "\n".join(summary["notes"]))
     if left_out := summary["left_out"]:

@@ -16,11 +16,13 @@ from utils.config import UserError
 from utils.images.layout import Layout, Outcome
 from utils.page.source import Source
 from utils.storage import checksums, lock
+from utils.storage.files import printable
 from utils.storage.record import DATA_KEY, Record, load_arrays
 
 log = logging.getLogger("dataelixir")
 CLEANED = "cleaned"  # also the key of SUMMARY that says of which action the set there is
 SUMMARY = "summary.json"
+NOT_KEPT = "not_kept"  # a key of SUMMARY
 COMPARED = 1024  # images at a time
 
 
@@ -63,10 +65,15 @@ class OutputFolder(Record):
             lines = (f"{checksums.sha256_of(path)}  {name}" for name, path in new.items())
             checksums.note(self.path, *lines)
 
-    def holds(self) -> str | None:
-        """The action whose set lies in cleaned/; None where none does, or nobody knows which."""
+    def holds(self) -> dict[str, Any]:
+        """What is known of the set in cleaned/, as keys of SUMMARY.
+
+        CLEANED is the action whose set it is, None where none lies there or nobody knows which;
+        NOT_KEPT says what of their originals' encoding its new images lack.
+        """
         summary = Source(self.path).json(SUMMARY) if (self / CLEANED).exists() else {}
-        return summary.get(CLEANED, summary.get("action"))  # older versions wrote only the second
+        action = summary.get(CLEANED, summary.get("action"))  # older versions wrote only the second
+        return {CLEANED: action, NOT_KEPT: summary.get(NOT_KEPT, of_lost({}))}
 
     def forget(self) -> None:
         """Take the summary away: what it says of cleaned/ is about to be true no more."""
@@ -119,31 +126,41 @@ def outcome(folder: OutputFolder, given: Tensor, action: str) -> Outcome:
     return Outcome(labels, images, replaced, out)
 
 
-def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor) -> str | None:
+def of_lost(lost: dict[str, str]) -> dict[str, Any]:
+    """The content of NOT_KEPT for {name of a sample: what its new image lacks}."""
+    return {"count": len(lost), "files": {printable(name): what for name, what in lost.items()}}
+
+
+def carry_out(action: str, folder: OutputFolder, layout: Layout, labels: Tensor) -> dict[str, Any]:
     """Write cleaned/ as the action (relabel, drop or report) wants it, where it is not there.
 
     Args:
         labels: int64 (N,), as given.
 
     Returns:
-        The action whose set lies in cleaned/ then, None where nobody knows.
+        What is known of the set that lies in cleaned/ then, as `OutputFolder.holds` has it.
     """
+    held = folder.holds()
     if action == "report":
-        return folder.holds()
-    if action == folder.holds():
+        return held
+    if action == held[CLEANED]:
         kept = "it is left as it is, with what was changed there (delete it to have it anew)"
         log.info("the set is in %s since an earlier run; %s", folder / CLEANED, kept)
-    else:
-        log.info("the set is in %s", write_cleaned(folder, layout, outcome(folder, labels, action)))
-    return action
+        return held
+    lost = write_cleaned(folder, layout, outcome(folder, labels, action))
+    log.info("the set is in %s", folder / CLEANED)
+    return {CLEANED: action, NOT_KEPT: of_lost(lost)}
 
 
-def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> Path:
-    """cleaned/: all of the set or nothing; what lay there before is put aside."""
+def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> dict[str, str]:
+    """cleaned/: all of the set or nothing; what lay there before is put aside.
+
+    Returns what `Layout.write` does.
+    """
     target, temporary = folder / CLEANED, folder / f".{CLEANED}.{os.getpid()}"
     temporary.mkdir()
     try:
-        layout.write(temporary, result)
+        lost = layout.write(temporary, result)
         # a run that ends before the next summary leaves a set that nobody takes for an action's
         folder.forget()
         folder.put_aside()
@@ -151,4 +168,4 @@ def write_cleaned(folder: OutputFolder, layout: Layout, result: Outcome) -> Path
         folder.note_cleaned()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    return lost

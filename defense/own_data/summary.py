@@ -1,5 +1,6 @@
 """summary.json of defense/purify.py: what was found and done, in numbers and in sentences."""
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor
@@ -8,7 +9,7 @@ from defense.elixir.noise_level import rounds_survived
 from defense.elixir.verdict import UNKNOWN
 from defense.harness.result import Result
 from defense.own_data.given import Given
-from defense.own_data.output_folder import OutputFolder, outcome
+from defense.own_data.output_folder import NOT_KEPT, OutputFolder, outcome
 from utils.images.data import LabeledImages
 from utils.storage.environment import environment, peak_rss_bytes
 
@@ -38,9 +39,19 @@ def findings(result: Result, data: LabeledImages, last_steps_m: int, device: str
 
 
 def summarise(
-    given: Given, labels: Tensor, folder: OutputFolder, action: str, resolution: int, seed: int
+    given: Given,
+    labels: Tensor,
+    folder: OutputFolder,
+    action: str,
+    held: dict[str, Any],
+    resolution: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """The content of summary.json, for labels int64 (N,) as given, analysed at `resolution`."""
+    """The content of summary.json, for labels int64 (N,) as given, analysed at `resolution`.
+
+    Args:
+        held: what is known of the set in cleaned/ (`OutputFolder.holds`).
+    """
     stages = folder.finished()
     found, changed = stages["report"], outcome(folder, labels, "relabel")
     relabelled = changed.labels != labels
@@ -52,6 +63,7 @@ def summarise(
     dropped = int(outcome(folder, labels, "drop").dropped.sum()) if action == "drop" else 0
     left_out = [given.layout.paths[k] for k in changed.dropped.nonzero().flatten().tolist()]
     detected, names = found["target_labels"], given.layout.classes
+    lost = {} if action == "report" else held[NOT_KEPT]["files"]
     told = counts | {"dropped": dropped, "left_out": len(left_out)}
     return {
         "schema": SCHEMA,
@@ -72,7 +84,7 @@ def summarise(
         "classifier_agrees": found["classifier_agrees"],
         "rounds": [{"prediction_survives": share} for share in found["prediction_survives"]],
         "power": found["power"],
-        "notes": notes(given, found, told, action, resolution),
+        "notes": notes(given, found, told, action, resolution, lost),
         "cost": {
             "unet_passes": found["unet_passes"],
             "seconds": {stage: entry["seconds"] for stage, entry in stages.items()},
@@ -80,6 +92,7 @@ def summarise(
             "device": found["device"],
         },
         "versions": environment(),
+        **held,
     }
 
 
@@ -89,7 +102,12 @@ def samples(count: int) -> str:
 
 
 def notes(
-    given: Given, found: dict[str, Any], counts: dict[str, int], action: str, resolution: int
+    given: Given,
+    found: dict[str, Any],
+    counts: dict[str, int],
+    action: str,
+    resolution: int,
+    lost: dict[str, str],
 ) -> list[str]:
     """What a person has to know to read the result rightly."""
     layout, labels, images = given.layout, counts["labels"], counts["images"]
@@ -116,6 +134,13 @@ def notes(
         )
     if layout.remark and action != "report":
         said.append(layout.remark)
+    if lost:
+        reasons = Counter(lost.values()).most_common()
+        told = ", ".join(f"{reason}: {count:,}" for reason, count in reasons)
+        said.append(
+            f"{len(lost):,} purified images could not keep all of their format ({told}); not_kept "
+            "in summary.json lists them."
+        )
     if (left := layout.left_out) and action != "report":
         named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
         files = f"{len(left):,} files that are no images of a class"

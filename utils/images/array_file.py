@@ -56,7 +56,7 @@ class ArrayFile(Layout):
         colours = np.ascontiguousarray(np.broadcast_to(self.pixels, (*self.pixels.shape[:3], 3)))
         return torch.from_numpy(resize_all(colours, size))
 
-    def write(self, folder: Path, outcome: Outcome) -> None:
+    def write(self, folder: Path, outcome: Outcome) -> dict[str, str]:
         """The same file name and arrays; arrays other than the two are left as they are."""
         pixels, given = (self.arrays[key].copy() for key in self.keys)
         seen = as_hwc(pixels)
@@ -69,6 +69,7 @@ class ArrayFile(Layout):
         kept = ~outcome.dropped.numpy()
         new = {self.keys[0]: pixels[kept], self.keys[1]: given[kept]}
         np.savez(folder / self.file.name, **{**self.arrays, **new})
+        return {}
 
 
 def as_hwc(pixels: np.ndarray) -> np.ndarray | None:

@@ -144,7 +144,7 @@ class CifarFiles(Layout):
     def images(self, size: int) -> Tensor:
         return torch.from_numpy(resize_all(self.pixels, size))
 
-    def write(self, folder: Path, outcome: Outcome) -> None:
+    def write(self, folder: Path, outcome: Outcome) -> dict[str, str]:
         pixels, kept = self.pixels.copy(), ~outcome.dropped.numpy()
         for k in outcome.replaced.nonzero().flatten().tolist():
             pixels[k] = fitted(outcome.images[k].numpy(), (SIDE, SIDE))
@@ -152,3 +152,4 @@ class CifarFiles(Layout):
         if self.names:
             arrays["names"] = np.array(self.classes)
         np.savez(folder / f"{self.folder.name}.npz", **arrays)
+        return {}

@@ -52,8 +52,12 @@ class Layout:
         """uint8 (N, 3, size, size), resized (PIL bilinear) where a sample has another size."""
         raise NotImplementedError
 
-    def write(self, folder: Path, outcome: Outcome) -> None:
-        """Write the set with `outcome` carried out into an empty folder."""
+    def write(self, folder: Path, outcome: Outcome) -> dict[str, str]:
+        """Write the set with `outcome` carried out into an empty folder.
+
+        Returns:
+            {name of a sample: what its new image could not keep of its old one's encoding}.
+        """
         raise NotImplementedError
 
     def read(self, size: int) -> LabeledImages:

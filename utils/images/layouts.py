@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from utils.config import UserError
@@ -19,7 +18,8 @@ from utils.images import decoding
 from utils.images.array_file import ArrayFile
 from utils.images.cifar import CifarFiles, is_cifar
 from utils.images.folders import tell_bad
-from utils.images.layout import Layout, Outcome, fitted
+from utils.images.layout import Layout, Outcome
+from utils.images.saving import saved_like
 
 
 def open_layout(path: Path) -> Layout:
@@ -96,11 +96,13 @@ class ImageFolder(Layout):
             raise UserError(f"{self.folder / path}: {reason}") from None
         return np.asarray(image)[None]
 
-    def write(self, folder: Path, outcome: Outcome) -> None:
+    def write(self, folder: Path, outcome: Outcome) -> dict[str, str]:
         """Untouched files first, under their names; then those that keep their class; then all.
 
-        A replaced image becomes a .png. Where its name is taken, a number is added.
+        A replaced image keeps its format, or becomes a .png. Where its name is taken, a number is
+        added.
         """
+        lost: dict[str, str] = {}
         for name in self.classes:
             (folder / name).mkdir(parents=True, exist_ok=True)
         rows = lambda mask: (mask & ~outcome.dropped).nonzero().flatten().tolist()
@@ -112,12 +114,16 @@ class ImageFolder(Layout):
         for k in rows(outcome.replaced & ~relabelled) + rows(relabelled):
             path = Path(self.classes[outcome.labels[k]], *Path(self.paths[k]).parts[1:])
             if outcome.replaced[k]:
-                target = folder / free_name(path.with_suffix(".png"), taken)
+                original = (self.folder / self.paths[k]).read_bytes()
+                saved = saved_like(original, outcome.images[k].numpy())
+                path = path.with_suffix(saved.ending or path.suffix)
+                target = folder / free_name(path, taken)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                image = fitted(outcome.images[k].numpy(), self.shapes[k][:2], self.shapes[k][2])
-                Image.fromarray(image).save(target)
+                target.write_bytes(saved.content)
+                lost |= {self.paths[k]: saved.lost} if saved.lost else {}
             else:
                 self._copy(k, folder / free_name(path, taken))
+        return lost
 
     def _copy(self, k: int, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
