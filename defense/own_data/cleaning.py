@@ -157,7 +157,7 @@ def clean_given(order: CleanConfig, defense: Defense) -> None:
         both = "--data DIR (what is to be cleaned) and --out DIR (a new folder)"
         raise UserError(f"data, out: give {both}")
     start_logging(None)
-    given = open_given(order.data)
+    given = open_given(order.data, order.keys)
     if order.out:
         given.refuse_overlap(Path(os.path.expanduser(order.out)))
     assert isinstance(defense, DataElixirConfig)

@@ -1,7 +1,12 @@
 """The keys of defense/purify.py, beside those of training, purification and DataElixir."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from utils.images.layout import Keys
 
 
 @dataclass(frozen=True)
@@ -14,6 +19,9 @@ class CleanConfig:
         out: new folder for the cleaned set, the decisions and the page; a run that was interrupted
             goes on in its own. The same command again leaves cleaned/ as it is, another action puts
             it aside as cleaned-1/.
+        split: the part to be cleaned, where the data come as several; the others are copied.
+        image_column: the column of a table that holds images or names files; empty to find it.
+        label_column: the column of a table that holds labels; empty to find it.
         victim: a classifier (.safetensors of this program, of the kind that `model` names) instead
             of one trained on the set.
         action: relabel (purified images under their new labels, without the samples that the model
@@ -27,7 +35,17 @@ class CleanConfig:
 
     data: str = ""
     out: str = ""
+    split: str = "train"
+    image_column: str = ""
+    label_column: str = ""
     victim: str | None = None
     action: Literal["relabel", "drop", "report"] = "relabel"
     resize: bool = False
     dry_run: bool = False
+
+    @property
+    def keys(self) -> Keys:
+        """What the user says about the layout of the data."""
+        from utils.images.layout import Keys
+
+        return Keys(self.split, self.image_column, self.label_column)

@@ -12,7 +12,8 @@ from diffusion.card import CARDS
 from diffusion.denoiser import Denoiser
 from utils.config import UserError, candidate_paths
 from utils.images.array_file import ArrayFile
-from utils.images.layout import Layout
+from utils.images.file_table import TABLES
+from utils.images.layout import Keys, Layout
 from utils.images.layouts import open_layout
 from utils.storage.record import RECORDS, Record
 
@@ -43,7 +44,8 @@ class Given:
 
     def refuse_overlap(self, out: Path) -> None:
         """Raises UserError where `out` and the set lie in each other, or `out` is a file."""
-        a, b = self.path.resolve(), out.resolve()
+        data = self.path.parent if self.path.suffix.lower() in TABLES else self.path
+        a, b = data.resolve(), out.resolve()
         if b.is_relative_to(a) or a.is_relative_to(b):
             apart = "lie in each other; name a folder apart from the data"
             raise UserError(f"out: {out} and the data at {self.path} {apart}")
@@ -51,7 +53,7 @@ class Given:
             raise UserError(f"out: {out} is a file; name a new or an empty folder")
 
 
-def open_given(text: str) -> Given:
+def open_given(text: str, keys: Keys = Keys()) -> Given:  # noqa: B008 - it is frozen
     """The set that `--data` means: a path, or the name of a record (record/NAME is one, too).
 
     Raises:
@@ -67,7 +69,7 @@ def open_given(text: str) -> Given:
         record = Record(str(path.relative_to(records)), must_exist=True)
         given = Given(path, ArrayFile(array_file), str(record.config().get("dataset", "")))
     else:
-        layout = open_layout(path)
+        layout = open_layout(path, keys)
         is_cifar10 = layout.kind == "CIFAR python files" and len(layout.classes) == 10
         given = Given(path, layout, "cifar10" if is_cifar10 else "")
     refuse_few(given.layout.labels, len(given.layout.classes))

@@ -6,6 +6,7 @@ down, the first frame of an animation. What cannot be read so is a bad image, wi
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import stat
@@ -56,19 +57,22 @@ def open_image(path: str | Path) -> Image.Image:
     return open_with_kind(path)[0]
 
 
-def open_with_kind(path: str | Path, root: Path | None = None) -> tuple[Image.Image, bool]:
+def open_with_kind(
+    path: str | Path | io.BytesIO, root: Path | None = None
+) -> tuple[Image.Image, bool]:
     """An image file as a person sees it, in mode RGB, and whether it holds grey levels alone.
 
     Args:
+        path: a file, or the content of one.
         root: the folder that the path must not lead out of, by a link or by its name.
 
     Raises:
         BadImage: not an image, damaged, too large, of pixels without a known scale, or not there.
     """
-    if root and leads_out(path, root):
+    if root and not isinstance(path, io.BytesIO) and leads_out(path, root):
         raise BadImage(OUTSIDE)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not isinstance(path, io.BytesIO) and not stat.S_ISREG(os.stat(path).st_mode):
             raise BadImage("not a regular file")
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
@@ -81,9 +85,11 @@ def open_with_kind(path: str | Path, root: Path | None = None) -> tuple[Image.Im
         raise BadImage(_reason(error, path)) from None
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def _reason(error: Exception, path: str | Path | io.BytesIO) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image" if os.path.getsize(path) else "empty file"
+        is_content = isinstance(path, io.BytesIO)
+        size = len(path.getbuffer()) if is_content else os.path.getsize(path)
+        return "not an image" if size else "empty file"
     told = isinstance(error, OSError) and error.strerror
     return told or shortened(error) or type(error).__name__
 

@@ -7,6 +7,7 @@ else (cifar.py). Only CIFAR's set comes back in another layout, as a .npz file.
 
 import shutil
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +18,50 @@ from utils.config import UserError
 from utils.images import decoding
 from utils.images.array_file import ArrayFile
 from utils.images.cifar import CifarFiles, is_cifar
+from utils.images.file_table import TABLES, FileTable, find_table
 from utils.images.folders import tell_bad
-from utils.images.layout import Layout, Outcome
-from utils.images.saving import saved_like
+from utils.images.layout import Keys, Layout, Outcome
+from utils.images.saving import free_name, saved_like
 
 
-def open_layout(path: Path) -> Layout:
-    """The set at `path`: a folder of class folders, a .npz file, or CIFAR's python files.
+def open_layout(path: Path, keys: Keys = Keys()) -> Layout:  # noqa: B008 - it is frozen
+    """The set at `path`, in any of the layouts that docs/own-data.md lists.
 
     Raises:
-        UserError: nothing that can be read as one of these, or fewer than two classes.
+        UserError: nothing that can be read as one of these, keys that mean nothing to it, or fewer
+            than two classes.
     """
-    layout: Layout
-    if path.suffix == ".npz" and path.is_file():
-        layout = ArrayFile(path)
-    elif is_cifar(path):
-        layout = CifarFiles(path)
-    elif path.is_dir():
-        layout = ImageFolder(path)
-    else:
-        kinds = "no folder of class folders, no .npz file and no folder of CIFAR batches"
-        raise UserError(f"data: {path} is {kinds}")
+    layout = _open(path, keys)
+    for field in fields(Keys):
+        if getattr(keys, field.name) != field.default and field.name not in layout.uses:
+            known = ", ".join(layout.uses) or "none of such keys"
+            found = f"{path} is a {layout.kind}, which knows {known}"
+            raise UserError(f"{field.name}: {found}; leave it out")
     present = len(layout.labels.unique())
     if present < 2:
         needed = f"two or more are needed (expected {path.name}/<class>/<image>)"
         raise UserError(f"data: {path} has images of {present} class; {needed}")
     return layout
+
+
+def _open(path: Path, keys: Keys) -> Layout:
+    if path.suffix == ".npz" and path.is_file():
+        return ArrayFile(path, keys)
+    if path.suffix.lower() in TABLES and path.is_file():
+        return FileTable(path, keys)
+    if is_cifar(path):
+        return CifarFiles(path)
+    if path.is_dir():
+        table = None if _has_classes(path) else find_table(path, keys.split)
+        return FileTable(table, keys) if table else ImageFolder(path)
+    kinds = "no folder of class folders, no .npz file and no folder of CIFAR batches"
+    raise UserError(f"data: {path} is {kinds}")
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether two or more folders in a folder hold images."""
+    names = decoding.class_folders(folder)
+    return sum(bool(decoding.files_by_class(folder, [name])) for name in names) > 1
 
 
 class ImageFolder(Layout):
@@ -128,12 +147,3 @@ class ImageFolder(Layout):
     def _copy(self, k: int, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.folder / self.paths[k], target)
-
-
-def free_name(name: Path, taken: set[str]) -> str:
-    """`name`, or with -2, -3, ... before its ending; added, case-folded, to what is `taken`."""
-    numbered = (name.with_stem(f"{name.stem}-{k}") for k in range(2, len(taken) + 3))
-    candidates = (path.as_posix() for path in (name, *numbered))
-    free = next(path for path in candidates if path.casefold() not in taken)
-    taken.add(free.casefold())
-    return free

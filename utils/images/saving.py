@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ def saved_like(original: bytes, image: np.ndarray) -> Saved:
 
 def is_deep(source: Image.Image) -> bool:
     """Whether an opened image has colours of 16 bits, of which Pillow reads 8."""
-    return source.mode in FULL[:-1] and any(";16" in str(tile[3]) for tile in source.tile)
+    return source.mode in FULL[:-1] and any(
+        ";16" in str(tile[3]) for tile in getattr(source, "tile", ())
+    )
 
 
 def carried(source: Image.Image, goal: np.ndarray) -> tuple[Image.Image, list[str]]:
@@ -216,3 +219,12 @@ def _chunks(
         yield b"eXIf", _exif(exif).removeprefix(b"Exif\0\0")
     yield b"IDAT", packed
     yield b"IEND", b""
+
+
+def free_name(name: Path, taken: set[str]) -> str:
+    """`name`, or with -2, -3, ... before its ending; added, case-folded, to what is `taken`."""
+    numbered = (name.with_stem(f"{name.stem}-{k}") for k in range(2, len(taken) + 3))
+    candidates = (path.as_posix() for path in (name, *numbered))
+    free = next(path for path in candidates if path.casefold() not in taken)
+    taken.add(free.casefold())
+    return free

@@ -1,0 +1,91 @@
+"""What layouts share whose images are encoded one by one: in files, tables or archives."""
+
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.config import UserError
+from utils.images.decoding import BadImage, open_with_kind, resize_all
+from utils.images.folders import tell_bad
+from utils.images.layout import Layout
+
+# names of columns, without case, spaces, - and _
+IMAGE_COLUMNS = (
+    *("file", "filename", "filepath", "path", "image", "imagefile", "imagepath", "imagename"),
+    *("imageid", "img", "images", "id"),
+)
+LABEL_COLUMNS = (
+    *("label", "labels", "class", "classid", "classname", "category", "target", "finelabel"),
+)
+
+
+class EncodedImages(Layout):
+    """A layout of encoded images; those who derive from it set `paths`, `labels` and `classes`."""
+
+    def contents(self) -> Iterator[bytes]:
+        """The N encoded images."""
+        raise NotImplementedError
+
+    def look(self, place: Path) -> None:
+        """Find the sizes that occur; memory holds one image at a time.
+
+        Raises:
+            UserError: some of them are no usable images (all are logged).
+        """
+        sizes, bad = [], []
+        for path, content in zip(self.paths, self.contents()):
+            try:
+                sizes.append(open_with_kind(io.BytesIO(content))[0].size[::-1])
+            except BadImage as error:
+                bad.append(f"{path}: {error}")
+        if told := tell_bad(bad, len(self.paths), place):
+            raise UserError(f"data: {told}")
+        self.sizes = [size for size, _ in Counter(sorted(sizes)).most_common()]
+
+    def images(self, size: int) -> Tensor:
+        parts = [np.empty((0, 3, size, size), np.uint8)]
+        for path, content in zip(self.paths, self.contents()):
+            try:
+                image = open_with_kind(io.BytesIO(content))[0]
+            except BadImage as error:
+                reason = f"cannot be read any more ({error}); repair or remove it"
+                raise UserError(f"{path}: {reason}") from None
+            parts.append(resize_all(np.asarray(image)[None], size))
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def column(
+    kind: str, given: str, found: Sequence[str], known: Sequence[str], place: Path | str
+) -> int:
+    """The place in `found` of the column that holds images or labels.
+
+    Args:
+        kind: image or label.
+        given: the name that the user gave, or empty.
+        known: names to look for, the likeliest first.
+
+    Raises:
+        UserError: there is none of these names.
+    """
+    key, bare = f"{kind}_column", [_bare(name) for name in found]
+    listed = ", ".join(map(repr, found)) or "none"
+    if given and given not in found:
+        raise UserError(f"{key}: {place} has no column '{given}'; it has {listed}")
+    if given:
+        return list(found).index(given)
+    place_of = next((bare.index(name) for name in known if name in bare), None)
+    if place_of is None:
+        raise UserError(
+            f"{key}: no column of {place} is known to hold {kind}s; it has {listed}. "
+            f"Name it with --{key}, or call it one of {', '.join(known)}"
+        )
+    return place_of
+
+
+def _bare(name: str) -> str:
+    return "".join(letter for letter in name.casefold() if letter not in " -_\ufeff")
