@@ -1,9 +1,15 @@
 """Formats that people have: each comes back as it was, with nothing but the changes changed."""
 
 import io
+import json
+import re
+import sys
+import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -140,6 +146,9 @@ def test_columns_are_named_by_keys_and_the_table_by_its_split(tmp_path):
     assert layout.table.name == "train.csv"
     assert layout.labels.tolist() == [0, 1, 2] * 2
     assert open_layout(root, Keys("val", "what", "dx")).table.name == "val.csv"
+    told = "split: .*set has no table for 'test'; it has train.csv, val.csv"
+    with pytest.raises(UserError, match=told):
+        open_layout(root, Keys("test"))
     (root / "train.csv").rename(root / "a.csv")
     with pytest.raises(UserError, match="holds a.csv, val.csv; give the one"):
         open_layout(root, keys)
@@ -258,3 +267,291 @@ def test_arrays_that_were_not_found_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(array_file, "MEMORY", 1000)
     with pytest.raises(UserError, match="d.npz unfolds to .* bytes, more than the memory"):
         open_layout(tmp_path / "d.npz")
+
+
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"_type": "ClassLabel", "names": ["cat", "dog", "eel"]},
+}
+
+
+def arrow_table(rows, paths=True, shift=0):
+    """A table as `datasets` makes it; sample 1 is a JPEG, and `note` is another column."""
+    cell = lambda k: {
+        "bytes": encoded(k, "JPEG" if k == 1 else "PNG"),
+        "path": f"{k}.{'jpg' if k == 1 else 'png'}" if paths else None,
+    }
+    told = {b"huggingface": json.dumps({"info": {"features": FEATURES}}).encode()}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema(
+        [("note", pa.string()), ("image", kind), ("label", pa.int64())], metadata=told
+    )
+    columns = {"note": [f"n{k}" for k in rows], "image": [cell(k) for k in rows]}
+    return pa.table(columns | {"label": [(k + shift) % 2 for k in rows]}, schema)
+
+
+def parquet_folder(root):
+    (root / "data").mkdir(parents=True)
+    for k, rows in enumerate((range(4), range(4, 5), range(5, N))):
+        file = root / "data" / f"train-{k:05d}-of-00003.parquet"
+        pq.write_table(arrow_table(rows), file, row_group_size=2, compression="gzip")
+    pq.write_table(arrow_table(range(2)), root / "data" / "test-00000-of-00001.parquet")
+    (root / "README.md").write_text("a card")
+    return root
+
+
+def saved_to_disk(root):
+    """What `datasets.DatasetDict.save_to_disk` writes."""
+    for split, parts in (("train", (range(4), range(4, 5), range(5, N))), ("test", (range(2),))):
+        (root / split).mkdir(parents=True)
+        for k, rows in enumerate(parts):
+            file = root / split / f"data-{k:05d}-of-{len(parts):05d}.arrow"
+            with pa.ipc.new_stream(str(file), arrow_table([0]).schema) as writer:
+                writer.write_table(arrow_table(rows), max_chunksize=2)
+        (root / split / "state.json").write_text(
+            json.dumps({"_fingerprint": "old", "_split": split})
+        )
+        (root / split / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
+    (root / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    return root
+
+
+def table_of(file):
+    if file.suffix == ".parquet":
+        return pq.read_table(file)
+    with pa.memory_map(str(file)) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+@pytest.mark.parametrize("make", [parquet_folder, saved_to_disk])
+def test_folders_of_hugging_face(tmp_path, make):
+    root = make(tmp_path / "set")
+    before, layout = contents(root), open_layout(root)
+    assert layout.classes == ("cat", "dog", "eel")
+    assert layout.labels.tolist() == [0, 1] * 3
+    assert torch.equal(layout.images(SIDE)[5], PIXELS[5].permute(2, 0, 1))
+    write_out(layout, tmp_path / "same", change=False)
+    assert contents(tmp_path / "same") == before
+    result, lost = write_out(layout, tmp_path / "out")
+    assert lost == {layout.paths[1]: "JPEG became PNG"}
+    files = [file.relative_to(root) for file in layout.files]
+    after, states = (
+        contents(tmp_path / "out"),
+        [n for n in before if n.endswith("train/state.json")],
+    )
+    assert before.keys() == after.keys()
+    for name in before.keys() - {file.as_posix() for file in files[:2]} - {*states}:
+        assert after[name] == before[name]
+    for name in states:
+        assert json.loads(after[name])["_fingerprint"] not in ("old", None)
+    old, new = (
+        pa.concat_tables([table_of(place / file) for file in files])
+        for place in (root, tmp_path / "out")
+    )
+    assert new.schema.equals(old.schema, check_metadata=True)
+    assert new["note"].to_pylist() == ["n0", "n1", "n2", "n3", "n5"]
+    assert new["label"].to_pylist() == [0, 0, 1, 1, 1]
+    cells, kept = new["image"].to_pylist(), old["image"].to_pylist()
+    assert [cells[k] for k in (0, 2, 4)] == [kept[k] for k in (0, 2, 5)]
+    assert [cell["path"] for cell in cells] == [f"{k}.png" for k in (0, 1, 2, 3, 5)]
+    check_again(tmp_path / "out", layout, result)
+    other = open_layout(root, Keys("test"))
+    assert len(other.labels) == 2
+
+
+def test_a_parquet_file_alone_without_names_and_with_text_for_labels(tmp_path):
+    table = arrow_table(range(N), paths=False).replace_schema_metadata(None)
+    texts = pa.array(["a", "b"] * 3)
+    table = table.drop_columns(["label"]).append_column("category", texts)
+    table = table.rename_columns({"image": "img"})
+    pq.write_table(table, tmp_path / "x.parquet")
+    layout = open_layout(tmp_path / "x.parquet")
+    assert (layout.classes, layout.labels.tolist()) == (("a", "b"), [0, 1] * 3)
+    result, _ = write_out(layout, tmp_path / "out")
+    assert list(contents(tmp_path / "out")) == ["x.parquet"]
+    check_again(tmp_path / "out" / "x.parquet", layout, result)
+    assert pq.read_table(tmp_path / "out" / "x.parquet")["category"].to_pylist() == list("aabbb")
+
+
+def test_what_datasets_computed_from_the_old_set_is_not_taken_over(tmp_path):
+    root = saved_to_disk(tmp_path / "set")
+    for name in ("train/cache-1.arrow", ".cache/x", "train/out.json"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("old")
+    (root / "train" / "out.json").unlink()
+    (tmp_path / "private").write_text("secret")
+    (root / "train" / "out.json").symlink_to(tmp_path / "private")
+    layout = open_layout(root)
+    assert layout.left_out == [".cache/x", "train/cache-1.arrow", "train/out.json"]
+    write_out(layout, tmp_path / "out")
+    assert not set(contents(tmp_path / "out")) & set(layout.left_out)
+
+
+def changed(table, name, values):
+    return table.set_column(table.schema.get_field_index(name), name, values)
+
+
+LABELS = pa.array([0, 1] * 3)
+NO_BYTES = pa.array([{"bytes": None, "path": "a.png"}] * N, arrow_table([0]).schema.field(1).type)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda t: t.rename_columns({"image": "x"}), "image_column: .* 'note', 'x', 'label'. Name"),
+        (lambda t: t.rename_columns({"label": "x"}), "label_column: .* 'note', 'image', 'x'. Name"),
+        (lambda t: changed(t, "image", LABELS), "image_column: 'image' of .* is int64; expected"),
+        (lambda t: changed(t, "image", NO_BYTES), "rows without the bytes .* images embedded"),
+        (lambda t: changed(t, "label", pa.array([0.5] * N)), "label_column: 'label' of .* double"),
+        (lambda t: changed(t, "label", pa.array([0, None] * 3)), "row 1 of .* has no label"),
+        (lambda t: changed(t, "label", pa.array([0, -1] * 3)), "labels -1..0 and 3 names"),
+        (lambda t: changed(t, "label", pa.array([0] * N)), "of 1 class; two or more"),
+        (lambda t: None, "cannot be read .*arquet"),
+    ],
+)
+def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path, make, told):
+    file, table = tmp_path / "a.parquet", make(arrow_table(range(N)))
+    if table is None:
+        file.write_bytes(b"no parquet")
+    else:
+        pq.write_table(table, file)
+    with pytest.raises(UserError, match=told) as raised:
+        open_layout(file)
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+def test_parts_that_are_not_there_and_a_missing_reader_are_told(tmp_path, monkeypatch):
+    root = parquet_folder(tmp_path / "set")
+    with pytest.raises(UserError, match="split: .*set has no part 'val'; it has test, train"):
+        open_layout(root, Keys("val"))
+    for file in (root / "data").glob("test*"):
+        file.unlink()
+    assert len(open_layout(root).labels) == N
+    with pytest.raises(UserError, match="split: .*set has no part 'val'; it has train"):
+        open_layout(root, Keys("val"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="is read with pyarrow, .* pip install pyarrow"):
+        open_layout(root)
+
+
+def write_tar(file, members):
+    """An archive of (name, content), or of TarInfos."""
+    with tarfile.open(file, "w") as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.size, info.mtime = len(member[1]), 1234567
+            archive.addfile(info, io.BytesIO(member[1]))
+
+
+def sample(k, label=None):
+    kind = "jpg" if k == 1 else "png"
+    yield f"a/{k:03d}.json", b"{}"
+    yield f"a/{k:03d}.{kind}", encoded(k, "JPEG" if k == 1 else "PNG")
+    yield f"a/{k:03d}.cls", (label or f"{k % 2}\n").encode()
+
+
+def tar_folder(root):
+    root.mkdir()
+    folder = tarfile.TarInfo("a")
+    folder.type = tarfile.DIRTYPE
+    for number, rows in enumerate((range(4), range(4, 5), range(5, N))):
+        members = [member for k in rows for member in sample(k)]
+        write_tar(root / f"x-train-{number:06d}.tar", [folder, ("a/._0.png", b"a Mac's"), *members])
+    write_tar(root / "x-val-000000.tar", sample(0))
+    (root / "index.json").write_text("{}")
+    return root
+
+
+def members_of(file):
+    with tarfile.open(file) as archive:
+        return {m.name: (m.isfile() and archive.extractfile(m).read(), m.mtime) for m in archive}
+
+
+def test_tar_archives(tmp_path):
+    root = tar_folder(tmp_path / "set")
+    before, layout = contents(root), open_layout(root)
+    assert layout.labels.tolist() == [0, 1] * 3
+    assert layout.paths[4] == "x-train-000001.tar/a/004.png"
+    write_out(layout, tmp_path / "same", change=False)
+    assert contents(tmp_path / "same") == before
+    result, lost = write_out(layout, tmp_path / "out")
+    after, names = contents(tmp_path / "out"), [f"x-train-{k:06d}.tar" for k in range(3)]
+    assert lost == {"x-train-000000.tar/a/001.jpg": "JPEG became PNG"}
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before.keys() - {*names[:2]})
+    old, new = (members_of(place / names[0]) for place in (root, tmp_path / "out"))
+    changed_ones = {"a/001.png", "a/001.cls", "a/002.cls", "a/003.png"}
+    assert list(new) == [name.replace("001.jpg", "001.png") for name in old]
+    assert {name for name in new if new[name] != old.get(name)} == changed_ones
+    assert (new["a/001.cls"], new["a/002.cls"]) == ((b"0\n", 1234567), (b"1\n", 1234567))
+    assert list(members_of(tmp_path / "out" / names[1])) == ["a", "a/._0.png"]
+    check_again(tmp_path / "out", layout, result)
+    assert open_layout(root / names[0]).labels.tolist() == [0, 1, 0, 1]
+    with pytest.raises(
+        UserError, match="has no archives of the part 'test'; it has x-train, x-val"
+    ):
+        open_layout(root, Keys("test"))
+
+
+def test_endings_are_named_by_keys_and_labels_may_be_names(tmp_path):
+    rows = ((f"{k}.in.png", encoded(k)) for k in range(N))
+    labels = ((f"{k}.name", f"n{k % 2}".encode()) for k in range(N))
+    write_tar(tmp_path / "x.tar", [*rows, *labels])
+    layout = open_layout(tmp_path / "x.tar", Keys(image_column="in.png", label_column="name"))
+    assert layout.classes == ("n0", "n1")
+    result, _ = write_out(layout, tmp_path / "out")
+    keys = Keys(image_column="in.png", label_column="name")
+    check_again(tmp_path / "out" / "x.tar", layout, result, keys)
+
+
+def linked(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    ("members", "told"),
+    [
+        ([("/etc/0.png", b"")], "member '/etc/0.png', which leads out"),
+        ([("a/../../0.png", b"")], "member 'a/../../0.png', which leads out"),
+        ([("..\\0.png", b"")], "which leads out"),
+        ([linked("0.png", "/etc/passwd")], "member '0.png', which is no plain file"),
+        ([linked("0.png", "1.png", tarfile.LNKTYPE)], "member '0.png', which is no plain file"),
+        ([linked("0.png", "", tarfile.FIFOTYPE)], "member '0.png', which is no plain file"),
+        ([], "holds no samples; expected members KEY.jpg and KEY.cls"),
+        ([("0.png", encoded(0)), ("0.txt", b"0")], "label_column: .* sample '0', .* 'png', 'txt'"),
+        ([("0.x", encoded(0)), ("0.cls", b"0")], "image_column: .* it has 'x', 'cls'. Name it"),
+        ([("0.png", b""), ("0.png", b"")], "has 0.png twice"),
+        ([("0.png", encoded(0)), ("0.cls", b" ")], "0.cls holds no label"),
+        ([("0.png", encoded(0)), ("0.cls", b"\xff")], "0.cls holds no label"),
+        ([("0.png", encoded(0)), ("0.cls", b"1" * 2000)], "0.cls holds no label"),
+        ([("0.png", b"x"), ("0.cls", b"0")], "the first is x.tar/0.png: not an image"),
+        ([("0.png", encoded(0)), ("0.cls", b"0")], "of 1 class; two or more"),
+    ],
+)
+def test_what_is_wrong_with_an_archive_is_told(tmp_path, members, told):
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=re.escape(told) if "\\" in told else told) as raised:
+        open_layout(tmp_path / "x.tar")
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.arrow", "x.parquet", "x.npz", "x.csv"])
+@pytest.mark.parametrize("content", [b"", b"no such file", b"PK\x03\x04" + b"\0" * 600])
+def test_files_of_another_kind_are_told(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"data: .*{name}") as raised:
+        open_layout(tmp_path / name)
+    assert len(str(raised.value).splitlines()) <= 2
+
+
+def test_a_folder_of_classes_is_one_whatever_lies_beside_them(tmp_path):
+    root = tar_folder(parquet_folder(tmp_path / "set") / "more")
+    for name in ("a", "b"):
+        (root.parent / name).mkdir()
+        (root.parent / name / "0.png").write_bytes(encoded(0))
+    assert open_layout(root.parent).kind == "image folder"

@@ -1,16 +1,17 @@
 """What layouts share whose images are encoded one by one: in files, tables or archives."""
 
 import io
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.config import UserError
-from utils.images.decoding import BadImage, open_with_kind, resize_all
+from utils.images.decoding import BadImage, leads_out, open_with_kind, resize_all
 from utils.images.folders import tell_bad
 from utils.images.layout import Layout
 
@@ -57,6 +58,28 @@ class EncodedImages(Layout):
                 raise UserError(f"{path}: {reason}") from None
             parts.append(resize_all(np.asarray(image)[None], size))
         return torch.from_numpy(np.concatenate(parts))
+
+
+def files_beside(folder: Path, own: Sequence[Path]) -> list[str]:
+    """Names of the files in a folder, at any depth, that are none of `own`."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p.relative_to(folder).as_posix() for p in files if p not in own)
+
+
+def parted(folder: Path, names: Sequence[str], stale: str = "") -> tuple[list[str], list[str]]:
+    """(those that belong to the set, those that do not): hidden, `stale`, or led out of the folder."""
+    is_stray = lambda name: (
+        any(part.startswith(".") for part in PurePosixPath(name).parts)
+        or bool(stale and PurePosixPath(name).match(stale))
+        or leads_out(folder / name, folder)
+    )
+    return [n for n in names if not is_stray(n)], [n for n in names if is_stray(n)]
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def column(

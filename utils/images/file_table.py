@@ -27,9 +27,11 @@ def find_table(folder: Path, split: str) -> Path | None:
         UserError: there are several, and none or more than one named after the split.
     """
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLES)
-    named = [path for path in tables if split and split.casefold() in path.stem.casefold()]
+    named = [path for path in tables if split.casefold() in path.stem.casefold()]
+    held = ", ".join(path.name for path in tables)
+    if tables and not named and split != Keys.split:
+        raise UserError(f"split: {folder} has no table for '{split}'; it has {held}")
     if len(tables) > 1 and len(named) != 1:
-        held = ", ".join(path.name for path in tables)
         raise UserError(f"data: {folder} holds {held}; give the one to be cleaned, {tables[0]}")
     return next(iter(named or tables), None)
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from utils.config import UserError
 from utils.images import decoding
 from utils.images.array_file import ArrayFile
+from utils.images.arrow_files import ArrowFiles, arrow_files
 from utils.images.cifar import CifarFiles, is_cifar
 from utils.images.file_table import TABLES, FileTable, find_table
 from utils.images.folders import tell_bad
 from utils.images.layout import Keys, Layout, Outcome
 from utils.images.saving import free_name, saved_like
+from utils.images.tar_files import TarFiles, tar_files
 
 
 def open_layout(path: Path, keys: Keys = Keys()) -> Layout:  # noqa: B008 - it is frozen
@@ -51,11 +53,18 @@ def _open(path: Path, keys: Keys) -> Layout:
         return FileTable(path, keys)
     if is_cifar(path):
         return CifarFiles(path)
+    if path.is_dir() and _has_classes(path):
+        return ImageFolder(path)
+    if files := arrow_files(path, keys.split):
+        return ArrowFiles(path, files, keys)
+    if archives := tar_files(path, keys.split):
+        return TarFiles(path, archives, keys)
     if path.is_dir():
-        table = None if _has_classes(path) else find_table(path, keys.split)
+        table = find_table(path, keys.split)
         return FileTable(table, keys) if table else ImageFolder(path)
     kinds = "no folder of class folders, no .npz file and no folder of CIFAR batches"
-    raise UserError(f"data: {path} is {kinds}")
+    others = "no .csv, .tsv, .parquet, .arrow or .tar file"
+    raise UserError(f"data: {path} is {kinds}; it is {others} either")
 
 
 def _has_classes(folder: Path) -> bool:
