@@ -2,8 +2,8 @@
 
     python defense/purify.py --data DIR --out DIR --ddpm DENOISER
 
-DIR is a folder of class folders, a .npz file, a folder of CIFAR's python files, or the name of a
-record. A classifier is trained on the set (or given by --victim), DataElixir decides, and OUT gets
+DIR is a folder of class folders or with a table, a .npz file, a Hugging Face folder, tar archives
+of webdataset, a folder of CIFAR's python files, or the name of a record. A classifier is trained on the set (or given by --victim), DataElixir decides, and OUT gets
 cleaned/ (the set in its own layout; CIFAR's as .npz), decisions.csv, summary.json and report.html.
 The input is only read. Without anything found, nothing is changed.
 
@@ -48,7 +48,8 @@ def clean(
         data: images uint8 (N, 3, H, W) or (N, H, W, 3), or floats in [0, 1] of these shapes
             (rounded to 256 levels), as a tensor or an array; or a torch Dataset of (image, label)
             pairs with images (3, H, W) or (H, W, 3) of these kinds, or PIL's, which are read as
-            files are: 16 bits scaled to 8, transparency over white. All images are of one size.
+            files are: 16 bits scaled to 8, transparency over white; or a Dataset of Hugging Face
+            with columns image and label. All images are of one size.
         labels: integers (N,), 0..K-1, three classes or more with samples; None where `data` is a
             Dataset, whose labels are integers too.
         config: keys of DataElixir; `config.ddpm` names the denoiser, which must be for images of
@@ -56,7 +57,7 @@ def clean(
         victim: a classifier trained on the set; a copy of it works on `config.device`. By default
             one is trained.
         classes: a name for each class, K or more (a class may have no samples); by default the
-            numbers.
+            names that a Dataset of Hugging Face has, or the numbers.
         folder: where the run's files stay, so that one that was interrupted goes on; by default
             they are deleted. Going on is for interrupted runs only: on the folder of a complete one
             images are purified again, as the intermediaries, and `result.examples` with them, stay

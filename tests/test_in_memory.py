@@ -1,6 +1,8 @@
 """Sets handed over from Python: what is read as what, what is refused, and what has changed."""
 
+import csv
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,3 +197,60 @@ def test_changed_is_what_differs_from_what_was_given(toy, published):
     assert not cleaned.left_out.any()
     kept = torch.from_numpy(cleaned.decisions["round"] == -1)
     assert (differs & kept).any() == published
+
+
+class HuggingFace(list):
+    """A list of rows with `features`, as a Dataset of Hugging Face is."""
+
+    def __init__(self, rows, **features):
+        super().__init__(rows)
+        self.features = features
+
+
+def rows(image="image", label="label"):
+    pictures = map(Image.fromarray, ARRAYS)
+    return [{"note": "", image: x, label: int(y)} for x, y in zip(pictures, LABELS)]
+
+
+@pytest.mark.parametrize(
+    "columns", [("image", "label"), ("img", "labels"), ("Image", "fine_label")]
+)
+def test_a_dataset_of_hugging_face_is_read_by_its_columns(columns):
+    names = list("abcd")
+    features = {"note": None, columns[0]: None, columns[1]: SimpleNamespace(names=names)}
+    data = HuggingFace(rows(*columns), **features)
+    given = in_memory.as_labeled(data, None)
+    assert torch.equal(given.images, IMAGES)
+    assert torch.equal(given.labels, LABELS)
+    assert in_memory.names_in(data) == names
+    assert in_memory.names_in(HuggingFace(rows(), image=None, label=None)) is None
+    assert in_memory.names_in(IMAGES) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (
+            HuggingFace(rows(), image=0, note=0),
+            "no column for each label among image, note; rename",
+        ),
+        (
+            HuggingFace(rows(), x=0, label=0),
+            "no column for each image among x, label; rename it to",
+        ),
+        ({"train": rows(), "test": rows()}, "dict holds parts, train, test; .* data.'train'"),
+    ],
+)
+def test_a_dataset_of_hugging_face_without_such_columns_is_refused(data, told):
+    with pytest.raises(UserError, match=f"^data: {told}"):
+        in_memory.as_labeled(data, None)
+
+
+def test_a_dataset_of_hugging_face_is_cleaned_and_its_names_are_known(toy, tmp_path):
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in POISONED.images]
+    pairs_ = [{"image": x, "label": int(y)} for x, y in zip(pictures, POISONED.labels)]
+    data = HuggingFace(pairs_, image=None, label=SimpleNamespace(names=list("abcde")))
+    cleaned = purify.clean(data, config=CONFIG, folder=tmp_path / "run")
+    assert torch.equal(cleaned.data.labels, TRUTH.original_labels)
+    with open(tmp_path / "run" / "decisions.csv") as file:
+        assert {row["given_class"] for row in csv.DictReader(file)} == set("abcde")

@@ -23,7 +23,7 @@ from defense.harness.evidence import write_arrays, write_evidence
 from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
-from defense.own_data.in_memory import as_labeled, class_names
+from defense.own_data.in_memory import as_labeled, class_names, names_in
 from defense.own_data.output_folder import SUMMARY, OutputFolder, carry_out, differing
 from defense.own_data.summary import findings, summarise
 from utils.classifier.models import build_classifier, load_weights, trained
@@ -133,7 +133,8 @@ def clean_in_memory(
 ) -> Cleaned:
     """What `defense.purify.clean` says; `defense` is DataElixir with its keys."""
     given = as_labeled(data, labels)
-    dataset = Dataset(given, given[:0], class_names(given.labels, classes), "", OWN)
+    names = class_names(given.labels, names_in(data) if classes is None else classes)
+    dataset = Dataset(given, given[:0], names, "", OWN)
     refuse_few(given.labels, dataset.num_classes)
     defense.check(dataset)
     if victim is not None:

@@ -14,7 +14,8 @@ class CleanConfig:
     """Which set is cleaned, and what becomes of it.
 
     Args:
-        data: folder of class folders, .npz file, folder of CIFAR's python files, or name of a
+        data: folder of class folders or with a table (.csv, .tsv), .npz file, folder of parquet
+            files, of `save_to_disk`, of webdataset's .tar or of CIFAR's python files, or name of a
             record.
         out: new folder for the cleaned set, the decisions and the page; a run that was interrupted
             goes on in its own. The same command again leaves cleaned/ as it is, another action puts

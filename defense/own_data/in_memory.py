@@ -1,6 +1,6 @@
 """A set in memory, as tensors, arrays, pictures or a torch Dataset, as uint8 and int64 tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 from utils.config import UserError
 from utils.images.data import LabeledImages, to_uint8
 from utils.images.decoding import as_rgb
+from utils.images.encoded import LABEL_COLUMNS, PICTURE_COLUMNS, known_column
 from utils.storage.files import shortened
 
 # labels beyond are numbers of something else, and tables of all pairs of classes fit no memory
@@ -61,18 +62,42 @@ def _columns(data: Any) -> tuple[list[Any], list[Any]]:
     if isinstance(data, (Tensor, np.ndarray)):
         reason = "only a Dataset of (image, label) pairs brings its own"
         raise UserError(f"labels: give integers (N,) with these images; {reason}")
+    if isinstance(data, Mapping):
+        advice = f"give one of them, data[{next(iter(data), 'train')!r}]"
+        raise UserError(f"data: {type(data).__name__} holds parts, {', '.join(data)}; {advice}")
     if not hasattr(data, "__len__"):
         advice = "give a Dataset that has one, or images and labels"
         raise UserError(f"data: {type(data).__name__} has no length; {advice}")
+    columns = _named_columns(data)
     images, labels = [], []
     for k in range(len(data)):
-        pair = data[k]
+        pair = [data[k][name] for name in columns] if columns else data[k]
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             advice = "give a Dataset of such pairs, or images and labels"
             raise UserError(f"data: sample {k} is no pair of image and label; {advice}")
         images.append(_item(pair[0], f"image {k}"))
         labels.append(pair[1])
     return images, labels
+
+
+def _named_columns(data: Any) -> list[str]:
+    """The columns of images and labels of a Dataset of Hugging Face; empty where it is none."""
+    if not hasattr(data, "features"):
+        return []
+    names = list(data.features)
+    wanted = {"image": PICTURE_COLUMNS, "label": LABEL_COLUMNS}
+    places = {kind: known_column(names, known) for kind, known in wanted.items()}
+    for kind, place in places.items():
+        if place is None:
+            advice = f"rename it to {kind} (data.rename_column)"
+            raise UserError(f"data: no column for each {kind} among {', '.join(names)}; {advice}")
+    return [names[place] for place in places.values() if place is not None]
+
+
+def names_in(data: Any) -> Sequence[str] | None:
+    """What a Dataset of Hugging Face calls its classes; None where it does not say."""
+    columns = _named_columns(data)
+    return getattr(data.features[columns[1]], "names", None) if columns else None
 
 
 def _as_array(column: Any, what: str) -> np.ndarray:

@@ -18,8 +18,8 @@ import torch
 from utils.config import UserError
 from utils.images.decoding import OUTSIDE, leads_out
 from utils.images.encoded import (
-    IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    PICTURE_COLUMNS,
     EncodedImages,
     column,
     copy_files,
@@ -128,7 +128,7 @@ class ArrowFiles(EncodedImages):
         find = lambda kind, given, known: schema.names[
             column(kind, given, schema.names, known, self.files[0])
         ]
-        self.image = find("image", keys.image_column, IMAGE_COLUMNS)
+        self.image = find("image", keys.image_column, PICTURE_COLUMNS)
         self.label = find("label", keys.label_column, LABEL_COLUMNS)
         image, label = schema.field(self.image).type, schema.field(self.label).type
         if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:

@@ -87,8 +87,7 @@ def open_with_kind(
 
 def _reason(error: Exception, path: str | Path | io.BytesIO) -> str:
     if isinstance(error, UnidentifiedImageError):
-        is_content = isinstance(path, io.BytesIO)
-        size = len(path.getbuffer()) if is_content else os.path.getsize(path)
+        size = path.getbuffer().nbytes if isinstance(path, io.BytesIO) else os.path.getsize(path)
         return "not an image" if size else "empty file"
     told = isinstance(error, OSError) and error.strerror
     return told or shortened(error) or type(error).__name__

@@ -16,10 +16,11 @@ from utils.images.folders import tell_bad
 from utils.images.layout import Layout
 
 # names of columns, without case, spaces, - and _
-IMAGE_COLUMNS = (
+FILE_COLUMNS = (
     *("file", "filename", "filepath", "path", "image", "imagefile", "imagepath", "imagename"),
     *("imageid", "img", "images", "id"),
 )
+PICTURE_COLUMNS = ("image", "img", "images", "picture", "pixels")  # of images themselves
 LABEL_COLUMNS = (
     *("label", "labels", "class", "classid", "classname", "category", "target", "finelabel"),
 )
@@ -95,19 +96,25 @@ def column(
     Raises:
         UserError: there is none of these names.
     """
-    key, bare = f"{kind}_column", [_bare(name) for name in found]
+    key = f"{kind}_column"
     listed = ", ".join(map(repr, found)) or "none"
     if given and given not in found:
         raise UserError(f"{key}: {place} has no column '{given}'; it has {listed}")
     if given:
         return list(found).index(given)
-    place_of = next((bare.index(name) for name in known if name in bare), None)
+    place_of = known_column(found, known)
     if place_of is None:
         raise UserError(
             f"{key}: no column of {place} is known to hold {kind}s; it has {listed}. "
             f"Name it with --{key}, or call it one of {', '.join(known)}"
         )
     return place_of
+
+
+def known_column(found: Sequence[str], known: Sequence[str]) -> int | None:
+    """The place in `found` of the first of `known` that is there; None without any."""
+    bare = [_bare(name) for name in found]
+    return next((bare.index(name) for name in known if name in bare), None)
 
 
 def _bare(name: str) -> str:

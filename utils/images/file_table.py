@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.config import UserError
 from utils.images.decoding import IMAGE_ENDINGS, OUTSIDE, leads_out
-from utils.images.encoded import IMAGE_COLUMNS, LABEL_COLUMNS, EncodedImages, column
+from utils.images.encoded import FILE_COLUMNS, LABEL_COLUMNS, EncodedImages, column
 from utils.images.layout import Keys, Outcome, numbered
 from utils.images.saving import free_name, saved_like
 from utils.storage.files import shortened
@@ -91,7 +91,7 @@ class FileTable(EncodedImages):
         self.file_column, self.label_column = 0, 1
         if not is_file:
             find = lambda kind, given, known: column(kind, given, first, known, self.table)
-            self.file_column = find("image", keys.image_column, IMAGE_COLUMNS)
+            self.file_column = find("image", keys.image_column, FILE_COLUMNS)
             self.label_column = find("label", keys.label_column, LABEL_COLUMNS)
 
     def _files(self, cells: Sequence[str], split: str) -> list[str]:
@@ -139,7 +139,8 @@ class FileTable(EncodedImages):
 
     def write(self, folder: Path, outcome: Outcome) -> dict[str, str]:
         """Files and table under their names, without what was dropped."""
-        lost, rows = {}, []
+        lost: dict[str, str] = {}
+        rows = []
         kept = (~outcome.dropped).nonzero().flatten().tolist()
         taken = {self.paths[k].casefold() for k in kept}
         for k in kept:

@@ -100,7 +100,8 @@ class TarFiles(EncodedImages):
     ) -> None:
         """Finds each sample's image and label, and reads the labels."""
         wanted = (("image", keys.image_column, IMAGES), ("label", keys.label_column, LABELS))
-        self.keys, found = list(samples), {"image": [], "label": []}
+        found: dict[str, list[Member]] = {"image": [], "label": []}
+        self.keys = list(samples)
         if not samples:
             raise UserError(f"data: {path} holds no samples; expected members KEY.jpg and KEY.cls")
         for (place, key), sample in samples.items():
