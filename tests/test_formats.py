@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cleaning import contents
+from tests.cleaning import KEYS, POISON, POISONED, TRUTH, contents, refused, run
 from tests.test_layouts import unchanged, with_changes
 from tests.toys import random_images
 from utils.config import UserError
@@ -201,7 +201,7 @@ def test_keys_that_mean_nothing_to_a_layout_are_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "set" / name).mkdir(parents=True)
         (tmp_path / "set" / name / "0.png").write_bytes(encoded(0))
-    told = "label_column: .* is a image folder, which knows none of such keys; leave it out"
+    told = "label_column: .* is read as image folder, which takes no such key; leave it out"
     with pytest.raises(UserError, match=told):
         open_layout(tmp_path / "set", Keys(label_column="x"))
 
@@ -262,7 +262,7 @@ def test_arrays_that_were_not_found_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="c.npz cannot be read .Object arrays cannot be loaded"):
         open_layout(tmp_path / "c.npz")
     np.savez(tmp_path / "d.npz", images=PIXELS, labels=np.arange(N))
-    with pytest.raises(UserError, match="d.npz is a npz file, which knows none of such keys"):
+    with pytest.raises(UserError, match="d.npz is read as npz file, which takes no such key"):
         open_layout(tmp_path / "d.npz", Keys("test"))
     monkeypatch.setattr(array_file, "MEMORY", 1000)
     with pytest.raises(UserError, match="d.npz unfolds to .* bytes, more than the memory"):
@@ -555,3 +555,41 @@ def test_a_folder_of_classes_is_one_whatever_lies_beside_them(tmp_path):
         (root.parent / name).mkdir()
         (root.parent / name / "0.png").write_bytes(encoded(0))
     assert open_layout(root.parent).kind == "image folder"
+
+
+def test_a_poisoned_set_with_a_table_comes_back_clean_and_says_what_it_could_not_keep(
+    toy, tmp_path, capsys
+):
+    """The poisoned images are animations, of which the purified ones have one frame."""
+    root, out = tmp_path / "set", tmp_path / "out"
+    root.mkdir()
+    lines = ["file;dx;age"]
+    for k, (image, label) in enumerate(zip(POISONED.images, POISONED.labels.tolist())):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        name = f"{k:03d}.gif" if TRUTH.poison[k] else f"{k:03d}.bmp"
+        frames = {"save_all": True, "append_images": [picture.rotate(90)]}
+        picture.save(root / name, **(frames if TRUTH.poison[k] else {}))
+        lines.append(f"{name};grey{label};{k}")
+    (root / "set.csv").write_text("\n".join(lines))
+    told = refused(capsys, "--data", root, "--out", out, *KEYS)
+    assert "no column of" in told
+    summary, before = run(root, out, "--label_column", "dx"), contents(root)
+    assert (summary["layout"], summary["status"]) == ("folder with a table", "backdoor-found")
+    again = open_layout(out / "cleaned", Keys(label_column="dx"))
+    assert again.labels.tolist() == TRUTH.original_labels.tolist()
+    names = {f"{k:03d}.gif" for k in TRUTH.poison.nonzero().flatten().tolist()}
+    found = contents(out / "cleaned")
+    assert found.keys() == before.keys()
+    assert {name for name in found if found[name] != before[name]} == names | {"set.csv"}
+    told = {"count": POISON, "files": dict.fromkeys(names, "only its first frame is there")}
+    assert summary["not_kept"] == told
+    assert f"(only its first frame is there: {POISON})" in " ".join(summary["notes"])
+    later = run(root, out, "--label_column", "dx", "--action", "report")
+    assert later["not_kept"] == told
+    assert not any("first frame" in note for note in later["notes"])
+    dropped = run(root, out, "--label_column", "dx", "--action", "drop")
+    assert dropped["not_kept"] == {"count": 0, "files": {}}
+    inside = root.parent / "set" / "out"
+    assert "lie in each other" in refused(
+        capsys, "--data", root / "set.csv", "--out", inside, *KEYS, "--label_column", "dx"
+    )

@@ -2,7 +2,8 @@
 
 Untouched files are copied byte for byte. Reading runs nothing that a file says: arrays are read
 without unpickling (array_file.py), CIFAR's pickles by an unpickler that knows arrays and nothing
-else (cifar.py). Only CIFAR's set comes back in another layout, as a .npz file.
+else (cifar.py), archives without unpacking them (tar_files.py). Only CIFAR's set comes back in
+another layout, as a .npz file. saving.py says what a changed image keeps.
 """
 
 import shutil
@@ -36,8 +37,8 @@ def open_layout(path: Path, keys: Keys = Keys()) -> Layout:  # noqa: B008 - it i
     layout = _open(path, keys)
     for field in fields(Keys):
         if getattr(keys, field.name) != field.default and field.name not in layout.uses:
-            known = ", ".join(layout.uses) or "none of such keys"
-            found = f"{path} is a {layout.kind}, which knows {known}"
+            known = ", ".join(layout.uses) or "no such key"
+            found = f"{path} is read as {layout.kind}, which takes {known}"
             raise UserError(f"{field.name}: {found}; leave it out")
     present = len(layout.labels.unique())
     if present < 2:
