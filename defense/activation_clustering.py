@@ -17,6 +17,7 @@ construction: at 10 % of all samples that is the usual case. The sizes are logge
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +44,12 @@ class ActivationClustering(Detector):
     size_threshold: OpenFraction = 0.35
 
     def inspect(self, data, victim, run):
-        return self.find_poison(run.features(victim, data), data.labels.numpy())
+        features, labels = run.features(victim, data), data.labels.numpy()
+        return self.find_poison(features, labels, run.dataset.classes)
 
-    def find_poison(self, features: np.ndarray, labels: np.ndarray) -> Findings:
+    def find_poison(
+        self, features: np.ndarray, labels: np.ndarray, names: Sequence[str] = ()
+    ) -> Findings:
         """Cluster each class and flag the small clusters.
 
         The score is the share of the class in the other cluster.
@@ -53,6 +57,7 @@ class ActivationClustering(Detector):
         Args:
             features: float (N, D).
             labels: int (N,), given labels.
+            names: the classes', for the log; their numbers by default.
         """
         score, targets = np.zeros(len(labels)), []
         for label in np.unique(labels):
@@ -66,7 +71,8 @@ class ActivationClustering(Detector):
             small = score[own].max() > 1 - self.size_threshold
             targets += [int(label)] if small else []
             sizes, mark = np.bincount(cluster, minlength=2), "  <- flagged" if small else ""
-            log.info("class %d: clusters of %d and %d%s", label, *sizes, mark)
+            name = names[label] if names else label
+            log.info("class %s: clusters of %d and %d%s", name, *sizes, mark)
         return Findings(score > 1 - self.size_threshold, score, tuple(targets))
 
 

@@ -15,6 +15,7 @@ small one speaks for one group); and a class of which one sample is received is 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,10 +60,13 @@ class Scan(ToldCleanImages, Detector):
     def inspect(self, data, victim, run):
         clean = clean_images(run.dataset, self.clean_share, self.random_seed)
         of = lambda part: Labeled(run.features(victim, part), part.labels.numpy())
-        return self.find_poison(of(data), of(clean))
+        return self.find_poison(of(data), of(clean), run.dataset.classes)
 
-    def find_poison(self, received: Labeled, clean: Labeled) -> Findings:
-        """Split every class, and flag the suspect group of those that stand out."""
+    def find_poison(self, received: Labeled, clean: Labeled, names: Sequence[str] = ()) -> Findings:
+        """Split every class, and flag the suspect group of those that stand out.
+
+        `names` are the classes', for the log; their numbers by default.
+        """
         from scipy.linalg import eigh
 
         centre, labels = clean.features.mean(0), received.labels
@@ -81,7 +85,8 @@ class Scan(ToldCleanImages, Detector):
             score[labels == label], flagged[labels == label] = split.score, split.fewer & out
             targets += [label] if out else []
             mark = "  <- flagged" if out else ""
-            log.info("class %d: J %.3f, outlier index %.2f%s", label, split.gain, outlier, mark)
+            name, told = names[label] if names else label, "class %s: J %.3f, outlier index %.2f%s"
+            log.info(told, name, split.gain, outlier, mark)
         return Findings(flagged, score, tuple(targets))
 
 

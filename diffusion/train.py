@@ -19,7 +19,7 @@ from utils.processes import broadcast, leading_process, rank, run_in_workers, wo
 log = logging.getLogger("dataelixir")
 # keys that may differ when a training goes on
 PLACE = {"out", "dataset_path", "data", "device"}
-PACE = {"save_every", "compile", "on_bad_image", "dry_run"}
+PACE = {"save_every", "compile", "on_bad_image", "follow_links", "classes", "dry_run"}
 OWN = "own"  # what a set given by --data is called
 SPLIT_OFF = 0.1  # of such a set
 
@@ -167,7 +167,7 @@ def load_images(data: DataConfig, config: DenoiserConfig):
     from utils.storage.record import Record, load_arrays
 
     if config.data:
-        given = open_layout(resolve_path(config.data, "data")).read(data.image_size)
+        given = open_layout(resolve_path(config.data, "data"), how=data).read(data.image_size)
         parts = map(torch.from_numpy, stratified_split(given.labels.tolist(), SPLIT_OFF))
         train, test = (given.images[part] for part in parts)
         return train, test, DATASETS["imagefolder"]

@@ -73,7 +73,8 @@ def test_a_folder_is_read_and_copied_byte_for_byte(folder, tmp_path):
         name: data for name, data in before.items() if name != "labels.csv"
     }
     assert contents(folder) == before
-    assert (tmp_path / "out" / "eel").is_dir()
+    assert layout.empty == ["eel"]
+    assert not (tmp_path / "out" / "eel").exists()
 
 
 def test_changed_samples_move_to_their_class_as_lossless_pictures_and_never_over_another(

@@ -43,8 +43,25 @@ NOT_IN_YAML = ("help", "yaml_path", "print_config")
 log = logging.getLogger("dataelixir")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """How a folder of images is read.
+
+    Args:
+        on_bad_image: stop or skip at image files that cannot be read or lead out of the data
+            folder; both list them.
+        follow_links: read files and folders that links lead to outside of the data folder.
+        classes: which folders of an image folder are its classes, where that can be doubted: top
+            (the first level) or leaf (each folder that holds images, named by its path).
+    """
+
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    follow_links: bool = False
+    classes: Literal["auto", "top", "leaf"] = "auto"
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(ReadConfig):
     """Which images.
 
     Args:
@@ -53,15 +70,12 @@ class DataConfig:
             ones are downloaded there.
         image_size: side in pixels to which images are resized (PIL bilinear).
         test_fraction: share of each class kept as test set when an image folder has no test/.
-        on_bad_image: stop or skip at image files that cannot be read or lead out of the data
-            folder; both list them.
     """
 
     dataset: str = "digits"
     dataset_path: str = "../data"
     image_size: PositiveInt = 32
     test_fraction: OpenFraction = 0.2
-    on_bad_image: Literal["stop", "skip"] = "stop"
 
 
 @dataclass(frozen=True)

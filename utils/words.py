@@ -1,4 +1,7 @@
-"""The words of a command line, before a parser reads them, and what the parser says of them."""
+"""The words of a command line, before a parser reads them, and what the parser says of them.
+
+And names in a sentence.
+"""
 
 from __future__ import annotations
 
@@ -51,3 +54,9 @@ def without_tries(message: str) -> str:
     named = re.sub(r"<class '(.*?)'>", r"\1", kinds[2])
     named = re.sub(r"\b\w+\.|Literal\[|(?<=')\](?!\])", "", named).replace("NoneType", "null")
     return f"{kinds[1]}: {given[1]} is none of {named}"
+
+
+def listed(names: Collection[str], most: int = 10) -> str:
+    """Names in a row, `most` of them and how many more there are; "none" without any."""
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(list(names)[:most]) + more if names else "none"

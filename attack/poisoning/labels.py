@@ -1,6 +1,7 @@
 """The attack's labels: what label_trans, target and source class of a config mean for a data set."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,20 +58,24 @@ class LabelMap:
         return changed if self.source is None else changed & labels.eq(self.source)
 
 
-def with_target_number(config: PoisonConfig, labels: Tensor) -> PoisonConfig:
+def with_target_number(
+    config: PoisonConfig, labels: Tensor, classes: Sequence[str] = ()
+) -> PoisonConfig:
     """`config` with the number of the class that smallest, median or largest means for `labels`.
 
     Of classes that are alike in size the first counts as the smaller; of an even number of classes
-    the median is the smaller of the middle two.
+    the median is the smaller of the middle two. `classes` are their names, for the log.
     """
     rank = config.attack_target
     if not isinstance(rank, str):
         return config
-    classes, counts = labels.unique(return_counts=True)
-    place = {"smallest": 0, "median": (len(classes) - 1) // 2, "largest": -1}[rank]
+    present, counts = labels.unique(return_counts=True)
+    place = {"smallest": 0, "median": (len(present) - 1) // 2, "largest": -1}[rank]
     at = counts.sort(stable=True).indices[place]
-    log.info("attack_target: %s is class %d (%d training images)", rank, classes[at], counts[at])
-    return replace(config, attack_target=int(classes[at]))
+    number, size = int(present[at]), int(counts[at])
+    named = f", {classes[number]}," if classes and classes[number] != str(number) else ""
+    log.info("attack_target: %s is class %d%s (%d training images)", rank, number, named, size)
+    return replace(config, attack_target=number)
 
 
 def label_map(trigger: type[Trigger] | Trigger, config: PoisonConfig, num_classes: int) -> LabelMap:

@@ -31,7 +31,8 @@ def run_attack(order: Order) -> None:
     start_logging(None)
     dataset = load_dataset(order.data)
     check_model(defense.model, dataset)
-    order = replace(order, poison=with_target_number(order.poison, dataset.train.labels))
+    numbered = with_target_number(order.poison, dataset.train.labels, dataset.classes)
+    order = replace(order, poison=numbered)
     labels_to = label_map(trigger, order.poison, dataset.num_classes)
     if run.stop_after == "report":
         defense.check(dataset)

@@ -19,11 +19,11 @@ from defense.elixir.paste_gap import FEWEST, PasteEvidence
 from defense.elixir.power import detection_power, in_words, says_little
 from defense.elixir.target_label import Discrepancy
 from defense.elixir.verdict import UNKNOWN, reads_as_before
+from utils.words import listed
 
 log = logging.getLogger("dataelixir")
 # Of predictions that survive a round; below it the classifier can hardly read what comes out.
 DESTROYED = 0.6
-NAMED = 10  # classes that a sentence names
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def assess(
     """
     m, tau, rule = config.last_steps_m, config.threshold_tau, config.rules.target
     survived = rounds_survived(votes, labels, m, found.is_target).tolist()
-    for line in findings(votes, found, labels, survived, m):
+    for line in findings(votes, found, labels, survived, m, classes):
         log.info(line)
     power = None
     if not found.targets:
@@ -70,24 +70,31 @@ def assess(
 
 
 def findings(
-    votes: Tensor, found: Discrepancy, labels: Tensor, survived: Sequence[float], last_steps_m: int
+    votes: Tensor,
+    found: Discrepancy,
+    labels: Tensor,
+    survived: Sequence[float],
+    last_steps_m: int,
+    classes: Sequence[str] = (),
 ) -> Iterator[str]:
     """Lines: how often the victim reads a purified image as the original, measures, verdicts.
 
     Low shares say that T, denoiser and classifier do not match; one class far below the others is
-    what a backdoor looks like. Arguments as in `assess` and `verdict_notes`.
+    what a backdoor looks like. Arguments as in `assess` and `verdict_notes`; classes without names
+    are called by their numbers.
     """
+    name = classes or [str(k) for k in range(len(found.metric))]
     told = ", ".join(f"{r + 1}: {share:.3f}" for r, share in enumerate(survived))
     where = " (samples without a target label)" if found.targets else ""
     yield f"prediction survives round {told}{where}"
     known = votes[:, 0] != UNKNOWN
     last, given = reads_as_before(votes[known], last_steps_m)[:, -1].double(), labels[known]
-    shares = (f"{label}: {last[given == label].mean():.2f}" for label in given.unique().tolist())
+    shares = (f"{name[k]}: {last[given == k].mean():.2f}" for k in given.unique().tolist())
     yield f"prediction survives the last round, by given label: {', '.join(shares)}"
     judged, paste = found.judged, found.paste
     for k in range(len(found.metric)):
         yield (
-            f"class {k}: {found.evidence[k]} samples moved, discrepancy {found.metric[k]:.3f}, "
+            f"class {name[k]}: {found.evidence[k]} samples moved, discrepancy {found.metric[k]:.3f}, "
             f"score {judged.discrepancy.score[k]:.2f}, "
             f"taken in {found.inflow.share[k]:.4f} of the others, "
             f"score {judged.inflow.score[k]:.2f}"
@@ -147,11 +154,10 @@ def by_discrepancy_alone(found: Discrepancy) -> Tensor:
 
 
 def _undecided(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
     subject = "classes" if len(names) > 1 else "class"
     have = "have" if len(names) > 1 else "has"
     return (
-        f"Undecided: {subject} {shown} {have} fewer than {FEWEST} samples, too few to tell "
+        f"Undecided: {subject} {listed(names)} {have} fewer than {FEWEST} samples, too few to tell "
         "poisoned ones from clean ones. Such a class is neither accused nor changed."
     )
 
@@ -166,7 +172,7 @@ def _destroyed(share: float, level: int) -> str:
 
 
 def _alone(names: Sequence[str], share: float) -> str:
-    several = f"Classes {', '.join(names[:-1])} and {names[-1]} stand"
+    several = f"Classes {listed(names[:-1])} and {names[-1]} stand"
     subject = f"Class {names[0]} stands" if len(names) == 1 else several
     return (
         f"{subject} out by the discrepancy alone: what moves there goes to a few classes and not "

@@ -31,6 +31,7 @@ from utils.classifier.training import extract_features
 from utils.cost import format_duration
 from utils.images.data import Dataset, LabeledImages
 from utils.storage.record import Record
+from utils.words import listed
 
 log = logging.getLogger("dataelixir")
 TELLS = 0.05  # gap less its errors, from which on paste rates tell the groups of a class apart
@@ -49,6 +50,7 @@ class Purification:
         num_classes: K.
         deal: who makes the blocks; by default this process, one after the other.
         pace: seconds that an image takes, as far as known, for the progress bar.
+        classes: names of the classes; empty to call them by their numbers.
     """
 
     data: LabeledImages
@@ -58,6 +60,7 @@ class Purification:
     num_classes: int
     deal: Deal | None = None
     pace: float | None = None
+    classes: Sequence[str] = ()
 
     @property
     def sizes(self) -> Tensor:
@@ -100,6 +103,11 @@ class Purification:
         asked = explained, paster.obeyed, paster.imposed
         said = paste_evidence(rates, residuals, labels, features, leads_to, *asked)
         return replace(found, paste=said, too_small=sizes < FEWEST)
+
+    def _named(self, classes: Tensor) -> str:
+        """The classes of a mask bool (K,), by name."""
+        names = self.classes or [str(k) for k in range(self.num_classes)]
+        return listed([names[k] for k in classes.nonzero().flatten().tolist()])
 
     def groups(self, votes: Tensor, found: Discrepancy) -> Groups:
         """The samples of every target label in two: clean, and carriers of a trigger.
@@ -177,8 +185,8 @@ class Purification:
                 short |= found.paste.unsure & (sizes < self.sizes)
             log.info(
                 f"sample: {len(rows)} of {len(self.data)} images purified, "
-                f"target labels {list(found.targets) or 'none'}, "
-                f"undecided classes {short.nonzero().flatten().tolist() or 'none'}"
+                f"target labels: {self._named(found.is_target)}; "
+                f"undecided classes: {self._named(short)}"
             )
             if not short.any():
                 return sizes, found
@@ -222,7 +230,8 @@ def purify(
     with workers_for(PurificationPlan(data, victim, denoiser, at_level, expected)) as workers:
         pace = announced_pace(workers.work, least) if unfinished else None
         rule, k = config.rules.target, dataset.num_classes
-        purification = Purification(data, workers.work, store, rule, k, workers.blocks, pace)
+        deal, names = workers.blocks, dataset.classes
+        purification = Purification(data, workers.work, store, rule, k, deal, pace, names)
         if config.target_first:
             purification.targets_first(SAMPLE_FIRST, SAMPLE_ERROR)
         else:

@@ -18,8 +18,10 @@ from utils.classifier.metrics import (
     survival,
     suspicion,
 )
+from utils.page.source import Source
 from utils.storage.environment import environment, peak_rss_bytes
 from utils.storage.record import Record
+from utils.words import listed
 
 log = logging.getLogger("dataelixir")
 SCHEMA = 1
@@ -121,7 +123,11 @@ def summary(report: dict[str, Any], folder: Path) -> str:
             lines.append(f"{who:14s} C-Acc {c_acc}  ASR {asr}  R-Acc {r_acc}")
     found, d, r = report["target_labels"], report["detection"], report["relabel"]
     if found["detected"] is not None:
-        lines.append(f"target labels  detected {found['detected']}, true {found['true']}")
+        names = Source(folder).classes["names"]
+        named = lambda labels: listed([names[k] if k < len(names) else str(k) for k in labels])
+        lines.append(
+            f"target labels  detected {named(found['detected'])}, true {named(found['true'])}"
+        )
     if d["fpr"] is not None:
         lines.append(f"detection      TPR {show(d['tpr'])}  FPR {show(d['fpr'])}")
     if r["label_accuracy"] is not None:

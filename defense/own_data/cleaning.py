@@ -24,6 +24,7 @@ from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
 from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
 from defense.own_data.in_memory import as_labeled, class_names, names_in
+from defense.own_data.oddities import copies
 from defense.own_data.output_folder import SUMMARY, OutputFolder, carry_out, differing
 from defense.own_data.summary import findings, summarise
 from utils.classifier.models import build_classifier, load_weights, trained
@@ -31,6 +32,7 @@ from utils.classifier.networks import Classifier
 from utils.config import UserError, as_flat_dict, resolve_path
 from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages
+from utils.images.folders import in_words, tell, tell_reasons
 from utils.page.record_page import write_page
 from utils.storage.checksums import of_tensors
 from utils.storage.files import printable, write_table
@@ -158,7 +160,7 @@ def clean_given(order: CleanConfig, defense: Defense) -> None:
         both = "--data DIR (what is to be cleaned) and --out DIR (a new folder)"
         raise UserError(f"data, out: give {both}")
     start_logging(None)
-    given = open_given(order.data, order.keys)
+    given = open_given(order.data, order.keys, order)
     if order.out:
         given.refuse_overlap(Path(os.path.expanduser(order.out)))
     assert isinstance(defense, DataElixirConfig)
@@ -166,13 +168,22 @@ def clean_given(order: CleanConfig, defense: Defense) -> None:
     data, info = given.layout.read(denoiser.resolution), DATASETS.get(given.dataset, OWN)
     dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, info)
     cleaning = Cleaning(dataset, defense, read_victim(order.victim, dataset, defense))
-    counts = f"{len(data)} images of {dataset.num_classes} classes, {given.shown_sizes}"
-    log.info(f"{given.path}: {given.layout.kind}, {counts}")
     if order.dry_run:
+        tell_given(given)
         lines = [] if cleaning.victim else [training_line("victim", data, defense, dataset)]
         log.info("\n".join([*lines, *defense.costs(data, dataset)]))
     else:
         write_all(order, given, cleaning)
+
+
+def tell_given(given: Given) -> None:
+    """Log what was read, and what was not; UserError where a file is not accounted for."""
+    layout = given.layout
+    counts = f"{len(layout.labels)} images of {len(layout.classes)} classes, {given.shown_sizes}"
+    log.info(f"{given.path}: {layout.kind}, {counts}")
+    log.info("in all %s", in_words(layout.account()))
+    tell_reasons(layout.reasons)
+    tell("classes without images", layout.empty)
 
 
 def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
@@ -181,6 +192,7 @@ def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
     place = {"data": printable(str(given.path)), "victim": order.victim, "resize": order.resize}
     cleaning.claim(folder, place)
     start_logging(folder / "log.txt")
+    tell_given(given)
     if "report" in folder.finished():
         log.info("analysed before: nothing to compute")
     else:
@@ -189,6 +201,7 @@ def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
     held = carry_out(order.action, folder, given.layout, data.labels)
     side, seed = data.images.shape[-1], cleaning.defense.random_seed
     summary = summarise(given, data.labels, folder, order.action, held, side, seed)
+    summary["notes"] += copies(data, given.layout.paths)
     write_json(folder / SUMMARY, summary)
     cleaning.defense.clean_up(folder)
     log.info("%s", "\n".join(summary["notes"]))

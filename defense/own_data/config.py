@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from utils.images.layout import Keys
 
+from utils.config import ReadConfig
+
 
 @dataclass(frozen=True)
-class CleanConfig:
+class CleanConfig(ReadConfig):
     """Which set is cleaned, and what becomes of it.
 
     Args:

@@ -10,7 +10,7 @@ from defense.elixir.config import PurifyConfig
 from defense.elixir.purifier import open_denoiser
 from diffusion.card import CARDS
 from diffusion.denoiser import Denoiser
-from utils.config import UserError, candidate_paths
+from utils.config import ReadConfig, UserError, candidate_paths
 from utils.images.array_file import ArrayFile
 from utils.images.file_table import TABLES
 from utils.images.layout import Keys, Layout
@@ -53,8 +53,11 @@ class Given:
             raise UserError(f"out: {out} is a file; name a new or an empty folder")
 
 
-def open_given(text: str, keys: Keys = Keys()) -> Given:  # noqa: B008 - it is frozen
+def open_given(text: str, keys: Keys = Keys(), how: ReadConfig | None = None) -> Given:  # noqa: B008 - it is frozen
     """The set that `--data` means: a path, or the name of a record (record/NAME is one, too).
+
+    Args:
+        how: how a folder of images is read.
 
     Raises:
         UserError: nothing there, nothing that can be read, or too few classes.
@@ -69,7 +72,7 @@ def open_given(text: str, keys: Keys = Keys()) -> Given:  # noqa: B008 - it is f
         record = Record(str(path.relative_to(records)), must_exist=True)
         given = Given(path, ArrayFile(array_file), str(record.config().get("dataset", "")))
     else:
-        layout = open_layout(path, keys)
+        layout = open_layout(path, keys, how)
         is_cifar10 = layout.kind == "CIFAR python files" and len(layout.classes) == 10
         given = Given(path, layout, "cifar10" if is_cifar10 else "")
     refuse_few(given.layout.labels, len(given.layout.classes))

@@ -9,6 +9,7 @@ from defense.elixir.noise_level import rounds_survived
 from defense.elixir.verdict import UNKNOWN
 from defense.harness.result import Result
 from defense.own_data.given import Given
+from defense.own_data.oddities import unread
 from defense.own_data.output_folder import NOT_KEPT, OutputFolder, outcome
 from utils.images.data import LabeledImages
 from utils.storage.environment import environment, peak_rss_bytes
@@ -75,6 +76,8 @@ def summarise(
         "action": action,
         "samples": len(labels),
         "classes": len(names),
+        "files": given.layout.account(),
+        "empty_classes": given.layout.empty,
         "analysed_at": resolution,
         "changed": counts,
         "left_out": left_out,
@@ -126,6 +129,7 @@ def notes(
         f"{found['classifier_agrees']:.1%} of them as they are labelled."
     )
     said = [done + ("; every other file is a copy." if copied else "."), meant]
+    said += unread(found["classifier_agrees"])
     said += found.get("notes", [])  # not there where an older version analysed
     if any(size != (resolution, resolution) for size in layout.sizes):
         said.append(
@@ -141,8 +145,12 @@ def notes(
             f"{len(lost):,} purified images could not keep all of their format ({told}); not_kept "
             "in summary.json lists them."
         )
-    if (left := layout.left_out) and action != "report":
+    if left := layout.left_out:
+        shown = ", ".join(f"{len(names):,} {reason}" for reason, names in layout.reasons.items())
         named = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-        files = f"{len(left):,} files that are no images of a class"
-        said.append(f"{files} were not taken over: {named}.")
+        found_files = f"{len(left):,} of {layout.account()['found']:,}"
+        said.append(f"{found_files} files were left out ({shown}): {named}.")
+    if empty := layout.empty:
+        named = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        said.append(f"{len(empty):,} classes have no images and no folder in cleaned/: {named}.")
     return said

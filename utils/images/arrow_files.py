@@ -20,6 +20,7 @@ from utils.images.decoding import OUTSIDE, leads_out
 from utils.images.encoded import (
     LABEL_COLUMNS,
     PICTURE_COLUMNS,
+    STRAY,
     EncodedImages,
     column,
     copy_files,
@@ -116,7 +117,8 @@ class ArrowFiles(EncodedImages):
             self._number(given, _class_names(schemas[0], self.root, self.label))
         self.look(path)
         beside = [] if self.alone else files_beside(self.root, self.files)
-        self.others, self.left_out = parted(self.root, beside, OF_OLD_DATA)
+        self.others, out = parted(self.root, beside, OF_OLD_DATA)
+        self.reasons = {STRAY: out} if out else {}
 
     def _schema(self, pa: Any, file: Path) -> Any:
         if file.suffix == ".parquet":

@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import stat
 import time
 import warnings
@@ -28,7 +29,8 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif
 OUTSIDE = "leads out of the data folder"
 MAX_PIXELS = 80_000_000  # a small file can unfold to more than memory holds
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I")
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+# names that systems and programs leave beside a user's files, in any case
+SYSTEM = ("__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin")
 RULES = 2  # raised when images are read differently, so that no earlier cache is used
 STALE = 3600  # seconds after which a half-written file in the cache is nobody's
 
@@ -76,6 +78,8 @@ def open_with_kind(
             raise BadImage("not a regular file")
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
+            if image.format == "EPS":
+                raise BadImage("a program in PostScript, which is not run")
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
             return as_rgb(ImageOps.exif_transpose(image)), image.mode in GREY
@@ -206,13 +210,19 @@ def files_by_class(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in `folder`, sorted; FileNotFoundError where it is none itself."""
+    """Names of the folders in `folder`, by `class_order`; FileNotFoundError where it is none."""
     if not folder.is_dir():
         raise FileNotFoundError(folder)
-    folders = (path.name for path in folder.iterdir() if path.is_dir())
-    return tuple(sorted(name for name in folders if not name.startswith(".")))
+    names = (path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    return tuple(sorted(names, key=class_order))
 
 
-def are_splits(names: Sequence[str]) -> bool:
-    """Whether folders of these names are parts of a set, such as train and val, and no classes."""
-    return bool(names) and all(name.casefold() in SPLITS for name in names)
+def class_order(name: str) -> tuple[bool, int, str]:
+    """Key that sorts names of classes: integers by value, then all others as text."""
+    is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", name)
+    return not is_number, int(name) if is_number else 0, name
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or a system's own."""
+    return name.startswith(".") or name.casefold() in SYSTEM

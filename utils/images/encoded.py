@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.config import UserError
 from utils.images.decoding import BadImage, leads_out, open_with_kind, resize_all
-from utils.images.folders import tell_bad
+from utils.images.folders import tell
 from utils.images.layout import Layout
 
 # names of columns, without case, spaces, - and _
@@ -45,8 +45,10 @@ class EncodedImages(Layout):
                 sizes.append(open_with_kind(io.BytesIO(content))[0].size[::-1])
             except BadImage as error:
                 bad.append(f"{path}: {error}")
-        if told := tell_bad(bad, len(self.paths), place):
-            raise UserError(f"data: {told}")
+        if bad:
+            tell(f"{len(bad)} of {len(self.paths)} images in {place} cannot be used", bad)
+            found = f"{len(bad)} images in {place} cannot be used, the first is {bad[0]}"
+            raise UserError(f"data: {found};\nrepair or remove what is listed above")
         self.sizes = [size for size, _ in Counter(sorted(sizes)).most_common()]
 
     def images(self, size: int) -> Tensor:
@@ -65,6 +67,9 @@ def files_beside(folder: Path, own: Sequence[Path]) -> list[str]:
     """Names of the files in a folder, at any depth, that are none of `own`."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(p.relative_to(folder).as_posix() for p in files if p not in own)
+
+
+STRAY = "hidden, out of date or led out of the folder"
 
 
 def parted(folder: Path, names: Sequence[str], stale: str = "") -> tuple[list[str], list[str]]:

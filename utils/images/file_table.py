@@ -17,6 +17,7 @@ from utils.storage.files import shortened
 
 TABLES = (".csv", ".tsv")
 SEPARATORS = ",;\t"
+NO_ROW = "in no row of the table"
 FEW = 10  # rows, of which each may have a label of its own
 
 
@@ -64,7 +65,8 @@ class FileTable(EncodedImages):
         self.look(self.folder)
         inside = {p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*")}
         files = {name for name in inside if (self.folder / name).is_file()}
-        self.left_out = sorted(files - {*self.paths, table.name})
+        out = sorted(files - {*self.paths, table.name})
+        self.reasons, self.found = {NO_ROW: out} if out else {}, len(files - {table.name})
 
     def _read(self) -> None:
         try:

@@ -1,15 +1,19 @@
 """What a set in any layout offers: samples to read, and to write with some of them changed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.config import UserError
 from utils.images.data import LabeledImages
+from utils.images.decoding import class_order
 
 PLAIN = 1000  # labels 0..K-1 below are class numbers; any others are numbered in ascending order
 
@@ -53,7 +57,9 @@ class Layout:
         labels: int64 (N,).
         paths: N names by which a person finds a sample.
         sizes: the (height, width) that occur, most common first.
-        left_out: names of the files in a folder that are no samples, and are not taken over.
+        reasons: {reason: names} of the files in a folder that are no samples, and are not taken
+            over.
+        found: how many files were found; None where files are not what holds the samples.
         uses: the fields of `Keys` that mean something to it.
         remark: how the set is written, in a sentence, where that is another layout; else empty.
     """
@@ -63,7 +69,8 @@ class Layout:
     labels: Tensor
     paths: list[str]
     sizes: list[tuple[int, int]]
-    left_out: Sequence[str] = ()
+    reasons: Mapping[str, Sequence[str]] = MappingProxyType({})
+    found: int | None = None
     remark: str = ""
     uses: tuple[str, ...] = ()
 
@@ -79,6 +86,29 @@ class Layout:
         """
         raise NotImplementedError
 
+    def account(self) -> dict[str, Any]:
+        """How many samples or files were found and analysed, and left out by reason; UserError
+        where one is not accounted for, which is a fault of this program."""
+        analysed, out = len(self.labels), {key: len(self.reasons[key]) for key in self.reasons}
+        found = analysed + sum(out.values()) if self.found is None else self.found
+        if found != analysed + sum(out.values()):
+            told = f"of {found} files {analysed} are read and {sum(out.values())} left out"
+            raise UserError(
+                f"data: {told}, which does not add up; this is a fault, please report it"
+            )
+        return {"found": found, "analysed": analysed, "left_out": out}
+
+    @property
+    def left_out(self) -> list[str]:
+        """The names of all files that are no samples."""
+        return sorted(name for names in self.reasons.values() for name in names)
+
+    @property
+    def empty(self) -> list[str]:
+        """The names of the classes without a sample."""
+        present = set(self.labels.tolist())
+        return [name for label, name in enumerate(self.classes) if label not in present]
+
     def read(self, size: int) -> LabeledImages:
         return LabeledImages(self.images(size), self.labels)
 
@@ -89,15 +119,9 @@ def numbered(given: np.ndarray) -> tuple[np.ndarray, Tensor]:
         low, high = int(given.min(initial=0)), int(given.max(initial=0))
         values = np.arange(high + 1) if low >= 0 and high < PLAIN else np.unique(given)
         return values, torch.from_numpy(np.searchsorted(values, given))
-    texts = sorted(set(given.tolist()), key=_order)
+    texts = sorted(set(given.tolist()), key=class_order)
     places = {text: k for k, text in enumerate(texts)}
     return np.array(texts), torch.tensor([places[text] for text in given.tolist()])
-
-
-def _order(text: str) -> tuple[bool, int, str]:
-    """Numbers by their value, before all other text."""
-    is_number = text.isdecimal() and len(text) < 19
-    return not is_number, int(text) if is_number else 0, text
 
 
 def fitted(image: np.ndarray, size: tuple[int, int], grey: bool = False) -> np.ndarray:

@@ -15,26 +15,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.config import UserError
+from utils.config import ReadConfig, UserError
 from utils.images import decoding
 from utils.images.array_file import ArrayFile
 from utils.images.arrow_files import ArrowFiles, arrow_files
 from utils.images.cifar import CifarFiles, is_cifar
 from utils.images.file_table import TABLES, FileTable, find_table
-from utils.images.folders import tell_bad
+from utils.images.folders import UNUSABLE, refuse_bad
 from utils.images.layout import Keys, Layout, Outcome
 from utils.images.saving import free_name, saved_like
 from utils.images.tar_files import TarFiles, tar_files
+from utils.images.tree import is_image, read_tree
 
 
-def open_layout(path: Path, keys: Keys = Keys()) -> Layout:  # noqa: B008 - it is frozen
+def open_layout(
+    path: Path,
+    keys: Keys = Keys(),  # noqa: B008 - it is frozen
+    how: ReadConfig | None = None,
+) -> Layout:
     """The set at `path`, in any of the layouts that docs/own-data.md lists.
+
+    Args:
+        how: how a folder of images is read.
 
     Raises:
         UserError: nothing that can be read as one of these, keys that mean nothing to it, or fewer
             than two classes.
     """
-    layout = _open(path, keys)
+    layout = _open(path, keys, how or ReadConfig())
     for field in fields(Keys):
         if getattr(keys, field.name) != field.default and field.name not in layout.uses:
             known = ", ".join(layout.uses) or "no such key"
@@ -47,7 +55,7 @@ def open_layout(path: Path, keys: Keys = Keys()) -> Layout:  # noqa: B008 - it i
     return layout
 
 
-def _open(path: Path, keys: Keys) -> Layout:
+def _open(path: Path, keys: Keys, how: ReadConfig) -> Layout:
     if path.suffix == ".npz" and path.is_file():
         return ArrayFile(path, keys)
     if path.suffix.lower() in TABLES and path.is_file():
@@ -55,14 +63,14 @@ def _open(path: Path, keys: Keys) -> Layout:
     if is_cifar(path):
         return CifarFiles(path)
     if path.is_dir() and _has_classes(path):
-        return ImageFolder(path)
+        return ImageFolder(path, how)
     if files := arrow_files(path, keys.split):
         return ArrowFiles(path, files, keys)
     if archives := tar_files(path, keys.split):
         return TarFiles(path, archives, keys)
     if path.is_dir():
         table = find_table(path, keys.split)
-        return FileTable(table, keys) if table else ImageFolder(path)
+        return FileTable(table, keys) if table else ImageFolder(path, how)
     kinds = "no folder of class folders, no .npz file and no folder of CIFAR batches"
     others = "no .csv, .tsv, .parquet, .arrow or .tar file"
     raise UserError(f"data: {path} is {kinds}; it is {others} either")
@@ -70,48 +78,47 @@ def _open(path: Path, keys: Keys) -> Layout:
 
 def _has_classes(folder: Path) -> bool:
     """Whether two or more folders in a folder hold images."""
-    names = decoding.class_folders(folder)
-    return sum(bool(decoding.files_by_class(folder, [name])) for name in names) > 1
+    files = lambda name: (path for path in (folder / name).rglob("*") if not path.is_dir())
+    shown = lambda path: not any(map(decoding.is_hidden, path.relative_to(folder).parts))
+    holds = lambda name: any(shown(path) and is_image(path, folder) for path in files(name))
+    return sum(map(holds, decoding.class_folders(folder))) > 1
 
 
 class ImageFolder(Layout):
-    """<class>/**/<image>; classes are the folder names, sorted.
+    """<class>/**/<image>, or with `classes: leaf` <any>/<class>/<image> (tree.py, parts.py).
 
     Raises:
-        UserError: files that are no usable images, or links out of the folder (all are logged); or
-            the folders are parts of a set.
+        UserError: files that are no usable images, or links out of the folder (all are logged),
+            unless bad images are to be skipped; or it cannot be told which folders are classes.
     """
 
     kind = "image folder"
 
-    def __init__(self, folder: Path):
-        self.folder, self.classes = folder, decoding.class_folders(folder)
-        if decoding.are_splits(self.classes):
-            trained_on = (name for name in self.classes if name.casefold().startswith("train"))
-            part = folder / next(trained_on, self.classes[0])
-            held = f"{'/, '.join(self.classes)}/, which are no classes"
-            raise UserError(f"data: {folder} holds {held}; give the part to be cleaned, {part}")
-        files = decoding.files_by_class(folder, self.classes)
-        self.labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-        self.paths = [Path(path).relative_to(folder).as_posix() for path, _ in files]
-        self.shapes = self._shapes()
+    def __init__(self, folder: Path, how: ReadConfig):
+        tree = read_tree(folder, how)
+        self.folder, self.classes = folder, tree.classes
+        self.within = None if how.follow_links else folder
+        shapes, bad = self._shapes([path for path, _ in tree.files])
+        refuse_bad(bad, len(tree.files), folder, how, "data")
+        read = [(path, label) for path, label in tree.files if path not in bad]
+        self.shapes, self.paths = shapes, [path for path, _ in read]
+        self.labels = torch.tensor([label for _, label in read], dtype=torch.int64)
         sizes = Counter(sorted(shape[:2] for shape in self.shapes))
         self.sizes = [size for size, _ in sizes.most_common()]
-        inside = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        self.left_out = sorted(inside - set(self.paths))
+        self.reasons = tree.left_out | ({UNUSABLE: list(bad)} if bad else {})
+        self.found = tree.found
 
-    def _shapes(self) -> list[tuple[int, int, bool]]:
-        """Height, width and whether it is grey, of every image; memory holds one at a time."""
-        shapes, bad = [], []
-        for path in self.paths:
+    def _shapes(self, paths: list[str]) -> tuple[list[tuple[int, int, bool]], dict[str, str]]:
+        """Height, width and whether it is grey, of every image; memory holds one at a time. And
+        {path: reason} of those that are not usable."""
+        shapes, bad = [], {}
+        for path in paths:
             try:
-                image, grey = decoding.open_with_kind(self.folder / path, self.folder)
+                image, grey = decoding.open_with_kind(self.folder / path, self.within)
                 shapes.append((image.height, image.width, grey))
             except decoding.BadImage as error:
-                bad.append(f"{self.folder / path}: {error}")
-        if told := tell_bad(bad, len(self.paths), self.folder):
-            raise UserError(f"data: {told}")
-        return shapes
+                bad[path] = str(error)
+        return shapes, bad
 
     def images(self, size: int) -> Tensor:
         parts = [decoding.resize_all(self._pixels(path), size) for path in self.paths]
@@ -119,7 +126,7 @@ class ImageFolder(Layout):
 
     def _pixels(self, path: str) -> np.ndarray:
         try:
-            image, _ = decoding.open_with_kind(self.folder / path, self.folder)
+            image, _ = decoding.open_with_kind(self.folder / path, self.within)
         except decoding.BadImage as error:
             reason = f"cannot be read any more ({error}); repair or remove it"
             raise UserError(f"{self.folder / path}: {reason}") from None
@@ -132,8 +139,6 @@ class ImageFolder(Layout):
         added.
         """
         lost: dict[str, str] = {}
-        for name in self.classes:
-            (folder / name).mkdir(parents=True, exist_ok=True)
         rows = lambda mask: (mask & ~outcome.dropped).nonzero().flatten().tolist()
         relabelled = outcome.labels != self.labels
         untouched = rows(~outcome.replaced & ~relabelled)
@@ -141,7 +146,8 @@ class ImageFolder(Layout):
             self._copy(k, folder / self.paths[k])
         taken = {self.paths[k].casefold() for k in untouched}
         for k in rows(outcome.replaced & ~relabelled) + rows(relabelled):
-            path = Path(self.classes[outcome.labels[k]], *Path(self.paths[k]).parts[1:])
+            inside = Path(self.paths[k]).relative_to(self.classes[self.labels[k]])
+            path = Path(self.classes[outcome.labels[k]], inside)
             if outcome.replaced[k]:
                 original = (self.folder / self.paths[k]).read_bytes()
                 saved = saved_like(original, outcome.images[k].numpy())

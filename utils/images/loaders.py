@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from utils.config import DataConfig, UserError
-from utils.images.decoding import are_splits, class_folders, files_by_class, resize_all
-from utils.images.folders import gtsrb_test_files, read_parts, refuse_unknown
+from utils.images.decoding import class_folders, files_by_class, resize_all
+from utils.images.folders import gtsrb_test_files, read_parts, refuse_unknown, tell_reasons
+from utils.images.tree import Tree, read_tree
 
 log = logging.getLogger("dataelixir")
 Part = tuple[np.ndarray, Sequence[int]]  # images uint8 (N, 3, S, S) and labels
@@ -79,26 +81,35 @@ def load_gtsrb(folder: Path, config: DataConfig) -> Splits:
 
 
 def load_imagefolder(folder: Path, config: DataConfig) -> Splits:
-    """folder/train/<class>/* and folder/test/<class>/*, or folder/<class>/* to be split."""
+    """folder/train/<class>/* and folder/test/<class>/*, or folder/<class>/* to be split (parts.py)."""
     if (folder / "train").is_dir() and (folder / "test").is_dir():
-        classes = class_folders(folder / "train")
-        refuse_unknown(folder / "test", classes)
-        parts = [files_by_class(folder / part, classes) for part in ("train", "test")]
+        tree, test = _train_and_test(folder, config)
+        parts = [tree.paths, test]
     else:
-        classes = class_folders(folder)
-        if are_splits(classes):
-            held = f"{'/, '.join(classes)}/, which are no classes"
-            advice = "name the two to be used train/ and test/, or give one of them"
-            raise UserError(f"dataset_path: {folder} holds {held}; {advice}")
-        files = files_by_class(folder, classes)
-        if not files:
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        tree = read_tree(folder, config, key="dataset_path")
+        tell_reasons(tree.left_out)
+        if not (files := tree.paths):
             raise FileNotFoundError(folder)
         split = stratified_split([label for _, label in files], config.test_fraction)
         parts = [[files[i] for i in part] for part in split]
     if not parts[0] or not parts[1]:
         raise FileNotFoundError(folder)
-    train, test = read_parts(parts, config, folder, classes)
-    return train, test, classes
+    read = read_parts(parts, config, folder, tree.classes)
+    return read[0], read[1], tree.classes
+
+
+def _train_and_test(folder: Path, config: DataConfig) -> tuple[Tree, list[tuple[str, int]]]:
+    """folder/train, and the files of folder/test under the same labels."""
+    train = read_tree(folder / "train", config, folder, "dataset_path")
+    same = replace(config, classes="leaf" if config.classes == "leaf" else "top")
+    test = read_tree(folder / "test", same, folder, "dataset_path")
+    for part in (train, test):
+        tell_reasons(part.left_out)
+    refuse_unknown(folder / "test", test.classes, train.classes)
+    label = {name: k for k, name in enumerate(train.classes)}
+    return train, [(path, label[test.classes[k]]) for path, k in test.paths]
 
 
 def download(name: str, folder: Path) -> None:

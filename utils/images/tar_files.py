@@ -16,7 +16,7 @@ import numpy as np
 
 from utils.config import UserError
 from utils.images.decoding import IMAGE_ENDINGS, OUTSIDE, leads_out
-from utils.images.encoded import EncodedImages, column, copy_files, files_beside, parted
+from utils.images.encoded import STRAY, EncodedImages, column, copy_files, files_beside, parted
 from utils.images.layout import Keys, Outcome, numbered
 from utils.images.saving import saved_like
 from utils.storage.files import shortened
@@ -81,7 +81,8 @@ class TarFiles(EncodedImages):
         self._sort_out(path, samples, keys)
         self.look(path)
         beside = [] if path.is_file() else files_beside(self.root, self.files)
-        self.others, self.left_out = parted(self.root, beside)
+        self.others, out = parted(self.root, beside)
+        self.reasons = {STRAY: out} if out else {}
 
     def _members(self, place: int, file: Path) -> Iterator[Member]:
         try:

@@ -89,7 +89,7 @@ def accusations(source: Source) -> Iterator[Accusation]:
             figures.embedded(words, *drawn),
             _means(seen["means"][place], seen["obeyed"][place]),
             _rates(rates, group),
-            list(_pastings(seen, shown, k, names)),
+            list(_pastings(seen, shown, k, names, table.get("path"))),
             _factor(seen["residuals"][shown]),
         )
 
@@ -192,9 +192,14 @@ def _rates(rates: np.ndarray, group: np.ndarray) -> str:
 
 
 def _pastings(
-    seen: dict[str, np.ndarray], shown: np.ndarray, k: int, names: list[str]
+    seen: dict[str, np.ndarray],
+    shown: np.ndarray,
+    k: int,
+    names: list[str],
+    paths: np.ndarray | None,
 ) -> Iterator[Pasting]:
-    """The pastings of class k; `shown` bool (E,) names them."""
+    """The pastings of class k; `shown` bool (E,) names them, `paths` (N,) the samples."""
+    sample = lambda i: f"sample {i}" if paths is None else str(paths[i])
     factor = _factor(seen["residuals"][shown])
     for row in np.flatnonzero(shown):
         residual = _amplified(seen["residuals"][row].astype(float), factor)
@@ -203,7 +208,8 @@ def _pastings(
         for words, image, label in zip(said, seen["pasted"][row], seen["read"][row].tolist()):
             words = f"{words} {names[label]}"
             tiles.append(Tile(picture(image, words), words, label == k))
-        of = f"sample {seen['onto'][row]} with the residual of sample {seen['carriers'][row]}"
+        onto, carrier = (sample(seen[key][row]) for key in ("onto", "carriers"))
+        of = f"{onto} with the residual of {carrier}"
         yield Pasting([tiles[1], tiles[0], *tiles[2:]], of)
 
 

@@ -29,6 +29,7 @@ log = logging.getLogger("dataelixir")
 # keys that may differ when a run is continued: they say how fast or where, not what
 RUNTIME_KEYS = {"device", "frequency_save", "purify_batch_size", "dataset_path"}
 RUNTIME_KEYS |= {"keep_intermediaries", "on_bad_image", "dry_run", "passed_over"}
+RUNTIME_KEYS |= {"follow_links", "classes"}  # the images and labels themselves are compared
 # what the data set was like, wherever it lay; older records have no such key
 DATA_KEY = "data_sha256"
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*")
