@@ -163,6 +163,8 @@ def test_models_that_cannot_read_the_images_are_refused_before_anything_is_compu
     ):
         check_model("vit_tiny_patch16_224", dataset)
     check_model("resnet18", dataset)
+    with pytest.raises(UserError, match="resnet18 cannot read images of 8x8 .*larger --batch_size"):
+        check_model("resnet18", dataset, batch_size=1)
     with pytest.raises(UserError, match="Did you mean"):
         check_model("preactresnet81", dataset)
 

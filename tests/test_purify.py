@@ -12,6 +12,7 @@ from defense import purify
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.decisions import confidence, reason
 from defense.elixir.paste import DRAWS
+from defense.elixir.paste_gap import FEWEST
 from defense.elixir.power import in_words
 from defense.elixir.verdict import Verdict
 from defense.harness.defense import find_defense
@@ -19,7 +20,6 @@ from defense.own_data import cleaning, given
 from diffusion import train
 from tests.cleaning import (
     CONFIG,
-    DATASET,
     KEYS,
     POISON,
     POISONED,
@@ -31,7 +31,7 @@ from tests.cleaning import (
     use_exact_networks,
 )
 from tests.test_layouts import cifar_folder
-from tests.toys import random_images
+from tests.toys import random_images, toy_dataset
 from utils.config import ROOT, UserError
 from utils.images.layouts import open_layout
 from utils.page.record_page import write_page
@@ -118,7 +118,7 @@ def test_classes_that_are_too_small_are_named_and_stay(toy, tmp_path):
 
 
 def test_a_clean_folder_stays_as_it_is(toy, tmp_path):
-    data, out = toy(DATASET.train), tmp_path / "out"
+    data, out = toy(toy_dataset(per_class=20).train), tmp_path / "out"
     summary = run(data, out)
     assert summary["status"] == "no-backdoor-found"
     assert contents(out / "cleaned") == contents(data)
@@ -247,8 +247,8 @@ def test_sets_of_other_resolutions_train_their_denoiser_and_are_purified(
 ):
     monkeypatch.setattr(cleaning, "write_page", lambda folder: folder)
     side, data, out = 16, tmp_path / "set", tmp_path / "out"
-    for k, image in enumerate(random_images(12, 3, side, side)):
-        file = data / f"class{k % 3}" / f"{k}.png"
+    for k, image in enumerate(random_images(FEWEST + 4, 3, side, side)):
+        file = data / f"class{max(0, k - FEWEST) % 3}" / f"{k}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     told = refused(capsys, "--data", data, "--out", out)
@@ -262,9 +262,9 @@ def test_sets_of_other_resolutions_train_their_denoiser_and_are_purified(
     train.main([*words.split(), "--attention", "false"])
     tiny = "--steps_T 4 --rounds_n 1 --last_steps_m 2 --purify_batch_size 4 --threshold_tau 1"
     summary = run(data, out, *tiny.split(), "--ddpm", denoiser)
-    assert (summary["analysed_at"], summary["samples"]) == (side, 12)
-    assert summary["cost"]["unet_passes"] == 12 * (4 + DRAWS)
-    assert len(classes_in(out / "cleaned")) == 12
+    assert (summary["analysed_at"], summary["samples"]) == (side, FEWEST + 4)
+    assert summary["cost"]["unet_passes"] == (FEWEST + 4) * (4 + DRAWS)
+    assert len(classes_in(out / "cleaned")) == FEWEST + 4
 
 
 def test_confidence_and_reason_by_hand():

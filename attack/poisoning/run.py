@@ -30,7 +30,8 @@ def run_attack(order: Order) -> None:
     run, trigger, defense = order.run, order.trigger, order.defense
     start_logging(None)
     dataset = load_dataset(order.data)
-    check_model(defense.model, dataset)
+    check_model(defense.model, dataset, defense.batch_size)
+    pick_device(defense.device)
     numbered = with_target_number(order.poison, dataset.train.labels, dataset.classes)
     order = replace(order, poison=numbered)
     labels_to = label_map(trigger, order.poison, dataset.num_classes)

@@ -21,6 +21,7 @@ from utils.compiled import Compiled, FixedRows
 from utils.config import UserError, candidate_paths
 from utils.devices import autocast, has_bfloat16
 from utils.randomness import keyed_generator
+from utils.storage.files import shortened
 
 AUTO_TOP = 300  # the highest level that steps_T: auto tries
 # Samples of one random stream: a GPU starts a kernel for each; a CPU would draw in vain for others.
@@ -55,6 +56,7 @@ def open_denoiser(config: PurifyConfig, resolution: int | None, dataset: str) ->
         denoiser = load_denoiser(name, resolution=resolution, dataset=dataset)
     except DenoiserError as error:
         raise UserError(f"ddpm: {error}") from None
+    _try_denoising(denoiser)
     if config.steps_T == "auto":
         steps_of(replace(config, steps_T=min(AUTO_TOP, denoiser.t_max)))
         return denoiser
@@ -65,6 +67,19 @@ def open_denoiser(config: PurifyConfig, resolution: int | None, dataset: str) ->
         raise UserError(f"{told} below {denoiser.t_max}")
     steps_of(config)
     return denoiser
+
+
+@torch.inference_mode()
+def _try_denoising(denoiser: Denoiser) -> None:
+    """UserError where the network does not map a black image of its size to noise of that shape."""
+    side = denoiser.resolution
+    try:
+        seen = tuple(denoiser(torch.zeros(1, 3, side, side), torch.zeros(1).long()).shape)
+        if seen != (1, 3, side, side):
+            raise ValueError(f"it gives {seen}")
+    except Exception as error:  # noqa: BLE001 - each network says it in its own way
+        words = f"{denoiser.name} cannot denoise colour images of {side}x{side}"
+        raise UserError(f"ddpm: {words} ({shortened(error)}); give another --ddpm") from None
 
 
 def steps_of(config: PurifyConfig) -> list[int]:

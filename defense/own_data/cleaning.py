@@ -22,7 +22,14 @@ from defense.harness.defense_run import DefenseRun
 from defense.harness.evidence import write_arrays, write_evidence
 from defense.harness.result import Result
 from defense.own_data.config import CleanConfig
-from defense.own_data.given import Given, fitting_denoiser, open_given, refuse_few
+from defense.own_data.given import (
+    Given,
+    fitting_denoiser,
+    open_given,
+    refuse_few,
+    refuse_small,
+    refuse_unfit,
+)
 from defense.own_data.in_memory import as_labeled, class_names, names_in
 from defense.own_data.oddities import copies
 from defense.own_data.output_folder import SUMMARY, OutputFolder, carry_out, differing
@@ -138,9 +145,12 @@ def clean_in_memory(
     names = class_names(given.labels, names_in(data) if classes is None else classes)
     dataset = Dataset(given, given[:0], names, "", OWN)
     refuse_few(given.labels, dataset.num_classes)
+    assert isinstance(defense, DataElixirConfig)
+    refuse_small(given.labels, defense)
     defense.check(dataset)
     if victim is not None:
         victim = copy.deepcopy(victim).to(pick_device(defense.device)).eval()
+    refuse_unfit(dataset, defense, victim)
     cleaning = Cleaning(dataset, defense, victim)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as path:
         place = OutputFolder(Path(path))
@@ -164,9 +174,12 @@ def clean_given(order: CleanConfig, defense: Defense) -> None:
     if order.out:
         given.refuse_overlap(Path(os.path.expanduser(order.out)))
     assert isinstance(defense, DataElixirConfig)
+    refuse_small(given.layout.labels, defense)
+    given.layout.account()
     denoiser = fitting_denoiser(given, defense, order.resize)
     data, info = given.layout.read(denoiser.resolution), DATASETS.get(given.dataset, OWN)
     dataset = Dataset(data, data[:0], given.layout.classes, given.dataset, info)
+    refuse_unfit(dataset, defense, None)
     cleaning = Cleaning(dataset, defense, read_victim(order.victim, dataset, defense))
     if order.dry_run:
         tell_given(given)

@@ -6,12 +6,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from defense.elixir.config import PurifyConfig
+from defense.elixir.config import DataElixirConfig, PurifyConfig
+from defense.elixir.paste_gap import FEWEST
+from defense.elixir.power import refuse_few_classes
 from defense.elixir.purifier import open_denoiser
 from diffusion.card import CARDS
 from diffusion.denoiser import Denoiser
+from utils.classifier.models import check_model, try_reading
+from utils.classifier.networks import Classifier
 from utils.config import ReadConfig, UserError, candidate_paths
+from utils.devices import pick_device
 from utils.images.array_file import ArrayFile
+from utils.images.data import Dataset
 from utils.images.file_table import TABLES
 from utils.images.layout import Keys, Layout
 from utils.images.layouts import open_layout
@@ -86,6 +92,37 @@ def refuse_few(labels: Tensor, count: int) -> None:
         found = f"only {present} of the {count} classes has samples" if count > 1 else "one class"
         raise UserError(
             f"data: {found}; a backdoor leads to one class from others: give two or more"
+        )
+
+
+def refuse_small(labels: Tensor, config: DataElixirConfig) -> None:
+    """Raises UserError where no class has samples enough for a verdict, or too few are compared.
+
+    Args:
+        labels: int64 (N,), as given.
+    """
+    sizes = labels.bincount()
+    if config.rules.pastes and (largest := int(sizes.max())) < FEWEST:
+        found = f"{len(labels)} images, and the largest class has {largest}"
+        reason = f"poisoned ones cannot be told from clean ones in a class of fewer than {FEWEST}"
+        raise UserError(f"data: {found}; {reason}: give {FEWEST} or more of a class")
+    if config.preset == "published":
+        refuse_few_classes(len(sizes), "data")
+
+
+def refuse_unfit(dataset: Dataset, config: DataElixirConfig, victim: Classifier | None) -> None:
+    """Raises UserError where a network cannot do its part, so that no run begins in vain.
+
+    That is: the classifier that is to be trained (or `victim`) cannot read images of this size, or
+    there is no such device.
+    """
+    pick_device(config.device)
+    advice = "--resize and a --ddpm for images of the size that it reads"
+    check_model(config.model, dataset, config.batch_size, advice)
+    if victim is not None:
+        name = f"the given {type(victim).__name__}"
+        try_reading(
+            victim, name, dataset, 1, f"give one for {dataset.num_classes} classes, or none"
         )
 
 

@@ -27,23 +27,25 @@ COMPARED = 1024  # images at a time
 
 
 class OutputFolder(Record):
-    """A record outside record/; its folder is made if it is not there."""
+    """A record outside record/; its folder is made when it is claimed, if it is not there."""
 
     def __init__(self, path: Path):
         self.name, self.path, self.key = path.name, path, "out"
-        path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, config: dict[str, Any], *classes: type) -> None:
         """Take the folder, or go on with the run that it holds; cleaned/ is left as it is.
 
         Raises:
-            UserError: it holds something else, or the run of another config or another set.
+            UserError: it holds something else, or the run of another config or another set; then
+                nothing in it is touched, and no folder is made.
         """
         with contextlib.suppress(FileNotFoundError):
             others = [path.name for path in self.path.iterdir()]
             if others and DATA_KEY not in (self.config() if "config.yaml" in others else {}):
                 found = "is not empty and holds no run of this command"
                 raise UserError(f"out: {self.path} {found}; name a new or an empty folder")
+            self.refuse_other(config, *classes)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock.acquire(self.path, self.key)
         for left in self.path.glob(f".{CLEANED}.*"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,34 @@ def build_classifier(
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def check_model(name: str, dataset: Dataset) -> None:
-    """Fail early: UserError where there is no such classifier, or it cannot read such images."""
-    if name in MODELS:  # ours read every size
-        return
-    model = build_classifier(name, dataset.num_classes, dataset.info, (0, "check")).eval()
+def check_model(
+    name: str, dataset: Dataset, batch_size: int = 2, advice: str = "another --image_size"
+) -> None:
+    """Fail early: UserError where there is no such classifier, or it cannot read such images.
+
+    An untrained one reads black images of their size, as it would read a test image, and as it
+    would be trained on `batch_size` of them; `advice` is what else may help.
+    """
+    model = build_classifier(name, dataset.num_classes, dataset.info, (0, "check"))
+    try_reading(model.eval(), name, dataset, 1, f"take another --model, or {advice}")
+    some = min(2, batch_size, len(dataset.train))
+    try_reading(
+        model.train(), name, dataset, some, "take another --model, or a larger --batch_size"
+    )
+
+
+def try_reading(model: nn.Module, name: str, dataset: Dataset, count: int, advice: str) -> None:
+    """UserError where a classifier gives no logits (count, K) for `count` images of that size."""
+    (h, w), classes = dataset.train.images.shape[-2:], dataset.num_classes
     try:
-        with torch.no_grad():
-            model(dataset.train.images[:1].float() / 255)
+        with torch.no_grad(), global_stream(0, "check"):
+            device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+            seen = tuple(model(torch.zeros(count, 3, h, w, device=device)).shape)
+        if seen != (count, classes):
+            raise ValueError(f"it gives {seen} where {(count, classes)} is needed")
     except Exception as error:  # noqa: BLE001 - each architecture says it in its own way
-        h, w = dataset.train.images.shape[-2:]
         words = f"{name} cannot read images of {h}x{w} ({shortened(error)})"
-        raise UserError(f"model: {words}; take another, or another --image_size") from None
+        raise UserError(f"model: {words}; {advice}") from None
 
 
 def _timm_body(name: str) -> tuple[nn.Module, int]:

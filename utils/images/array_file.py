@@ -45,12 +45,18 @@ class ArrayFile(Layout):
             raise
         except Exception as error:  # noqa: BLE001 - zipfile and numpy each raise their own
             raise UserError(f"data: {file} cannot be read ({shortened(error)})") from None
-        seen, fits = as_hwc(pixels), given.dtype.kind in "iu" and given.size == len(pixels)
-        if pixels.dtype != np.uint8 or seen is None or not fits or len(given) != len(pixels):
+        seen = as_hwc(pixels)
+        if pixels.dtype != np.uint8 or seen is None or given.dtype.kind not in "iu":
             raise UserError(
                 f"data: {file}: images must be uint8 (N, H, W, 3) or (N, 3, H, W) and labels "
                 f"integers (N,), not {pixels.dtype} {pixels.shape} and {given.dtype} {given.shape}"
             )
+        if given.size != len(pixels) or len(given) != len(pixels):
+            counts = f"{given.size} labels for {len(pixels)} images"
+            raise UserError(f"data: {file}: {counts}; give one label for each image")
+        if (low := int(given.min(initial=0))) < 0:
+            advice = "number classes from 0, and leave samples without a class out"
+            raise UserError(f"data: {file}: a label is {low}, which is no class; {advice}")
         self.arrays = pixels, given
         self.values, self.labels = numbered(given.reshape(-1))
         self.classes = tuple(map(str, self.values))

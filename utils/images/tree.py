@@ -5,8 +5,10 @@ of). Every file that is not has a reason. Links are followed, each folder once b
 folder; what leads out of the set is a bad image unless links may lead out (`follow_links`).
 """
 
+import functools
 import os
 import stat
+import unicodedata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +128,8 @@ def read_tree(folder: Path, how: ReadConfig, within: Path | None = None, key: st
         key: of the config, in whose name errors are raised.
 
     Raises:
-        UserError: what lies in `folder` are parts of a set, or classes at two levels.
+        UserError: what lies in `folder` are parts of a set, or classes at two levels; or two
+            classes have names that fall together on other file systems.
     """
     walk = _Walk(folder, None if how.follow_links else within or folder)
     holders = {place for _, place in walk.images}
@@ -138,11 +141,29 @@ def read_tree(folder: Path, how: ReadConfig, within: Path | None = None, key: st
         names = {path.partition("/")[0] for path in (*walk.folders, *holders)}
         named = [(path, path.partition("/")[0]) for path, _ in walk.images]
     classes = tuple(sorted(names, key=class_order))
+    _refuse_twins(folder, classes, key)
     label = {name: k for k, name in enumerate(classes)}
     files = [(path, label[name]) for path, name in named]
     files.sort(key=lambda file: (file[1], file[0].split("/")))
     left_out = {reason: sorted(paths) for reason, paths in sorted(walk.others.items())}
     return Tree(folder, classes, files, left_out, walk.count)
+
+
+def _refuse_twins(folder: Path, classes: Iterable[str], key: str) -> None:
+    """UserError where two names are one to a file system that knows no case, or composes letters."""
+    composed = functools.partial(unicodedata.normalize, "NFC")
+    known: dict[str, str] = {}
+    for name in classes:
+        twin = known.setdefault(composed(composed(name).casefold()), name)
+        if twin == name:
+            continue
+        same = composed(twin) == composed(name)
+        how = "how letters are composed (Unicode NFC, NFD)" if same else "case"
+        pair = " and ".join(map(ascii if same else repr, (twin, name)))
+        raise UserError(
+            f"{key}: in {folder} the class folders {pair} differ only in {how}, and fall together "
+            "on other file systems; rename one, or merge them if they are one class"
+        )
 
 
 def is_image(path: Path, within: Path | None = None) -> bool:

@@ -79,16 +79,18 @@ class Record:
                 use, or its config is damaged.
         """
         self.lock = lock.acquire(self.path, self.key)
-        if self._holds_results():
-            self._refuse_other(config, OldKeys(*classes))
+        self.refuse_other(config, *classes)
         mending.mend(self.path, self.key)
         made_with = yaml.safe_dump({"environment": environment()}, sort_keys=False)
         text = yaml.safe_dump(config, sort_keys=False) + "\n# made with\n" + made_with
         with replacing(self / "config.yaml") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def _refuse_other(self, config: dict[str, Any], old_keys: OldKeys) -> None:
-        old = old_keys.in_file(self.config(), of_record=True)
+    def refuse_other(self, config: dict[str, Any], *classes: type) -> None:
+        """Raises UserError where the folder holds results of another config; see `claim`."""
+        if not self._holds_results():
+            return
+        old = OldKeys(*classes).in_file(self.config(), of_record=True)
         passed = RUNTIME_KEYS | ({DATA_KEY} - old.keys())
         differing = [k for k in config if k not in passed and old.get(k) != config[k]]
         if not differing:
