@@ -49,16 +49,17 @@ class DataElixir(DataElixirConfig, Defense):
         from utils.images.data import LabeledImages
 
         config, seed = self.resolved(), self.random_seed
-        with run.record.stage("purify"):
+        with run.record.stage("purify") as notes:
             # Purify, and paste what that took away on images of other classes.
             purified = purify(data, victim, config, run.dataset, run.record)
             # Vote: the victim's label of every image and of each of its intermediaries.
             votes = purified.votes()
             # Accuse: classes whose samples lose their label, or whose residuals impose it.
             found = purified.target_labels(votes, filter_candidates(votes, config.threshold_tau))
+            worth = assess(votes, found, data.labels, purified.level, config, run.dataset.classes)
             # Split: the victim's features tell who of an accused class carries the trigger.
             groups = purified.groups(votes, found)
-            worth = assess(votes, found, data.labels, purified.level, config, run.dataset.classes)
+            notes |= noted(found) | ({} if found.targets else {"skipped": ["stage1", "finetune"]})
         if not found.targets:
             run.keep(victim)
             draft = Draft.unchanged(data, torch.zeros_like(data.labels))
@@ -97,7 +98,7 @@ class DataElixir(DataElixirConfig, Defense):
         from defense.elixir.verdict import filter_candidates, first_verdicts
 
         config, rules = self.resolved(), self.rules
-        with run.record.stage("purify"):
+        with run.record.stage("purify") as notes:
             # Purify: n rounds of noise up to level T and back; the last m states of each are kept.
             purified = purify(data, victim, config, run.dataset, run.record)
             # Vote: the victim's label of every image and of each of its intermediaries.
@@ -106,13 +107,14 @@ class DataElixir(DataElixirConfig, Defense):
             candidates = filter_candidates(votes, config.threshold_tau)
             # Target labels: classes whose moved samples lose their label far more than others' do.
             found = purified.target_labels(votes, candidates)
+            worth = assess(votes, found, data.labels, purified.level, config, run.dataset.classes)
             # Verdicts, under a target label: moved to one label is POISONED, mixed is SUSPICIOUS.
             verdict = first_verdicts(candidates.kind, data.labels, found.is_target)
             # Select: a POISONED image becomes the one that lies farther off than 4 of 5 candidates.
             selector = Selector(purified.store, victim, rules)
             draft = Draft.unchanged(data, verdict, rules.truncate)
             draft = selector.take_poisoned(draft, candidates)
-            worth = assess(votes, found, data.labels, purified.level, config, run.dataset.classes)
+            notes |= noted(found)
         with run.record.stage("stage1"):
             # Stage 1: a fresh model learns everything that is not SUSPICIOUS.
             stage1 = self._train("benign_stage1", draft.rows(~draft.suspicious), config, run)
@@ -155,6 +157,11 @@ class DataElixir(DataElixirConfig, Defense):
 
         if not self.keep_intermediaries and (record / "purify").exists():
             IntermediaryStore(record / "purify").discard()
+
+
+def noted(found):
+    """What is known once the target labels are, for who looks at a run that goes on."""
+    return {"target_labels": list(found.targets), "undecided": list(found.undecided)}
 
 
 def outcome(final, model, stage1, votes, found, store, worth, cause=None):

@@ -62,7 +62,9 @@ def assess(
     for line in findings(votes, found, labels, survived, m, classes):
         log.info(line)
     power = None
-    if not found.targets:
+    if found.targets:
+        log.info(_accused([classes[k] for k in found.targets], config.rules.pastes))
+    else:
         power = detection_power(votes, labels, found, tau, rule, config.random_seed)
         if config.rules.pastes:
             log.info("no backdoor found: no label is changed, and the victim is the benign model")
@@ -151,6 +153,13 @@ def by_discrepancy_alone(found: Discrepancy) -> Tensor:
     speaks = judged.threshold < float("inf") and int(found.inflow.seen.sum()) > FEW
     alone = found.is_target & ~judged.outlies & speaks
     return (alone if found.paste is None else alone & ~found.paste.accused).nonzero().flatten()
+
+
+def _accused(names: Sequence[str], splits: bool) -> str:
+    """The verdict as it stands before single samples are judged."""
+    subject, them = ("class", "it") if len(names) == 1 else ("classes", "them")
+    then = f"splitting {them}" if splits else "judging the samples"
+    return f"{subject} {listed([repr(name) for name in names])} accused, {then}"
 
 
 def _undecided(names: Sequence[str]) -> str:

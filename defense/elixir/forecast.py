@@ -9,7 +9,7 @@ import torch
 from defense.elixir.config import DataElixirConfig
 from defense.elixir.paste import DRAWS, PASTED
 from defense.elixir.purifier import AUTO_TOP, Purifier, open_denoiser, purifier_for
-from defense.elixir.sampling import smallest
+from defense.elixir.sampling import expected_images, smallest
 from utils.classifier.models import build_classifier
 from utils.classifier.networks import Classifier
 from utils.classifier.training import Trainer, predict
@@ -18,6 +18,7 @@ from utils.cost import format_duration
 from utils.devices import pick_device, seconds
 from utils.images.data import Dataset, LabeledImages
 from utils.memory import Halving
+from utils.overall import Stage
 from utils.processes import world_size
 from utils.storage.environment import peak_rss_bytes
 
@@ -58,12 +59,17 @@ def announced_pace(rounds: Any, least: int) -> float:
 
 def purifying_line(data: LabeledImages, config: Any, dataset: Dataset) -> str:
     """What purifying takes; `auto` counts as the highest level that it may find."""
+    return before_purifying(data, config, dataset)[1]
+
+
+def before_purifying(data: LabeledImages, config: Any, dataset: Dataset) -> tuple[float, str]:
+    """Seconds of an image and that line, without a trained victim."""
     denoiser = open_denoiser(config, data.images.shape[-1], dataset.name)
     level = min(AUTO_TOP, denoiser.t_max) if config.steps_T == "auto" else config.steps_T
     config, model = replace(config, steps_T=level), untrained(config, dataset)
     purifier = purifier_for(denoiser, config, 0, 0, model.device, config.amp)
     pastes = isinstance(config, DataElixirConfig) and config.rules.pastes
-    return purifying(purifier, model, data, smallest(data.labels, config), pastes)[1]
+    return purifying(purifier, model, data, smallest(data.labels, config), pastes)
 
 
 def vote_pace(model: Classifier, data: LabeledImages, amp: bool) -> float:
@@ -80,9 +86,38 @@ def untrained(config: Any, dataset: Dataset) -> Classifier:
 
 def training_line(name: str, data: LabeledImages, config: Any, dataset: Dataset, epochs=0) -> str:
     """What training a classifier takes, measured on an epoch of a few images."""
+    epochs = epochs or config.epochs
+    total = format_duration(epoch_seconds(data, config, dataset) * epochs)
+    images, device = f"{epochs} epochs of {len(data):,} images", pick_device(config.device)
+    return f"{name}: {config.model}, {images}, about {total} on {device}"
+
+
+def epoch_seconds(data: LabeledImages, config: Any, dataset: Dataset) -> float:
+    """Seconds of an epoch, measured on one of a few images."""
     model, recipe = untrained(config, dataset), replace(config, frequency_save=0)
     trainer = Trainer(model, recipe, "forecast", dataset.info.flip, together=False)
-    some, epochs = data[:MEASURED].to(model.device), epochs or config.epochs
-    took = seconds(lambda: trainer.one_epoch(some, 0), model.device) / len(some) * len(data)
-    images, total = f"{epochs} epochs of {len(data):,} images", format_duration(took * epochs)
-    return f"{name}: {config.model}, {images}, about {total} on {model.device}"
+    some = data[:MEASURED].to(model.device)
+    return seconds(lambda: trainer.one_epoch(some, 0), model.device) / len(some) * len(data)
+
+
+def planned(data: LabeledImages, config: Any, dataset: Dataset, has_victim: bool) -> list[Stage]:
+    """The stages of a run of DataElixir with `config`, as `Defense` has its keys, and what each may take.
+
+    The last two trainings are needed only where a class is accused, except as published.
+    """
+    epoch, settled = epoch_seconds(data, config, dataset), config.resolved()
+    images, pace = (
+        expected_images(data.labels, settled),
+        before_purifying(data, settled, dataset)[0],
+    )
+    training = lambda name, epochs, optional: Stage(
+        name, "training", epoch * epochs, epochs, optional
+    )
+    rarely = config.rules.pastes
+    return [
+        *([] if has_victim else [training("victim", config.epochs, False)]),
+        Stage("purify", "purify", pace * images, images),
+        training("stage1", config.epochs, rarely),
+        training("finetune", settled.of_fine_tuning.epochs, rarely),
+        Stage("report", "report", 0.0),
+    ]

@@ -20,7 +20,7 @@ from defense.elixir.noise_level import settled_level, warn_if_noise
 from defense.elixir.paste_gap import FEWEST, Obeyed, paste_evidence
 from defense.elixir.purifier import open_denoiser
 from defense.elixir.rounds import PurificationPlan, Rounds
-from defense.elixir.sampling import smallest, stratified, undecided
+from defense.elixir.sampling import expected_images, smallest, stratified, undecided
 from defense.elixir.split import Groups, across, likeness, logit, split_in_two, trusted_half
 from defense.elixir.store import Block, IntermediaryStore
 from defense.elixir.target_label import Discrepancy, target_labels
@@ -51,6 +51,7 @@ class Purification:
         deal: who makes the blocks; by default this process, one after the other.
         pace: seconds that an image takes, as far as known, for the progress bar.
         classes: names of the classes; empty to call them by their numbers.
+        tell: told how many images of how many are purified.
     """
 
     data: LabeledImages
@@ -61,6 +62,7 @@ class Purification:
     deal: Deal | None = None
     pace: float | None = None
     classes: Sequence[str] = ()
+    tell: Callable[[int, int], None] = lambda done, of: None
 
     @property
     def sizes(self) -> Tensor:
@@ -78,8 +80,11 @@ class Purification:
         parts = split_into_blocks(missing, self.rounds.purifier.config.purify_batch_size)
         name += f", about {format_duration(self.pace * len(missing))}" if self.pace else ""
         blocks = self.deal(parts) if self.deal else map(self.rounds, parts)
+        done = len(wanted) - len(missing)
         for block in tqdm(blocks, name, len(parts), unit="block", leave=False, disable=None):
             self.store.write(block)
+            done += len(block.index)
+            self.tell(done, len(wanted))
 
     def votes(self) -> Tensor:
         """int64 (N, 1+nm), the victim's labels; UNKNOWN where a sample was not purified."""
@@ -223,15 +228,14 @@ def purify(
     level = settled_level(config, denoiser, data, victim, dataset.num_classes, store.folder)
     if unfinished:
         warn_if_noise(denoiser, data.images, level, config.random_seed, victim.device)
-    least = smallest(data.labels, config)
-    # About how many images will be purified: the sample, and one class if it is a target label.
-    expected = min(len(data), least + len(data) // len(data.labels.unique()))
+    least, expected = smallest(data.labels, config), expected_images(data.labels, config)
     at_level = replace(config, steps_T=level)
     with workers_for(PurificationPlan(data, victim, denoiser, at_level, expected)) as workers:
         pace = announced_pace(workers.work, least) if unfinished else None
         rule, k = config.rules.target, dataset.num_classes
         deal, names = workers.blocks, dataset.classes
-        purification = Purification(data, workers.work, store, rule, k, deal, pace, names)
+        tell = lambda done, of: record.advance(done, max(of, expected))
+        purification = Purification(data, workers.work, store, rule, k, deal, pace, names, tell)
         if config.target_first:
             purification.targets_first(SAMPLE_FIRST, SAMPLE_ERROR)
         else:

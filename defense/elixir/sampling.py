@@ -33,6 +33,11 @@ def smallest(labels: Tensor, config: PurifyConfig) -> int:
     return int(labels.bincount().clamp(max=SAMPLE_FIRST).sum())
 
 
+def expected_images(labels: Tensor, config: PurifyConfig) -> int:
+    """About how many will be purified: the sample, and one class if it is a target label."""
+    return min(len(labels), smallest(labels, config) + len(labels) // len(labels.unique()))
+
+
 def stratified(labels: Tensor, sizes: Tensor, seed: int) -> Tensor:
     """Sorted indices of the first `sizes[c]` samples of every class c, in a random order.
 

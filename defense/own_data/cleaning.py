@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from defense.elixir.config import DataElixirConfig
-from defense.elixir.forecast import training_line
+from defense.elixir.forecast import planned, training_line
 from defense.harness.defense import Defense
 from defense.harness.defense_run import DefenseRun
 from defense.harness.evidence import write_arrays, write_evidence
@@ -34,8 +34,10 @@ from defense.own_data.in_memory import as_labeled, class_names, names_in
 from defense.own_data.oddities import copies
 from defense.own_data.output_folder import SUMMARY, OutputFolder, carry_out, differing
 from defense.own_data.summary import findings, summarise
+from defense.own_data.under_way import WatchedFolder
 from utils.classifier.models import build_classifier, load_weights, trained
 from utils.classifier.networks import Classifier
+from utils.classifier.training import Observer
 from utils.config import UserError, as_flat_dict, resolve_path
 from utils.devices import pick_device
 from utils.images.data import DATASETS, Dataset, LabeledImages
@@ -103,15 +105,21 @@ class Cleaning:
         known = {DATA_KEY: of_tensors(data.images, data.labels), VICTIM_KEY: victim}
         folder.claim(as_flat_dict(self.defense) | told | known, type(self.defense))
 
-    def analyse(self, folder: OutputFolder, paths: Sequence[str] = ()) -> Result:
-        """Run the defence; write decisions.csv, with the samples' `paths`, and the page's data."""
+    def analyse(
+        self, folder: OutputFolder, paths: Sequence[str] = (), observer: Observer | None = None
+    ) -> Result:
+        """Run the defence; write decisions.csv, with the samples' `paths`, and the page's data.
+
+        `observer` is told of every epoch.
+        """
         data, dataset, config = self.data, self.dataset, self.config
         save_arrays(folder / "poisoned.npz", images=data.images, labels=data.labels)
         victim, device = self.victim, pick_device(config.device)
         if victim is None:
             with folder.stage("victim"):
-                victim = trained("victim", data, config, dataset, device, folder.path)
-        result = self.defense.defend(data, victim, DefenseRun(config, dataset, folder, device))
+                victim = trained("victim", data, config, dataset, device, folder.path, observer)
+        run = DefenseRun(config, dataset, folder, device, observer)
+        result = self.defense.defend(data, victim, run)
         with folder.stage("report") as found:
             steps = config.last_steps_m
             write_arrays(result, folder)
@@ -201,7 +209,7 @@ def tell_given(given: Given) -> None:
 
 def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
     """Analyse what is not analysed yet, carry the action out, and write summary and page."""
-    folder, data = OutputFolder(Path(os.path.expanduser(order.out))), cleaning.data
+    folder, data = WatchedFolder(Path(os.path.expanduser(order.out))), cleaning.data
     place = {"data": printable(str(given.path)), "victim": order.victim, "resize": order.resize}
     cleaning.claim(folder, place)
     start_logging(folder / "log.txt")
@@ -210,7 +218,10 @@ def write_all(order: CleanConfig, given: Given, cleaning: Cleaning) -> None:
         log.info("analysed before: nothing to compute")
     else:
         folder.forget()
-        cleaning.analyse(folder, given.layout.paths)
+        dataset, has_victim = cleaning.dataset, cleaning.victim is not None
+        stages = planned(data, cleaning.config, dataset, has_victim)
+        folder.watch(stages, len(data), dataset.classes)
+        cleaning.analyse(folder, given.layout.paths, folder.observe)
     held = carry_out(order.action, folder, given.layout, data.labels)
     side, seed = data.images.shape[-1], cleaning.defense.random_seed
     summary = summarise(given, data.labels, folder, order.action, held, side, seed)

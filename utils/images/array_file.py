@@ -51,7 +51,7 @@ class ArrayFile(Layout):
                 f"data: {file}: images must be uint8 (N, H, W, 3) or (N, 3, H, W) and labels "
                 f"integers (N,), not {pixels.dtype} {pixels.shape} and {given.dtype} {given.shape}"
             )
-        if given.size != len(pixels) or len(given) != len(pixels):
+        if given.size != len(pixels) or given.shape[:1] != (len(pixels),):
             counts = f"{given.size} labels for {len(pixels)} images"
             raise UserError(f"data: {file}: {counts}; give one label for each image")
         if (low := int(given.min(initial=0))) < 0:

@@ -6,6 +6,7 @@ to be missing.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,24 @@ def write_page(folder: Path) -> Path:
     return render(folder / PAGE, page=content(Source(folder)))
 
 
+def write_unfinished(
+    folder: Path, title: str, line: str, stages: list[tuple[str, str]], known: list[str]
+) -> Path:
+    """Make report.html of a run that is under way, which says so, and return where it is.
+
+    Args:
+        title: of the page.
+        line: which stage of how many, and the time left.
+        stages: each with its state, in words.
+        known: sentences.
+    """
+    told = {"title": title, "line": line, "stages": stages, "known": known}
+    return render(folder / PAGE, unfinished=told | {"time": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+
 def render(path: Path, **values: Any) -> Path:
-    """Write the template, filled with a `page` (`content`) or a `table` (benchmarks)."""
+    """Write the template, filled with a `page` (`content`), what is `unfinished`, or a `table`
+    (benchmarks)."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

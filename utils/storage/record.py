@@ -153,6 +153,9 @@ class Record:
         mending.end(self.path, name)
         (self / f".{name}.partial").unlink(missing_ok=True)
 
+    def advance(self, done: int, of: int) -> None:
+        """Told that `done` of about `of` steps of the stage under way are done; for who counts."""
+
     def _partial_seconds(self, name: str) -> float:
         """Seconds that interrupted tries at a stage took before."""
         try:
