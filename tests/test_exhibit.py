@@ -8,7 +8,7 @@ import torch
 
 from defense.elixir.exhibit import SHOWN
 from tests.cleaning import CONFIG, POISONED, TRUTH, purify
-from tests.toys import CORNER
+from tests.toys import CORNER, toy_dataset
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_classes_json_says_which_measure_accuses(seen):
 
 
 def test_a_set_without_an_accusation_keeps_none(toy, tmp_path):
-    clean = POISONED[~TRUTH.poison]
+    clean = toy_dataset(per_class=20).train
     cleaned = purify.clean(clean.images, clean.labels, config=CONFIG, folder=tmp_path / "run")
     assert cleaned.result.exhibit is None
     assert not (tmp_path / "run" / "cause.npz").exists()

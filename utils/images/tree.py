@@ -149,7 +149,7 @@ def read_tree(folder: Path, how: ReadConfig, within: Path | None = None, key: st
     return Tree(folder, classes, files, left_out, walk.count)
 
 
-def _refuse_twins(folder: Path, classes: Iterable[str], key: str) -> None:
+def _refuse_twins(folder: Path, classes: tuple[str, ...], key: str) -> None:
     """UserError where two names are one to a file system that knows no case, or composes letters."""
     composed = functools.partial(unicodedata.normalize, "NFC")
     known: dict[str, str] = {}
