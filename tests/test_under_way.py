@@ -85,7 +85,7 @@ def test_the_page_is_a_verdict_only_once_the_run_is_finished(killed, tmp_path):
     assert 'http-equiv="refresh"' not in page
 
 
-def test_a_finished_page_is_made_once_and_stays(finished, monkeypatch):
+def test_a_finished_run_that_is_asked_again_keeps_its_page(finished, monkeypatch):
     data, out = finished
     before = (out / PAGE).read_text(encoding="utf-8")
     monkeypatch.setattr(WatchedFolder, "_write_page", None)
@@ -100,7 +100,7 @@ def test_the_page_of_a_stage_names_it_and_is_written_again_with_every_line(tmp_p
     )
     with folder.stage("victim"):
         first = (tmp_path / PAGE).read_text(encoding="utf-8")
-        assert "stage 1 of 2 (victim), about 60 s left" in first
+        assert re.search(r"stage 1 of 2 \(victim\), about \d+ s left", first)
         assert "<td>under way</td>" in first
         (tmp_path / PAGE).unlink()
         folder.overall.said = -1e9
