@@ -136,6 +136,8 @@ def verdict_notes(
         said[_destroyed(survived[0], level)] = logging.WARNING
     if found.undecided:
         said[_undecided([classes[k] for k in found.undecided])] = logging.WARNING
+    if doubtful := found.unconfirmed.nonzero().flatten().tolist():
+        said[_unconfirmed([classes[k] for k in doubtful])] = logging.WARNING
     if alone := by_discrepancy_alone(found).tolist():
         said[_alone([classes[k] for k in alone], survived[-1])] = logging.WARNING
     for sentence, grave in said.items():
@@ -168,6 +170,15 @@ def _undecided(names: Sequence[str]) -> str:
     return (
         f"Undecided: {subject} {listed(names)} {have} fewer than {FEWEST} samples, too few to tell "
         "poisoned ones from clean ones. Such a class is neither accused nor changed."
+    )
+
+
+def _unconfirmed(names: Sequence[str]) -> str:
+    subject = f"Classes {', '.join(names)} stand" if len(names) > 1 else f"Class {names[0]} stands"
+    return (
+        f"{subject} out by the votes, but pasting does not confirm it and few samples moved there: "
+        "not accused. It may be clean images that look alike to the classifier once they are "
+        "purified, or a backdoor of few samples that nothing can be pasted of."
     )
 
 

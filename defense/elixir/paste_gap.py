@@ -36,6 +36,8 @@ GROUP = 5  # samples of a group at least
 PATTERN_OF = 10  # residuals that a pattern is the mean of, at least
 PATTERN = 0.3  # rate that the pattern of an accused class exceeds; clean classes stay below
 GAP, ERRORS = 0.3, 3.0  # bound that a gap exceeds by so many standard errors
+TELLS = 0.05  # gap less its errors, from which on paste rates tell the groups of a class apart
+CONFIRMS = 0.2  # rate that the pattern of a class exceeds which the votes accuse
 COMMON = 0.2  # rise that the common pattern causes on images of one class; clean sets stay below
 PAIR = 0.7  # rate that the pattern of a pair exceeds; that of classes which look alike stays below
 STRENGTH = 2.0  # of the common pattern; many samples that the votes move carry nothing
@@ -114,6 +116,11 @@ class PasteEvidence:
         """int64 (K,): the class that obeys where not all do; -1 where there is none such."""
         common = self.common_source.where(self.by_common, -1)
         return self.pair_source.where(self.by_pair, common).where(~self.by_own, -1)
+
+    @property
+    def confirms(self) -> Tensor:
+        """bool (K,): classes that pasting speaks against, if others do so too."""
+        return self.accused | (self.sure_gap > TELLS) | (self.pattern > CONFIRMS)
 
     @property
     def unsure(self) -> Tensor:

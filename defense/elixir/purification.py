@@ -17,7 +17,7 @@ from tqdm import tqdm
 from defense.elixir.config import SAMPLE_ERROR, SAMPLE_FIRST, DataElixirConfig, TargetRule
 from defense.elixir.forecast import announced_pace
 from defense.elixir.noise_level import settled_level, warn_if_noise
-from defense.elixir.paste_gap import FEWEST, Obeyed, paste_evidence
+from defense.elixir.paste_gap import FEWEST, TELLS, Obeyed, paste_evidence
 from defense.elixir.purifier import open_denoiser
 from defense.elixir.rounds import PurificationPlan, Rounds
 from defense.elixir.sampling import expected_images, smallest, stratified, undecided
@@ -34,7 +34,6 @@ from utils.storage.record import Record
 from utils.words import listed
 
 log = logging.getLogger("dataelixir")
-TELLS = 0.05  # gap less its errors, from which on paste rates tell the groups of a class apart
 Deal = Callable[[Sequence[Tensor]], Iterable[Block]]  # index tensors -> their blocks, in this order
 
 

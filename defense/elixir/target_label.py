@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from defense.elixir.config import TargetRule
-from defense.elixir.inflow import Inflow, LabelFlow, inflow_scores
+from defense.elixir.inflow import FEW, Inflow, LabelFlow, inflow_scores
 from defense.elixir.outliers import Scores, robust_scores
 from defense.elixir.paste_gap import PasteEvidence
 from defense.elixir.verdict import Candidates, Kind
+
+DRIFT = 0.02  # share of the other classes taken in, above which no clean class came
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,28 @@ class Discrepancy:
 
     @property
     def is_target(self) -> Tensor:
-        """bool (K,): whether a class is a detected target label, by any of the measures."""
-        found = self.judged.outlies
+        """bool (K,): whether a class is a detected target label, by any of the measures.
+
+        Where something was pasted, the votes alone accuse no class (see `unconfirmed`).
+        """
+        found = self.judged.outlies & ~self.unconfirmed
         found = found if self.paste is None else found | self.paste.accused
         return found if self.too_small is None else found & ~self.too_small
+
+    @property
+    def unconfirmed(self) -> Tensor:
+        """bool (K,): classes that stand out by the votes alone, which is not enough (ours).
+
+        Clean classes that look alike to the classifier drift into one another, so votes are to be
+        confirmed: by pasting, at a lower bound than where it accuses by itself, or by an inflow
+        larger than any drift that was seen. Votes need no confirmation where nothing was pasted,
+        or where there are too few classes for the inflow to speak.
+        """
+        speaks = self.judged.inflow.threshold < float("inf") and int(self.inflow.seen.sum()) > FEW
+        if self.paste is None or not speaks:
+            return torch.zeros_like(self.judged.outlies)
+        confirmed = self.paste.confirms | (self.inflow.share > DRIFT)
+        return self.judged.outlies & ~confirmed & ~self.paste.accused
 
     @property
     def targets(self) -> tuple[int, ...]:
