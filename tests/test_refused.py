@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from attack.badnet import BadNet
+from attack.poisoning.command import main as attack_with
 from defense import purify
 from defense.elixir import purifier
 from defense.elixir.paste_gap import FEWEST
@@ -16,6 +18,7 @@ from tests.cleaning import CONFIG, KEYS, POISONED, contents, refused
 from tests.toys import SIDE, FlatDenoiser, toy_dataset
 from utils.config import UserError
 from utils.images.array_file import ArrayFile
+from utils.storage import record
 from utils.storage.record import save_arrays
 
 
@@ -181,3 +184,23 @@ def test_a_finished_run_of_other_keys_is_left_byte_for_byte(finished, tmp_path, 
     with pytest.raises(UserError, match="the largest class has"):
         purify.clean(POISONED.images[1::2], POISONED.labels[1::2], config=CONFIG, folder=out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--device", "gpu"], "device: 'gpu' cannot be used"),
+        (
+            ["--model", "vit_tiny_patch16_224"],
+            "model: vit_tiny_patch16_224 cannot read images of 32",
+        ),
+    ],
+)
+def test_an_attack_is_refused_before_there_is_a_record(tmp_path, monkeypatch, capsys, words, told):
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    config = ["--yaml_path", "../config/badnet/digits.yaml", "--save_folder_name", "x"]
+    with pytest.raises(SystemExit) as stopped:
+        attack_with(BadNet, [*config, *words])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+    assert not list(tmp_path.iterdir())
