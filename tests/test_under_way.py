@@ -145,6 +145,6 @@ def test_a_run_that_goes_on_and_one_with_a_victim_plan_what_is_left(killed, tmp_
     log = (out / "log.txt").read_text(encoding="utf-8")
     assert log.count("stage 1 of 5 (victim)") == 1
     assert "stage 3 of 5 (stage1)" in log
-    assert "Accused" not in (out / PAGE).read_text(encoding="utf-8")
+    assert "Accused so far" not in (out / PAGE).read_text(encoding="utf-8")
     config = find_defense("dataelixir")(**CHOSEN)
     assert cleaning.planned(POISONED, config, toy_dataset(), True)[0].name == "purify"
