@@ -76,7 +76,8 @@ class DataElixir(DataElixirConfig, Defense):
         with run.record.stage("finetune"):
             # Settle: it reads the accused classes' images; what it is sure of joins.
             reading = read_accused(stage1, *read, data.labels[learned])
-            taught = reading.sure(TEACHES) & ~((reading.labels == data.labels) & groups.carriers)
+            kept = (reading.labels == data.labels) & groups.carriers
+            taught = reading.sure(TEACHES) & ~kept & ~measured
             labels = data.labels.where(learned, reading.labels)
             joined = LabeledImages(data.images, labels)[learned | taught]
             # Fine-tune: on all of that it becomes the benign model, and settles them for good.

@@ -76,12 +76,26 @@ def pasting(rate, pattern, gap, error):
 
 def test_a_class_that_pasting_accuses_does_not_stand_out_by_the_discrepancy_alone():
     """Whether the votes accuse it as well, as class 5, or not, as class 7, whose labels are clean."""
-    nothing, pattern = torch.zeros(10), torch.zeros(10)
-    pattern[[5, 7]] = 0.9
-    said = replace(found(drift=[2, 5]), paste=pasting(nothing, pattern, nothing, nothing))
+    nothing, pattern, gap = torch.zeros(10), torch.zeros(10), torch.zeros(10)
+    pattern[[5, 7]], gap[2] = 0.9, 0.1
+    said = replace(found(drift=[2, 5]), paste=pasting(nothing, pattern, gap, nothing))
     assert said.targets == (2, 5, 7)
     assert by_discrepancy_alone(said).tolist() == [2]
-    assert notes(said)[0].startswith("Class sign 2 stands out")
+    assert notes(said)[0].startswith("Class sign 2 stands out by the discrepancy alone")
+
+
+def test_votes_that_nothing_confirms_are_told_and_accuse_nobody():
+    """Where clean classes drift; not where a class takes in more than any drift."""
+    nothing = torch.zeros(10)
+    said = replace(found(drift=[2, 5]), paste=pasting(*[nothing] * 4))
+    assert said.targets == ()
+    assert said.unconfirmed.nonzero().flatten().tolist() == [2, 5]
+    assert notes(said)[0].startswith("Classes sign 2, sign 5 stand out by the votes, but")
+    taken_in = replace(found(backdoor=[3]), paste=pasting(*[nothing] * 4))
+    assert taken_in.targets == (3,)
+    assert notes(taken_in) == ()
+    few = replace(found(4, drift=[1], rule=TargetRule()), paste=pasting(*[torch.zeros(4)] * 4))
+    assert 1 in few.targets
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.6, False), (5 / 9, True)])

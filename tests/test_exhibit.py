@@ -55,7 +55,8 @@ def test_pasted_images_are_of_other_classes_and_read_before_and_after(seen):
     added = image + kept["means"][0, 1]
     assert torch.equal(mean, added.clamp(0, 255).round().to(torch.uint8))
     assert torch.equal(kept["read"][:, 0], POISONED.labels[kept["onto"]])
-    assert (kept["read"][:, 1:] == 0).all()
+    assert (kept["read"][:, 2] == 0).all()
+    assert (kept["read"][:, 1] == 0).sum() > SHOWN / 2  # single carriers may leave little behind
 
 
 def test_it_is_keyed(seen):

@@ -256,7 +256,7 @@ def test_arrays_that_were_not_found_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=told):
         open_layout(tmp_path / "a.npz", Keys("val"))
     np.savez(tmp_path / "b.npz", images=PIXELS, labels=np.zeros((N, 14), int))
-    with pytest.raises(UserError, match=r"labels integers \(N,\), not .* \(6, 14\)"):
+    with pytest.raises(UserError, match="84 labels for 6 images; give one label for each"):
         open_layout(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", images=PIXELS, labels=np.array([object()] * N))
     with pytest.raises(UserError, match="c.npz cannot be read .Object arrays cannot be loaded"):

@@ -8,11 +8,12 @@ from torch import nn
 
 from defense.own_data import cleaning
 from defense.own_data.oddities import copies, unread
-from tests.cleaning import DATASET, run
-from tests.toys import LEVELS, PatchReader, flat_images
+from tests.cleaning import refused, run
+from tests.toys import LEVELS, PatchReader, flat_images, toy_dataset
 from utils.images.data import LabeledImages
 
-CLEAN = DATASET.train
+EACH = 24  # images of a class, enough to judge it
+CLEAN = toy_dataset(per_class=EACH).train
 
 
 def named(count):
@@ -29,21 +30,22 @@ def labelled(data, labels):
     return LabeledImages(data.images, labels)
 
 
+MANY = torch.arange(223).sub(EACH - 1).clamp(min=0)  # the first class has 24 images, each other one
 SETS = {
-    "two hundred classes of one": (
-        labelled(CLEAN[torch.arange(200) % len(CLEAN)], torch.arange(200)),
-        ["Undecided: classes grey0, ", " more have fewer than 20 samples", "Little can be judged"],
+    "two hundred classes of one beside one of many": (
+        labelled(CLEAN[torch.arange(223) % 120 // 5 * 5 % 120], MANY),
+        ["Undecided: classes grey1, ", " more have fewer than 20 samples", "Little can be judged"],
     ),
     "two classes": (CLEAN[CLEAN.labels < 2], ["fewer than three classes have samples"]),
     "a class of one": (joined(CLEAN[CLEAN.labels < 2], CLEAN[CLEAN.labels == 2][:1]), ["Undecided"]),
     "every image twice": (joined(CLEAN, CLEAN), ["different pictures: most are copies"]),
     "every image in two classes": (
         joined(CLEAN, labelled(CLEAN, (CLEAN.labels + 1) % 5)),
-        ["are in more than one class under 80 names", "Little can be judged"],
+        ["are in more than one class under 240 names", "Little can be judged"],
     ),
     "images that are all alike": (
-        LabeledImages(flat_images(torch.ones(40, dtype=torch.int64)), CLEAN.labels),
-        ["The 40 images are 1 different pictures", "Little can be judged", "reads only 20%"],
+        LabeledImages(flat_images(torch.ones(5 * EACH, dtype=torch.int64)), CLEAN.labels),
+        ["The 120 images are 1 different pictures", "Little can be judged", "reads only 20%"],
     ),
 }  # fmt: skip
 
@@ -67,6 +69,13 @@ def test_every_set_ends_in_an_answer(toy, tmp_path, kind, monkeypatch):
     assert summary["status"] == "no-backdoor-found"
     assert summary["files"] == {"found": len(data), "analysed": len(data), "left_out": {}}
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["notes"] == summary["notes"]
+
+
+def test_where_no_class_can_be_judged_nothing_is_begun(toy, tmp_path, capsys):
+    data = labelled(CLEAN[torch.arange(100)], torch.arange(100))
+    told = refused(capsys, "--data", toy(data), "--out", tmp_path / "out")
+    assert "100 images, and the largest class has 1" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_copies_are_counted_by_hand():

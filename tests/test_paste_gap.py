@@ -306,9 +306,10 @@ def test_a_pair_of_a_handful_is_not_asked():
 
 
 def discrepancy(outlies, paste, too_small):
-    """A verdict of four classes, as far as `is_target` looks."""
-    judged = SimpleNamespace(outlies=torch.tensor(outlies))
-    return Discrepancy(None, None, None, None, judged, paste, too_small)
+    """A verdict of four classes, as far as `is_target` looks; too few for the inflow to speak."""
+    judged = SimpleNamespace(outlies=torch.tensor(outlies), inflow=SimpleNamespace(threshold=1.0))
+    inflow = SimpleNamespace(seen=torch.ones(4) > 0)
+    return Discrepancy(None, None, None, inflow, judged, paste, too_small)
 
 
 def test_a_target_label_is_accused_by_any_measure_unless_its_class_is_too_small():
