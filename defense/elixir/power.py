@@ -3,8 +3,8 @@
 Poison is planted among the votes. The purified images of a poisoned sample whose trigger is lost
 are those of an image of its true class, so samples of other classes, with the votes that they have,
 are put into a class in place of its own, as many as a backdoor of that size would make, and the
-rule is asked whether it flags the class. A trigger that survives purification in part is found less
-often than that: the shares are upper bounds.
+rule is asked whether it flags the class. A trigger that survives purification in part, or that
+pasting does not confirm, is found less often than that: the shares are upper bounds.
 """
 
 import torch
@@ -129,8 +129,8 @@ def in_words(power: dict[str, float], classes: int = COMPARABLE) -> str:
     cases = (f"in {found:.2f} of cases for {float(size):.0%}" for size, found in power.items())
     told = ", ".join(f"{case} of the set" for case in cases)
     said = (
-        "Had poison been planted whose trigger purification takes away, its class would have been "
-        f"found {told}."
+        "Had poison been planted whose trigger purification takes away and, pasted, imposes the "
+        f"label, its class would have been found {told}."
     )
     if not says_little(power):
         return said
