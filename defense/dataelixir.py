@@ -89,7 +89,7 @@ class DataElixir(DataElixirConfig, Defense):
             draft = Selector(purified.store, victim, self.rules).take_as_read(draft, benign)
         cause = Cause(purified.store.pasted(len(data)), groups.carrier, reading.confidence)
         result = outcome(draft, benign, stage1, votes, found, purified.store, worth, cause)
-        return replace(result, exhibit=exhibit(purified, votes, groups, obeyed))
+        return replace(result, exhibit=exhibit(purified, votes, groups, found))
 
     def by_votes(self, data, victim, run):
         """As published, in the paper's order."""

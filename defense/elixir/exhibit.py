@@ -16,6 +16,7 @@ from defense.elixir.paste import pasted
 from defense.elixir.paste_gap import Obeyed
 from defense.elixir.purification import Purification
 from defense.elixir.split import CLEAN, Groups
+from defense.elixir.target_label import Discrepancy
 from defense.elixir.verdict import share_moved
 from utils.classifier.training import predict
 from utils.randomness import keyed_generator
@@ -59,18 +60,17 @@ class Exhibit:
     read: Tensor
 
 
-def exhibit(purified: Purification, votes: Tensor, groups: Groups, obeyed: Obeyed) -> Exhibit:
-    """What shows the cause, of a purification that has pasted; votes int64 (N, 1+nm).
-
-    `obeyed` tells how far the victim obeys a pattern as a label.
-    """
+def exhibit(purified: Purification, votes: Tensor, groups: Groups, found: Discrepancy) -> Exhibit:
+    """What shows the cause, of a purification that has pasted; votes int64 (N, 1+nm)."""
     data, index = purified.data, groups.accused.nonzero().flatten()
     given, group = data.labels[index], torch.ones_like(index)
     group[groups.carrier[index] < CLEAN], group[groups.carriers[index]] = 0, 2
     labels = given.unique()
     _, residuals = purified.store.residuals(index)
-    means, shares = _patterns(obeyed, residuals, given, group, labels)
-    rows, onto = _drawn(purified, given, group, purified.store.pasted(len(data))[index])
+    assert found.paste
+    means, shares = _patterns(purified.obedience(found), residuals, given, group, labels)
+    rates, source = purified.store.pasted(len(data))[index], found.paste.source.tolist()
+    rows, onto = _drawn(purified, given, group, rates, source)
     place, own = torch.searchsorted(labels, given[rows]), residuals[rows]
     added = torch.stack([torch.zeros_like(own), own, means[place, 1].nan_to_num()], 1)
     images = pasted(data.images[onto][:, None], added)
@@ -97,12 +97,13 @@ def _patterns(
 
 
 def _drawn(
-    purified: Purification, given: Tensor, group: Tensor, rates: Tensor
+    purified: Purification, given: Tensor, group: Tensor, rates: Tensor, source: list[int]
 ) -> tuple[Tensor, Tensor]:
     """SHOWN pastings of each class: rows (E,) of the S samples, and whose images (E,) they go on.
 
     The carriers are evenly spread from the highest paste rate to the lowest; where there are none,
-    so are all samples of the class. `given`, `group` and `rates` are (S,).
+    so are all samples of the class. The images are of any other class, or of the one that obeys
+    where `source`, of K classes, names it. `given`, `group` and `rates` are (S,).
     """
     paster = purified.rounds.paster
     assert paster
@@ -111,7 +112,8 @@ def _drawn(
         rows = ((given == k) & (group == 2)).nonzero().flatten()
         rows = rows if len(rows) else (given == k).nonzero().flatten()
         order = rows[rates[rows].nan_to_num(-1).argsort(descending=True, stable=True)]
-        others = paster.bank[purified.data.labels[paster.bank] != k]
+        of_bank = purified.data.labels[paster.bank]
+        others = paster.bank[of_bank == source[k] if source[k] >= 0 else of_bank != k]
         mixed = torch.randperm(len(others), generator=keyed_generator(paster.seed, "exhibit", k))
         count = min(SHOWN, len(others))
         carriers.append(order[torch.linspace(0, len(order) - 1, count).long()])

@@ -71,7 +71,7 @@ def open_given(text: str, keys: Keys = Keys(), how: ReadConfig | None = None) ->
     places = [*candidate_paths(text), RECORDS / text]
     path = next((place.resolve() for place in places if place.exists()), None)
     if path is None:
-        raise UserError("data: nothing found at " + " or ".join(map(str, places)))
+        raise UserError("data: nothing found at " + " or ".join(dict.fromkeys(map(str, places))))
     records, array_file = RECORDS.resolve(), path / "poisoned.npz"
     is_record = array_file.exists() and (path / "config.yaml").exists()
     if is_record and path.is_relative_to(records):
