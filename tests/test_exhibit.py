@@ -1,12 +1,13 @@
 """What is shown of the cause of a toy whose trigger is a white corner, and who says so."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from defense.elixir.exhibit import SHOWN
+from defense.elixir.exhibit import SHOWN, _drawn
 from tests.cleaning import CONFIG, POISONED, TRUTH, purify
 from tests.toys import CORNER, toy_dataset
 
@@ -84,3 +85,16 @@ def test_a_set_without_an_accusation_keeps_none(toy, tmp_path):
     assert np.isfinite(cleaned.decisions["paste_rate"]).all()
     assert np.isnan(cleaned.decisions["carrier"]).all()
     assert set(cleaned.decisions["kept"]) == {1}
+
+
+def test_where_one_class_obeys_the_images_shown_are_its_own():
+    labels = POISONED.labels
+    paster = SimpleNamespace(bank=torch.arange(len(labels)), seed=0)
+    purified = SimpleNamespace(rounds=SimpleNamespace(paster=paster), data=POISONED)
+    group, rates = torch.full_like(labels, 2), torch.linspace(0, 1, len(labels))
+    carriers, onto = _drawn(purified, labels, group, rates, [3, -1, 0, -1, -1])
+    for k, source in enumerate([3, None, 0, None, None]):
+        shown = labels[onto[labels[carriers] == k]]
+        usable = labels != k if source is None else labels == source
+        assert len(shown) == min(SHOWN, int(usable.sum()))
+        assert (shown != k).all() if source is None else (shown == source).all()
