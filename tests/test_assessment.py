@@ -77,7 +77,7 @@ def pasting(rate, pattern, gap, error):
 def test_a_class_that_pasting_accuses_does_not_stand_out_by_the_discrepancy_alone():
     """Whether the votes accuse it as well, as class 5, or not, as class 7, whose labels are clean."""
     nothing, pattern, gap = torch.zeros(10), torch.zeros(10), torch.zeros(10)
-    pattern[[5, 7]], gap[2] = 0.9, 0.1
+    pattern[[5, 7]], gap[2] = 0.9, 0.25
     said = replace(found(drift=[2, 5]), paste=pasting(nothing, pattern, gap, nothing))
     assert said.targets == (2, 5, 7)
     assert by_discrepancy_alone(said).tolist() == [2]

@@ -37,7 +37,7 @@ PATTERN_OF = 10  # residuals that a pattern is the mean of, at least
 PATTERN = 0.3  # rate that the pattern of an accused class exceeds; clean classes stay below
 GAP, ERRORS = 0.3, 3.0  # bound that a gap exceeds by so many standard errors
 TELLS = 0.05  # gap less its errors, from which on paste rates tell the groups of a class apart
-CONFIRMS = 0.2  # rate that the pattern of a class exceeds which the votes accuse
+CONFIRMS = 0.2  # bound of pattern and gap in a class that the votes accuse
 COMMON = 0.2  # rise that the common pattern causes on images of one class; clean sets stay below
 PAIR = 0.7  # rate that the pattern of a pair exceeds; that of classes which look alike stays below
 STRENGTH = 2.0  # of the common pattern; many samples that the votes move carry nothing
@@ -120,7 +120,7 @@ class PasteEvidence:
     @property
     def confirms(self) -> Tensor:
         """bool (K,): classes that pasting speaks against, if others do so too."""
-        return self.accused | (self.sure_gap > TELLS) | (self.pattern > CONFIRMS)
+        return self.accused | (self.sure_gap > CONFIRMS) | (self.pattern > CONFIRMS)
 
     @property
     def unsure(self) -> Tensor:

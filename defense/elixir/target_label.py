@@ -95,7 +95,8 @@ class Discrepancy:
         speaks = self.judged.inflow.threshold < float("inf") and int(self.inflow.seen.sum()) > FEW
         if self.paste is None or not speaks:
             return torch.zeros_like(self.judged.outlies)
-        confirmed = self.paste.confirms | (self.inflow.share > DRIFT)
+        large = self.judged.inflow.outlies & (self.inflow.share > DRIFT)
+        confirmed = self.paste.confirms | large
         return self.judged.outlies & ~confirmed & ~self.paste.accused
 
     @property
