@@ -593,3 +593,14 @@ def test_a_poisoned_set_with_a_table_comes_back_clean_and_says_what_it_could_not
     assert "lie in each other" in refused(
         capsys, "--data", root / "set.csv", "--out", inside, *KEYS, "--label_column", "dx"
     )
+
+
+def test_a_table_about_other_files_does_not_hide_which_folder_to_give(tmp_path):
+    """The root of GTSRB: GT-final_test.csv beside GTSRB/Training/ and GTSRB/Final_Test/."""
+    for part in ("Training/00000", "Training/00001", "Final_Test/Images"):
+        place = tmp_path / "GTSRB" / part
+        place.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(place / "0.ppm")
+    (tmp_path / "GT-final_test.csv").write_text("Filename;ClassId\n7.ppm;0\n8.ppm;1\n")
+    with pytest.raises(UserError, match="one folder of folders, GTSRB/.*; give .*GTSRB/Training"):
+        open_layout(tmp_path)

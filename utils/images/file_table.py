@@ -37,6 +37,10 @@ def find_table(folder: Path, split: str) -> Path | None:
     return next(iter(named or tables), None)
 
 
+class NoFiles(UserError):
+    """None of the files that a table names is there."""
+
+
 class FileTable(EncodedImages):
     """Image files, and a table beside or above them with a row for each.
 
@@ -124,7 +128,8 @@ class FileTable(EncodedImages):
         missing = [cell for cell, name in zip(cells, found[best]) if not name]
         told = f"{len(missing):,} of {len(cells):,} files that are not there, the first is"
         advice = f"expected it in {self.folder / best}"
-        raise UserError(f"data: {self.table} names {told} {missing[0]!r}; {advice}")
+        kind = NoFiles if len(missing) == len(cells) else UserError
+        raise kind(f"data: {self.table} names {told} {missing[0]!r}; {advice}")
 
     def _refuse_odd(self, files: Sequence[str]) -> None:
         seen: set[str] = set()

@@ -20,7 +20,7 @@ from utils.images import decoding
 from utils.images.array_file import ArrayFile
 from utils.images.arrow_files import ArrowFiles, arrow_files
 from utils.images.cifar import CifarFiles, is_cifar
-from utils.images.file_table import TABLES, FileTable, find_table
+from utils.images.file_table import TABLES, FileTable, NoFiles, find_table
 from utils.images.folders import UNUSABLE, refuse_bad
 from utils.images.layout import Keys, Layout, Outcome
 from utils.images.saving import free_name, saved_like
@@ -69,11 +69,21 @@ def _open(path: Path, keys: Keys, how: ReadConfig) -> Layout:
     if archives := tar_files(path, keys.split):
         return TarFiles(path, archives, keys)
     if path.is_dir():
-        table = find_table(path, keys.split)
-        return FileTable(table, keys) if table else ImageFolder(path, how)
+        return _flat(path, keys) or ImageFolder(path, how)
     kinds = "no folder of class folders, no .npz file and no folder of CIFAR batches"
     others = "no .csv, .tsv, .parquet, .arrow or .tar file"
     raise UserError(f"data: {path} is {kinds}; it is {others} either")
+
+
+def _flat(folder: Path, keys: Keys) -> FileTable | None:
+    """A folder's table with its files; None where it has none, or one about other files."""
+    table = find_table(folder, keys.split)
+    try:
+        return FileTable(table, keys) if table else None
+    except NoFiles:
+        if not decoding.class_folders(folder):
+            raise
+        return None
 
 
 def _has_classes(folder: Path) -> bool:
