@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from defense.elixir.config import DataElixirConfig
-from defense.elixir.inflow import FEW
 from defense.elixir.noise_level import rounds_survived
 from defense.elixir.paste_gap import FEWEST, PasteEvidence
 from defense.elixir.power import detection_power, in_words, says_little
@@ -151,9 +150,7 @@ def by_discrepancy_alone(found: Discrepancy) -> Tensor:
     Nor does pasting. None where the inflow is not asked, or there are too few classes for it to
     speak.
     """
-    judged = found.judged.inflow
-    speaks = judged.threshold < float("inf") and int(found.inflow.seen.sum()) > FEW
-    alone = found.is_target & ~judged.outlies & speaks
+    alone = found.is_target & ~found.judged.inflow.outlies & found.inflow_speaks
     return (alone if found.paste is None else alone & ~found.paste.accused).nonzero().flatten()
 
 
@@ -174,7 +171,7 @@ def _undecided(names: Sequence[str]) -> str:
 
 
 def _unconfirmed(names: Sequence[str]) -> str:
-    subject = f"Classes {', '.join(names)} stand" if len(names) > 1 else f"Class {names[0]} stands"
+    subject = f"Classes {listed(names)} stand" if len(names) > 1 else f"Class {names[0]} stands"
     return (
         f"{subject} out by the votes, but pasting does not confirm it and few samples moved there: "
         "not accused. It may be clean images that look alike to the classifier once they are "

@@ -84,6 +84,12 @@ class Discrepancy:
         return found if self.too_small is None else found & ~self.too_small
 
     @property
+    def inflow_speaks(self) -> bool:
+        """Whether the inflow is asked, and there are classes enough for it to say something."""
+        asked = self.judged.inflow.threshold < float("inf")
+        return asked and int(self.inflow.seen.sum()) > FEW
+
+    @property
     def unconfirmed(self) -> Tensor:
         """bool (K,): classes that stand out by the votes alone, which is not enough (ours).
 
@@ -92,8 +98,7 @@ class Discrepancy:
         larger than any drift that was seen. Votes need no confirmation where nothing was pasted,
         or where there are too few classes for the inflow to speak.
         """
-        speaks = self.judged.inflow.threshold < float("inf") and int(self.inflow.seen.sum()) > FEW
-        if self.paste is None or not speaks:
+        if self.paste is None or not self.inflow_speaks:
             return torch.zeros_like(self.judged.outlies)
         large = self.judged.inflow.outlies & (self.inflow.share > DRIFT)
         confirmed = self.paste.confirms | large

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 
 from utils.images.data import LabeledImages
-from utils.images.folders import tell
+from utils.images.folders import picture_digest, tell
 
 READS = 0.6  # share of the images that a classifier must read as labelled to tell classes apart
 
@@ -21,7 +20,7 @@ def copies(data: LabeledImages, paths: Sequence[str]) -> list[str]:
     """
     same: dict[bytes, list[int]] = defaultdict(list)
     for k, image in enumerate(data.images.numpy()):
-        same[hashlib.blake2b(image.tobytes(), digest_size=16).digest()].append(k)
+        same[picture_digest(image)].append(k)
     labels, said = data.labels.tolist(), []
     torn = [rows for rows in same.values() if len({labels[k] for k in rows}) > 1]
     tell("pictures in more than one class", [" = ".join(paths[k] for k in rows) for rows in torn])

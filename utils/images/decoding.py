@@ -112,6 +112,21 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_again(
+    source: str | Path | io.BytesIO, name: str | Path, root: Path | None = None
+) -> np.ndarray:
+    """uint8 (1, H, W, 3) of an image that was readable before, as `open_with_kind` reads it.
+
+    Raises:
+        UserError: it is not any more; `name` is what a person finds it by.
+    """
+    try:
+        return np.asarray(open_with_kind(source, root)[0])[None]
+    except BadImage as error:
+        reason = f"cannot be read any more ({error}); repair or remove it"
+        raise UserError(f"{name}: {reason}") from None
+
+
 def resize_all(images_hwc: np.ndarray, size: int) -> np.ndarray:
     """uint8 (N, H, W, 3) -> uint8 (N, 3, size, size): PIL bilinear."""
     if images_hwc.shape[1:3] != (size, size):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.config import UserError
-from utils.images.decoding import BadImage, leads_out, open_with_kind, resize_all
+from utils.images.decoding import BadImage, leads_out, open_with_kind, read_again, resize_all
 from utils.images.folders import tell
 from utils.images.layout import Layout
 
@@ -54,12 +54,7 @@ class EncodedImages(Layout):
     def images(self, size: int) -> Tensor:
         parts = [np.empty((0, 3, size, size), np.uint8)]
         for path, content in zip(self.paths, self.contents()):
-            try:
-                image = open_with_kind(io.BytesIO(content))[0]
-            except BadImage as error:
-                reason = f"cannot be read any more ({error}); repair or remove it"
-                raise UserError(f"{path}: {reason}") from None
-            parts.append(resize_all(np.asarray(image)[None], size))
+            parts.append(resize_all(read_again(io.BytesIO(content), path), size))
         return torch.from_numpy(np.concatenate(parts))
 
 

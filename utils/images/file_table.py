@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.config import UserError
 from utils.images.decoding import IMAGE_ENDINGS, OUTSIDE, leads_out
-from utils.images.encoded import FILE_COLUMNS, LABEL_COLUMNS, EncodedImages, column
+from utils.images.encoded import FILE_COLUMNS, LABEL_COLUMNS, EncodedImages, column, files_beside
 from utils.images.layout import Keys, Outcome, numbered
 from utils.images.saving import free_name, saved_like
 from utils.storage.files import shortened
@@ -67,10 +67,9 @@ class FileTable(EncodedImages):
             found = f"{len(values):,} labels for {len(given):,} files"
             raise UserError(f"label_column: {table} has {found}; name the column of the classes")
         self.look(self.folder)
-        inside = {p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*")}
-        files = {name for name in inside if (self.folder / name).is_file()}
-        out = sorted(files - {*self.paths, table.name})
-        self.reasons, self.found = {NO_ROW: out} if out else {}, len(files - {table.name})
+        beside, own = files_beside(self.folder, [table]), set(self.paths)
+        out = [name for name in beside if name not in own]
+        self.reasons, self.found = {NO_ROW: out} if out else {}, len(beside)
 
     def _read(self) -> None:
         try:

@@ -90,14 +90,18 @@ def _tell_oddities(parts: Sequence[Files], found: Sequence[Decoded], classes: Se
     tell("pictures that are in more than one class (kept in each)", _in_two_classes(parts, found))
 
 
+def picture_digest(image: np.ndarray) -> bytes:
+    """By which equal pictures are known."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
 def _in_two_classes(parts: Sequence[Files], found: Sequence[Decoded]) -> list[str]:
     seen: dict[bytes, tuple[str, int]] = {}
     twice = []
     for part, decoded in zip(parts, found):
         for image, place in zip(decoded.images, decoded.kept):
             path, label = part[place]
-            digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-            first = seen.setdefault(digest, (path, label))
+            first = seen.setdefault(picture_digest(image), (path, label))
             if first[1] != label:
                 twice.append(f"{path}: the same as {first[0]}")
     return twice

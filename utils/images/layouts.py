@@ -131,16 +131,9 @@ class ImageFolder(Layout):
         return shapes, bad
 
     def images(self, size: int) -> Tensor:
-        parts = [decoding.resize_all(self._pixels(path), size) for path in self.paths]
-        return torch.from_numpy(np.concatenate(parts))
-
-    def _pixels(self, path: str) -> np.ndarray:
-        try:
-            image, _ = decoding.open_with_kind(self.folder / path, self.within)
-        except decoding.BadImage as error:
-            reason = f"cannot be read any more ({error}); repair or remove it"
-            raise UserError(f"{self.folder / path}: {reason}") from None
-        return np.asarray(image)[None]
+        files = (self.folder / path for path in self.paths)
+        again = (decoding.read_again(file, file, self.within) for file in files)
+        return torch.from_numpy(np.concatenate([decoding.resize_all(x, size) for x in again]))
 
     def write(self, folder: Path, outcome: Outcome) -> dict[str, str]:
         """Untouched files first, under their names; then those that keep their class; then all.
